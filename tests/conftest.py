@@ -1,0 +1,18 @@
+"""What the tests share: no hub, and the texts and questions that known answers are about."""
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def data_dir():
+    "Folder with wikitext2_valid.txt, wikitext2_test.txt and piqa_valid.jsonl; a test that asks for it skips without it."
+    folder = Path(os.environ.get("REPLACEME_DATA") or ROOT / "../shared/data").resolve()
+    if not folder.is_dir():
+        pytest.skip("no test data: set REPLACEME_DATA to the folder that holds wikitext2_valid.txt")
+    return folder

@@ -1,0 +1,238 @@
+"""Each mistake: one clear line on standard error, exit code 2, no traceback, nothing written."""
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+
+import pytest
+import torch
+import yaml
+
+from replaceme import cli
+from replaceme.models import tiny_model, tiny_tokenizer
+
+TEXTS = ["The map stands in for the layers that went, line %d of many. " % i * 3 for i in range(20)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    "A tiny model on disk, as a user would have one"
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    model = tiny_model("llama", layers=6)
+    model.generation_config.pad_token_id = 0
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, checkpoint):
+    "An empty working folder with a config and a data file that work; what a test changes is the mistake"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(dict(text=t)) + "\n" for t in TEXTS))
+    return tmp_path
+
+
+def config(checkpoint, **keys):
+    good = dict(model_path=str(checkpoint), dataset="texts.jsonl", max_length=64, layers_to_skip=2, eval_dataset=None,
+                prompt=None, save_path="out")
+    return {k: v for k, v in {**good, **keys}.items() if v != "DROP"}
+
+
+def files(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if "cache" not in p.parts[len(folder.parts):][:1])
+
+
+def fails(capsys, place, argv, *parts, command=cli.run_replaceme):
+    "The command ends with code 2 and one line that holds `parts`; the folder is as it was"
+    before = files(place)
+    with pytest.raises(SystemExit) as e:
+        command([str(a) for a in argv])
+    err = capsys.readouterr().err
+    lines = [l for l in err.splitlines() if l.startswith(command.__name__ + ": error: ")]
+    assert e.value.code == 2 and len(lines) == 1 and "Traceback" not in err, err
+    for part in parts:
+        assert part in lines[0]
+    assert files(place) == before
+
+
+def write(place, keys):
+    (place / "c.yaml").write_text(keys if isinstance(keys, str) else yaml.safe_dump(keys))
+    return ["--config", "c.yaml"]
+
+
+def test_the_config_of_these_tests_works(place, checkpoint, capsys):
+    cli.run_replaceme(write(place, config(checkpoint)))
+    assert (place / "out/model.safetensors").exists() and "model    out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text, parts", [
+    ("layers_to_skp: 2", ["unknown key 'layers_to_skp'", "Did you mean 'layers_to_skip'?"]),
+    ("blah_blah: 2", ["unknown key 'blah_blah'", "--help"]),
+    ("alpha: 1\nalpha: 2", ["'alpha' stands twice", "lines 1 and 2"]),
+    ("layers_to_skip: six", ["layers_to_skip is 'six'", "whole number"]),
+    ("layers_to_skip: 2.5", ["layers_to_skip is 2.5", "whole number"]),
+    ("use_4bit: 1", ["use_4bit is 1", "true or false"]),
+    ("- a\n- b", ["c.yaml", "list"]),
+    ("a: [", ["c.yaml", "YAML"]),
+    ("method: cosine", ["method is 'cosine'", "later version"]),
+    ("method: lstq", ["method is 'lstq'"]),
+    ("num_A: 2", ["num_A is 2", "later version"]),
+    ("diag: true", ["diag is True", "later version"]),
+    ("two_vectors: true", ["two_vectors", "later version"]),
+    ("thri: true", ["thri", "later version"]),
+    ("solver: cg", ["solver is 'cg'", "later version"]),
+    ("loss: mse", ["loss is 'mse'", "later version"]),
+    ("accurate: true", ["accurate", "later version"]),
+    ("activations_save_path: acts", ["activations_save_path", "later version"]),
+    ("metric: anglar", ["metric is 'anglar'", "Did you mean 'angular'?"]),
+    ("alpha: -1", ["alpha is -1.0", "zero or positive"]),
+    ("batch_size: 0", ["batch_size is 0", "at least 1"]),
+    ("max_length: 1", ["max_length is 1", "at least 2"]),
+    ("dtype: int8", ["dtype 'int8'", "float32"]),
+])
+def test_config(place, capsys, text, parts):
+    fails(capsys, place, write(place, text), *parts)
+
+
+def test_config_missing_or_unreadable(place, capsys):
+    fails(capsys, place, ["--config", "nothing.yaml"], "nothing.yaml", "No such file")
+    (place / "c.yaml").write_bytes(b"\xff\xfe\x00\xd8")
+    fails(capsys, place, ["--config", "c.yaml"], "c.yaml", "cannot be read")
+    fails(capsys, place, ["--config", str(place)], "cannot be read")
+
+
+def test_flags(place, checkpoint, capsys):
+    args = write(place, config(checkpoint))
+    fails(capsys, place, args + ["--layer_to_skip", "2"], "--layer_to_skip", "Did you mean 'layers_to_skip'?")
+    fails(capsys, place, args + ["--layers_to_skip", "two"], "layers_to_skip is 'two'")
+    fails(capsys, place, args + ["--layers_to_skip"], "expected one argument")
+    fails(capsys, place, args + ["stray"], "stray")
+
+
+@pytest.mark.parametrize("keys, parts", [
+    (dict(layers_to_skip=0), ["layers_to_skip is 0", "at least 1"]),
+    (dict(layers_to_skip=-3), ["layers_to_skip is -3", "at least 1"]),
+    (dict(layers_to_skip=6), ["layers_to_skip is 6", "6 layers", "at most 5"]),
+    (dict(layers_to_skip="DROP"), ["layers_to_skip is missing"]),
+    (dict(model_path="DROP"), ["model_path is missing"]),
+    (dict(min_distance_layer=5), ["min_distance_layer is 5", "no candidate is left"]),
+    (dict(dataset="nowhere.jsonl"), ["nowhere.jsonl"]),
+    (dict(dataset_column="txt"), ["txt", "Did you mean 'text'?"]),
+    (dict(model_path="./nothing"), ["./nothing", "no such folder"]),
+    (dict(model_path="package:nobody_ships_this"), ["nobody_ships_this", "pip install"]),
+    (dict(distances_path="nothing.json"), ["distances_path nothing.json", "get_distance_analysis"]),
+])
+def test_values(place, checkpoint, capsys, keys, parts):
+    fails(capsys, place, write(place, config(checkpoint, **keys)), *parts)
+
+
+def test_data_without_content(place, checkpoint, capsys):
+    args = write(place, config(checkpoint))
+    (place / "texts.jsonl").write_text("")
+    fails(capsys, place, args, "texts.jsonl")
+    (place / "texts.jsonl").write_text(json.dumps(dict(text="a")) + "\n" + json.dumps(dict(text="")) + "\n")
+    fails(capsys, place, args, "two tokens")
+
+
+def test_fewer_tokens_than_the_width(place, checkpoint, capsys):
+    """Below the width the system is singular: an error with the numbers. A ridge makes it solvable: a warning with them."""
+    (place / "texts.jsonl").write_text(json.dumps(dict(text="only thirteen")) + "\n")
+    args = write(place, config(checkpoint))
+    fails(capsys, place, args, "singular", "13 calibration tokens for a width of 32")
+    cli.run_replaceme(args + ["--alpha", "0.1"])
+    assert "warning: 13 calibration tokens for a width of 32" in capsys.readouterr().err
+
+
+def test_not_a_decoder(place, capsys):
+    from transformers import BertConfig, BertModel, T5Config, T5Model
+    for cls, cfg in ((BertModel, BertConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64, vocab_size=320)),
+                     (T5Model, T5Config(d_model=32, num_layers=2, num_heads=4, d_ff=64, d_kv=8, vocab_size=320))):
+        folder = place / cls.__name__
+        cls(cfg).save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+        fails(capsys, place, write(place, config(folder)), "is not a decoder")
+
+
+def test_a_norm_behind_the_mlp_is_refused_before_any_text_is_made(place, capsys, monkeypatch):
+    model = tiny_model("gemma2", layers=6)
+    model.save_pretrained(place / "gemma")
+    tiny_tokenizer().save_pretrained(place / "gemma")
+    monkeypatch.setattr("replaceme.pipeline.load_texts", lambda *a, **k: pytest.fail("texts were made"))
+    fails(capsys, place, write(place, config(place / "gemma")), "cannot be folded", "norm")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite(place, checkpoint, capsys, value):
+    """The layer and the text: only texts with a '~' meet the broken embedding row; the tenth text has one."""
+    model = tiny_model("llama", layers=6)
+    tok = tiny_tokenizer()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[tok("~").input_ids[-1]] = value
+    model.save_pretrained(place / "broken")
+    tok.save_pretrained(place / "broken")
+    lines = [t + ("~ again" if i == 10 else "") for i, t in enumerate(["short text, %d of them" % i for i in range(20)])]
+    (place / "texts.jsonl").write_text("".join(json.dumps(dict(text=t)) + "\n" for t in lines))
+    fails(capsys, place, write(place, config(place / "broken", batch_size=4)), "NaN or infinity in the embeddings, text 10")
+
+
+def test_profile_of_something_else(place, checkpoint, capsys):
+    args = write(place, config(checkpoint, distances_path="p.json"))
+    cli.get_distance_analysis(args)
+    saved = json.loads((place / "p.json").read_text())
+    capsys.readouterr()
+    cli.run_replaceme(args)  # its own profile is taken
+    shutil.rmtree(place / "out")
+    other = place / "other"
+    tiny_model("llama", layers=6, seed=1).save_pretrained(other)
+    tiny_tokenizer().save_pretrained(other)
+    fails(capsys, place, args + ["--model_path", other], "belongs to another model")
+    fails(capsys, place, args + ["--metric", "cosine"], "belongs to another metric")
+    fails(capsys, place, args + ["--max_length", "32"], "belongs to another data")
+    del saved["distances"]["2"]
+    (place / "p.json").write_text(json.dumps(saved))
+    fails(capsys, place, args, "no distances for n=2 layers", "n in 1, 3")
+    (place / "p.json").write_bytes(b"\x80\x04pickle")
+    fails(capsys, place, args, "pickled files are not read")
+    fails(capsys, place, args, "pickled files are not read", command=cli.get_distance_analysis)  # nor written over
+
+
+def test_output_folder_of_somebody_else(place, checkpoint, capsys):
+    (place / "out").mkdir()
+    (place / "out/thesis.tex").write_text("do not lose me")
+    fails(capsys, place, write(place, config(checkpoint)), "save_path", "was not written by replaceme")
+
+
+def test_output_folder_of_ours_is_replaced(place, checkpoint):
+    args = write(place, config(checkpoint))
+    cli.run_replaceme(args)
+    cli.run_replaceme(args + ["--layers_to_skip", "3"])
+    assert json.loads((place / "out/config.json").read_text())["num_hidden_layers"] == 3
+    assert [f for f in os.listdir(place) if "partial" in f] == []
+
+
+def test_no_disk_space(place, checkpoint, capsys, monkeypatch):
+    """Seen coming, where the numbers are known; and when the disk fills up all the same while writing."""
+    args = write(place, config(checkpoint))
+    with monkeypatch.context() as m:
+        m.setattr(shutil, "disk_usage", lambda p: namedtuple("usage", "total used free")(10**6, 10**6 - 5000, 5000))
+        fails(capsys, place, args, "save_path", "0.00 GB are free")
+
+    def full(*a, **k):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", full)
+    fails(capsys, place, args, "the disk ran full", "nothing was kept")
+
+
+def test_as_a_user_sees_it(place):
+    "One of them as a real process"
+    exe = os.path.join(os.path.dirname(sys.executable), "run_replaceme")
+    (place / "c.yaml").write_text("layers_to_skp: 6\n")
+    p = subprocess.run([exe, "--config", "c.yaml"], capture_output=True, text=True)
+    assert (p.returncode, p.stdout) == (2, "")
+    assert p.stderr == ("run_replaceme: error: config c.yaml: unknown key 'layers_to_skp'. Did you mean 'layers_to_skip'? "
+                        "The known keys are listed by --help.\n")

@@ -1,0 +1,91 @@
+"""The house is complete, each setting stands once, and importing it does nothing else."""
+import json
+import re
+import subprocess
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+INI = ConfigParser(delimiters=["="])
+INI.read(ROOT / "settings.ini", encoding="utf-8")
+CFG = INI["DEFAULT"]
+GENERATED = {"README.md", "nbs/nbdev.yml", "replaceme/_modidx.py"}  # from settings.ini, by nbdev
+TOP = """nbs replaceme settings.ini setup.py _quarto.yml README.md tests examples benchmarks LICENSE Makefile
+         constraints.txt .ci/run""".split()
+
+
+@pytest.mark.parametrize("name", TOP)
+def test_top_level(name):
+    assert (ROOT / name).exists()
+
+
+def test_docs_config_is_one_file():
+    link = ROOT / "nbs/_quarto.yml"
+    assert link.is_symlink() and link.resolve() == ROOT / "_quarto.yml"
+
+
+def test_each_module_has_its_notebook():
+    for py in (ROOT / "replaceme").glob("*.py"):
+        made = re.search(r"File to edit: (\S+\.ipynb)\.", py.read_text(encoding="utf-8"))
+        assert py.name in ("__init__.py", "_modidx.py") or (py.parent / made[1]).is_file(), py.name
+
+
+def kept_files():
+    git = subprocess.run(["git", "-C", ROOT, "ls-files", "-coz", "--exclude-standard"], capture_output=True, text=True)
+    if git.returncode:
+        pytest.skip("not a git checkout")
+    return [f for f in git.stdout.split("\0") if f and (ROOT / f).is_file()]
+
+
+def written(name):
+    "What people wrote in a file: of a notebook the cells' sources, since outputs are made from settings.ini."
+    text = (ROOT / name).read_text(encoding="utf-8", errors="ignore")
+    if not name.endswith(".ipynb"):
+        return text
+    return "\n".join("".join(c["source"]) for c in json.loads(text)["cells"])
+
+
+def test_the_address_stands_once():
+    needles = (CFG["git_url"].split("//")[1], CFG["doc_host"].split("//")[1], "%s/%s" % (CFG["user"], CFG["repo"]))
+    files = [f for f in kept_files() if f not in GENERATED]
+    assert [f for f in files if any(n in written(f) for n in needles)] == []
+    assert CFG["git_url"] not in (ROOT / "settings.ini").read_text(encoding="utf-8")  # built from user and repo
+    assert re.findall(r"^git_url *=.*%\(user\)s/%\(repo\)s$", (ROOT / "settings.ini").read_text(encoding="utf-8"), re.M)
+
+
+def test_direct_requirements_are_pinned():
+    "Every requirement in settings.ini has its tested version in constraints.txt, inside the range asked for."
+    from packaging.requirements import Requirement
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    for req in map(Requirement, (CFG["requirements"] + " " + CFG["dev_requirements"]).split()):
+        assert req.name in pins and pins[req.name] in req.specifier, req
+
+
+QUIET = """
+import importlib, logging, pkgutil, random, sys, warnings
+import numpy as np, torch, transformers, datasets
+def state():
+    logs = [(n or "root", l.level, l.handlers[:], l.propagate, l.disabled) for n, l in
+            [("", logging.root)] + [(n, logging.getLogger(n)) for n in ("transformers", "datasets", "torch", "huggingface_hub")]]
+    return dict(torch=torch.get_rng_state().tolist(), numpy=np.random.get_state()[1].tolist(), python=random.getstate(),
+                logs=logs, dtype=torch.get_default_dtype(), grad=torch.is_grad_enabled(), threads=torch.get_num_threads(),
+                deterministic=torch.are_deterministic_algorithms_enabled(), warnings=list(warnings.filters))
+before = state()
+import replaceme
+names = [m.name for m in pkgutil.iter_modules(replaceme.__path__)]
+assert names, "no modules"
+for name in names: importlib.import_module("replaceme." + name)
+after = state()
+changed = [k for k in before if before[k] != after[k]]
+sys.exit("changed: " + " ".join(changed) if changed else 0)
+"""
+
+
+def test_importing_is_quiet():
+    "No output, no seed, no logging or torch setting: every module of the package, in a fresh process."
+    p = subprocess.run([sys.executable, "-c", QUIET], capture_output=True, text=True, cwd=ROOT)
+    assert (p.returncode, p.stdout, p.stderr) == (0, "", "")
