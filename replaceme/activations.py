@@ -78,7 +78,7 @@ def capture(model,
     tap(model, batch, lambda i,x: acts.S.__setitem__(i, masked(x, mask)), lambda i,m: acts.M.__setitem__(i, masked(m, mask)), points, until)
     return acts
 
-# %% ../nbs/04_activations.ipynb #2aa1b2af
+# %% ../nbs/04_activations.ipynb #0b3e36b2
 def blame_nonfinite(model, batch, # the batch in which something was not finite
                     offset=0, # number of texts before this batch
                    ):
@@ -90,5 +90,5 @@ def blame_nonfinite(model, batch, # the batch in which something was not finite
     tap(model, batch, look)
     i, row = bad[0] if bad else ('?', 0)
     where = f"the output of layer {i-1}" if i!='?' and i>0 else "the embeddings"
-    raise ReplaceMeError(f"NaN or infinity in {where}, text {offset+row}: load the model with another dtype (it runs in "
+    raise ReplaceMeError(f"NaN or infinity in {where}, text {offset+row} (counted from 0, without texts under two tokens): load the model with another dtype (it runs in "
                          f"{model.dtype}), or look at that text and that layer's weights.")

@@ -75,7 +75,7 @@ class Profile:
         "Distances of all blocks of `n` layers that leave a layer before them"
         return self.mean.diagonal(n)[1:].tolist()
 
-# %% ../nbs/05_distance.ipynb #3a6b4d6f
+# %% ../nbs/05_distance.ipynb #0146b47b
 def save_profile(p:Profile, path, **belongs): # e.g. `model=fingerprint(model), data={...}`
     "Write the distances of all lengths, with what they belong to"
     rows = {str(n): p.of_length(n) for n in range(1, p.n_layers)}
@@ -84,7 +84,7 @@ def save_profile(p:Profile, path, **belongs): # e.g. `model=fingerprint(model), 
 
 def read_profile(path)->dict:
     "What a saved profile holds, or why the file is not one"
-    try: d = json.loads(Path(path).read_text())
+    try: d = json.loads(Path(path).expanduser().read_text())
     except OSError as e: raise ReplaceMeError(f"distances_path {path}: {e.strerror or e}. Write one with get_distance_analysis, or leave the key out.")
     except (ValueError, UnicodeDecodeError): d = None
     if not isinstance(d, dict) or not str(d.get('format')).startswith('replaceme profile'):

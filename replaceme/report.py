@@ -298,7 +298,19 @@ def story(result)->str: # Markdown
                  ridge=f' + {alpha:g}\\,\\lVert T \\rVert^2' if alpha else '')
     return (_STORY if result.get('method')=='lstsq' else _PLAIN).format(**words)
 
-# %% ../nbs/13_report.ipynb #f55510c9
+# %% ../nbs/13_report.ipynb #a06fa918
+def _python(*lines): return '\n'.join(['```python', *lines, '```'])
+
+def _how_to_load(result, name):
+    "The lines that load a saved model, or apply a saved map"
+    if not _get(result, 'config', 'save_transform_only'):
+        return _python('from transformers import AutoModelForCausalLM, AutoTokenizer', f'model = AutoModelForCausalLM.from_pretrained({name!r})',
+                       f'tokenizer = AutoTokenizer.from_pretrained({name!r})') + '\n\nIt loads like any checkpoint; nothing of `replaceme` is needed.'
+    code = _python('from safetensors.torch import load_file', 'from replaceme.blocks import Block', 'from replaceme.merge import replace_block',
+                   f"T = load_file('{name}/transform.safetensors')['T']", f"pruned = replace_block(model, Block(*{result['block']}), T)")
+    return 'This folder holds the map alone, for the model it was measured on:\n\n' + code
+
+# %% ../nbs/13_report.ipynb #421124ee
 _LIMITS = """- Nothing was trained afterwards: what the removed layers knew and the map could not carry is lost.
 - The calibration text decides what survives. Judge the model on your own text, on more than one kind of it.
 - Perplexity and a few sentences are no safety evaluation; the original model's limits are this one's too."""
@@ -309,13 +321,10 @@ def model_card(result, # as saved in `replaceme.json`
               )->str: # Markdown
     "The README of a saved model: what it is, how to load it, what it cost and what it cannot do"
     n, name = _pair(result, 'n_layers'), name or 'path/to/this/folder'
-    code = '\n'.join(['```python', 'from transformers import AutoModelForCausalLM, AutoTokenizer',
-                      f'model = AutoModelForCausalLM.from_pretrained({name!r})',
-                      f'tokenizer = AutoTokenizer.from_pretrained({name!r})', '```'])
     kept = dict(config=shown_config(result), seed=result.get('seed'), versions=result.get('versions'))
     parts = ['# ' + model_name(result) + (f', {n[1]} of {n[0]} layers' if all(n) else ''), story(result),
              '## Results', results_table(result, markdown=True).strip(), *(f'![{Path(p).stem}]({p})' for p in plots),
-             '## Load it', code, 'It loads like any checkpoint; nothing of `replaceme` is needed.',
+             '## Load it', _how_to_load(result, name),
              '## Limits', _LIMITS,
              '## Where it comes from', f"```yaml\n{yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)}```",
              'The whole record is in `replaceme.json`, a page to look at in `report.html`.']

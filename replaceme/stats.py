@@ -16,7 +16,7 @@ from .activations import *
 from .distance import *
 from .blocks import *
 
-# %% ../nbs/07_stats.ipynb #f342c904
+# %% ../nbs/07_stats.ipynb #dd9a2109
 class Gram:
     "Sums over tokens of one candidate block: `X'X`, `X'R`, `|R|^2` and the number of tokens"
     def __init__(self, p, # columns of `X`
@@ -30,7 +30,7 @@ class Gram:
             R:Tensor): # `(T,d)`
         "Add the rows of a batch"
         for x,r in zip(X.split(1024), R.split(1024)): # float64 copies of a part at a time
-            x, r = x.to(self.XtX), r.to(self.XtX)
+            x, r = [o.to(self.XtX.device).double() for o in (x, r)]
             self.XtX.addmm_(x.T, x); self.XtR.addmm_(x.T, r)
             self.RtR += r.pow(2).sum(); self.n += len(x)
 
@@ -98,11 +98,12 @@ def _still_in(sums, profile, blocks):
     stay = set(contenders(blocks, value(profile.mean), value(profile.stderr)))
     return {b: g for b,g in sums.items() if b in stay}
 
-# %% ../nbs/07_stats.ipynb #397551fc
+# %% ../nbs/07_stats.ipynb #92de97a0
 def free_memory(device)->int: # bytes
     "Memory still free where the sums will live"
     if device.type in ('cpu', 'mps', 'meta'): return psutil.virtual_memory().available
-    return torch.accelerator.get_memory_info(device)[0]
+    free = getattr(torch.accelerator, 'get_memory_info', None)
+    return free(device)[0] if free else 0 # an older torch cannot say: two passes then
 
 def measure(model, batches,
             blocks, # candidates, all of one length

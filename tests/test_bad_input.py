@@ -228,6 +228,24 @@ def test_no_disk_space(place, checkpoint, capsys, monkeypatch):
     fails(capsys, place, args, "the disk ran full", "nothing was kept")
 
 
+def test_texts_longer_than_the_positions(place, capsys):
+    tiny_model("gpt2", layers=6).save_pretrained(place / "gpt2")
+    tiny_tokenizer().save_pretrained(place / "gpt2")
+    (place / "long.txt").write_text("word " * 400)
+    args = write(place, config(place / "gpt2", dataset="long.txt", max_length=512))
+    fails(capsys, place, args, "max_length is 512", "256 positions")
+    fails(capsys, place, args + ["--max_length", "64", "--eval_dataset", "python-docs"], "pieces of 512 tokens", "256 positions")
+
+
+def test_odd_places(place, checkpoint, capsys):
+    args = write(place, config(checkpoint))
+    fails(capsys, place, args + ["--save_path", "texts.jsonl/out"], "texts.jsonl, which is a file")
+    fails(capsys, place, args + ["--distances_path", "p.csv"], "must end in .json", command=cli.get_distance_analysis)
+    fails(capsys, place, args + ["--distances_path", "texts.jsonl/p.json"], "which is a file", command=cli.get_distance_analysis)
+    fails(capsys, place, args + ["--device_map", "warp9"], "could not be loaded")
+    fails(capsys, place, args + ["--seed", str(2**70)], "seed is")
+
+
 def test_as_a_user_sees_it(place):
     "One of them as a real process"
     exe = os.path.join(os.path.dirname(sys.executable), "run_replaceme")

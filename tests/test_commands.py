@@ -69,7 +69,7 @@ def test_run_replaceme(place):
     assert {"load", "texts", "calibrate", "fit", "fold", "score", "save", "reload"} <= set(r["seconds"])
     assert {"replaceme", "torch", "transformers", "python"} <= set(r["versions"])
     assert r["parameters"]["before"] > r["parameters"]["after"]
-    assert (place / "out/replaceme.yaml").read_text() == (place / "c.yaml").read_text().replace("hf_secret", "***")
+    assert (place / "out/replaceme.yaml").read_text() == (place / "c.yaml").read_text().replace("token: hf_secret", "token: null # not kept")
     assert not any(b"hf_secret" in f.read_bytes() for f in (place / "out").iterdir())
 
 
@@ -114,9 +114,9 @@ def test_evaluate_model_with_a_task_folder(place):
 def test_help_shows_every_key(command):
     p = subprocess.run([BIN / command, "--help"], capture_output=True, text=True, env={**os.environ, "COLUMNS": "400"})
     assert p.returncode == 0
+    said = " ".join(p.stdout.split())
     for f in dataclasses.fields(Config):
-        line = next(l for l in p.stdout.splitlines() if l.strip().startswith(f"--{f.name} VALUE"))
-        assert f.metadata["help"] in line and "(default: " in line
+        assert f"--{f.name} VALUE" in said and f"{f.metadata['help']} (default: " in said
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda p: p.name)
@@ -167,12 +167,63 @@ def test_calibrating_in_4bit_leaves_the_weights_as_they_were(place, monkeypatch)
     "Only the folded weight differs from the original, and none of them was rounded to NF4"
     pytest.importorskip("bitsandbytes")
     monkeypatch.chdir(place)
-    r, path = run(read_config("c.yaml", use_4bit=True, save_path="four", eval_dataset=None, prompt=None))
-    dense, small = load_file(place / "tiny/model.safetensors"), load_file(path / "model.safetensors")
+    tiny_model("llama", layers=6, d=64).save_pretrained("wide")  # NF4 has blocks of 64
+    tiny_tokenizer().save_pretrained("wide")
+    r, path = run(read_config("c.yaml", model_path="./wide", use_4bit=True, save_path="four", eval_dataset=None, prompt=None))
+    dense, small = load_file("wide/model.safetensors"), load_file(path / "model.safetensors")
     s, e = r.block
     old = lambda k: k if not k.startswith("model.layers.") else ".".join(
         [*(p := k.split("."))[:2], str(int(p[2]) + (e - s) * (int(p[2]) >= s)), *p[3:]])
     assert [k for k in small if not torch.equal(small[k], dense[old(k)])] == [f"model.layers.{s-1}.mlp.down_proj.weight"]
+
+
+def test_a_quantised_model_in_memory_is_refused(place):
+    pytest.importorskip("bitsandbytes")
+    tiny_model("llama", layers=6, d=64).save_pretrained(place / "wide4")
+    tiny_tokenizer().save_pretrained(place / "wide4")
+    model, tok = load_model(place / "wide4", use_4bit=True)
+    with pytest.raises(ReplaceMeError, match="quantised"):
+        prune(model, tok, 2, dataset=str(place / "texts.txt"), max_length=64)
+
+
+def test_training_mode_makes_no_difference_and_is_kept(place):
+    model, tok = load_model(place / "tiny")
+    keys = dict(dataset=str(place / "texts.txt"), max_length=64)
+    a, _ = prune(model, tok, 2, **keys)
+    model.config.attention_dropout = 0.5
+    for layer in layers_of(model):
+        layer.self_attn.attention_dropout = 0.5
+    b, _ = prune(model.train(), tok, 2, **keys)
+    assert model.training and all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+
+
+def test_a_checkpoint_that_would_be_rebuilt_differently_is_refused(place, monkeypatch):
+    """GPT-2's attention scaled by the layer's number: a middle block would come back as another model."""
+    monkeypatch.chdir(place)
+    tiny_model("gpt2", layers=6, scale_attn_by_inverse_layer_idx=True).save_pretrained("scaled")
+    tiny_tokenizer().save_pretrained("scaled")
+    r, path = run(read_config("c.yaml", model_path="./scaled", save_path="tail", prompt=None))
+    assert r["block"] == [4, 6]  # only the tail can go, and it does
+    monkeypatch.setattr("replaceme.pipeline.lasting", lambda model, blocks: blocks[1:2])  # had it not been seen before ...
+    with pytest.raises(ReplaceMeError, match="does not load as the pruned model"):  # ... it is seen when it is loaded back
+        run(read_config("c.yaml", model_path="./scaled", save_path="wrong", prompt=None))
+    assert not Path("wrong").exists()
+
+
+def test_a_failure_while_scoring_keeps_the_model(place, monkeypatch):
+    import replaceme.pipeline as p
+    monkeypatch.chdir(place)
+    calls, real = [], p.score
+    monkeypatch.setattr(p, "score", lambda *a: calls.append(1) or (real(*a) if len(calls) == 1 else (_ for _ in ()).throw(MemoryError("no room"))))
+    with pytest.warns(match="could not be scored"):
+        r, path = run(read_config("c.yaml", save_path="unscored", prompt=None))
+    assert "no room" in r["scoring_failed"] and AutoModelForCausalLM.from_pretrained(path).config.num_hidden_layers == 4
+
+
+def test_a_map_does_not_replace_a_model(place):
+    call(place, "run_replaceme", "--config", "c.yaml", "--save_path", "kept", "--eval_dataset", "null")
+    p = call(place, "get_lt_with_lstsq", "--config", "c.yaml", "--save_path", "kept", ok=False)
+    assert p.returncode == 2 and "holds a pruned model" in p.stderr and (place / "kept/model.safetensors").exists()
 
 
 def test_dtype_is_what_was_asked_for(place, monkeypatch):

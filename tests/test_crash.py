@@ -49,7 +49,7 @@ def complete(folder):
             "profile.png"} <= names and json.loads((folder / "replaceme.json").read_text())["block"]
 
 
-@pytest.mark.parametrize("name, when", [("calibrate", "after"), ("_reload", "before"), ("write_provenance", "before"),
+@pytest.mark.parametrize("name, when", [("calibrate", "after"), ("reload", "before"), ("write_provenance", "before"),
                                         ("write_provenance", "after")])
 def test_killed(place, name, when):
     kill_at(place, name, when)
