@@ -28,7 +28,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .core import *
 from .models import *
-from .arch import text_config
+from .arch import judging, text_config
 
 # %% ../nbs/03_data.ipynb #c449be7b
 def token_ids(text, tokenizer,
@@ -345,7 +345,7 @@ def first_id(model, tokenizer)->int:
     raise ReplaceMeError("dataset self: neither tokenizer nor model names a BOS or EOS token to start from: "
                          "set tokenizer.bos_token.")
 
-# %% ../nbs/03_data.ipynb #33f351db
+# %% ../nbs/03_data.ipynb #090990a0
 def sample_texts(model, tokenizer,
                  size=64, # texts
                  max_length=512, # tokens in a text
@@ -357,12 +357,8 @@ def sample_texts(model, tokenizer,
         raise ReplaceMeError(f"dataset self: max_length {max_length} exceeds the model's {positions} positions.")
     u = torch.rand(size, max_length, generator=torch.Generator().manual_seed(seed))
     start, rows = first_id(model, tokenizer), rows_at_once(model, size, max_length, batch_size)
-    training = model.training
-    model.eval()
-    try:
-        with tqdm(total=u[:,1:].numel(), desc='the model writes', unit=' tokens', unit_scale=True) as bar:
-            return [t for part in u.split(rows) for t in decoded(sample_ids(model, part, start, bar.update), tokenizer)]
-    finally: model.train(training)
+    with judging(model), tqdm(total=u[:,1:].numel(), desc='the model writes', unit=' tokens', unit_scale=True) as bar:
+        return [t for part in u.split(rows) for t in decoded(sample_ids(model, part, start, bar.update), tokenizer)]
 
 # %% ../nbs/03_data.ipynb #e085fe31
 RECIPE = 1 # to be raised when the same model shall write anew
