@@ -180,9 +180,9 @@ def n_parameters(model)->int: # tied weights count once; 4-bit weights count in 
     "Number of parameters"
     return model.num_parameters()
 
-# %% ../nbs/14_pipeline.ipynb #36767bb0
+# %% ../nbs/14_pipeline.ipynb #37353fa7
 def _data_key(cfg):
-    "Which data a profile belongs to"
+    "Which data a profile belongs to; not how much of it, since a profile of a hundred texts may well serve a fit on thousands"
     return [cfg.dataset, cfg.dataset_column, cfg.dataset_subset, cfg.dataset_split, cfg.max_length]
 
 def _known_distances(model, cfg, n):

@@ -450,7 +450,7 @@ def _pictures(result):
         yield _picture(lambda ax: plot_heatmap(prof, block, metric, ax), (4.8,3.6), 'Distance by start and length',
                        'All lengths at once, dark is near. Rings: best start for each length. Square: what is gone.')
 
-# %% ../nbs/13_report.ipynb #89ee53b8
+# %% ../nbs/13_report.ipynb #2b3b53f2
 def _where(result):
     "The block, in words and pictures"
     if not as_blocks(result.get('block')): return
@@ -467,7 +467,7 @@ def _fit_section(result):
     ridge = f' + {alpha:g} ‖T‖²' if alpha else ''
     formula = P(I('T'), ' = argmin ‖', I('M T'), ' − (', I('B'), ' − ', I('A'), f')‖²{ridge}', cls='formula')
     plain = f'; plain removal leaves {r:.1%}' if r is not None else ''
-    left = P(f'Of what the removed layers added, {e:.1%} (squared) is not reproduced by the map{plain}. '
+    left = P(f'Of the squared length of B − A, the map leaves {e:.1%} unexplained{plain}. '
              f'Fitted on {_data_text(result)}.')
     return _section('The map that stands in for them', formula if result.get('method')=='lstsq' else None, left)
 
