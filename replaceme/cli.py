@@ -16,7 +16,7 @@ from .core import *
 from .pipeline import *
 from .report import *
 
-# %% ../nbs/15_cli.ipynb #3598c0e8
+# %% ../nbs/15_cli.ipynb #af81cb55
 class _Parser(argparse.ArgumentParser):
     def error(self, message): raise ReplaceMeError(message)
 
@@ -47,7 +47,7 @@ def parse(name, doc, argv, aliases): # -> (Config, the YAML text or None)
         raise ReplaceMeError(f"unknown argument {rest[0]!r}.{nearest(rest[0].lstrip('-').split('=')[0], known)} See --help.")
     flags = {k: _value(k, v) for k,v in vars(args).items() if k!='config'}
     cfg = read_config(args.config, **flags)
-    return cfg, Path(args.config).read_text(encoding='utf-8') if args.config else None
+    return cfg, Path(args.config).expanduser().read_text(encoding='utf-8') if args.config else None
 
 # %% ../nbs/15_cli.ipynb #cd684d0d
 def _line(message, *a, **kw): print('warning:', message, file=sys.stderr)

@@ -9,7 +9,7 @@ __all__ = ['key', 'Config', 'read_yaml', 'make_config', 'check_config', 'need', 
            'run', 'profile_files', 'write_profile', 'profile_table', 'analyse', 'evaluate', 'scores_table']
 
 # %% ../nbs/14_pipeline.ipynb #5d3939a0
-import contextlib, dataclasses, datetime, gc, json, os, platform, re, shutil, warnings
+import contextlib, dataclasses, gc, json, os, platform, re, tempfile, warnings
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version, PackageNotFoundError
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import get_args
 import torch, yaml
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from .core import *
 from .models import *
@@ -398,26 +398,31 @@ def run(cfg, yaml_text=None)->tuple: # (Result, Path of the folder)
         write_provenance(tmp, result, yaml_text, cfg.token)
     return result, path
 
-# %% ../nbs/14_pipeline.ipynb #ff4900cb
+# %% ../nbs/14_pipeline.ipynb #713c5014
 def profile_files(out):
     "The three files of a profile"
     return [Path(out).with_suffix(s) for s in ('.json', '.csv', '.png')]
 
 def _free_parent(path): return next(p for p in path.absolute().parents if p.exists())
 
-def write_profile(profile, out, n=None, **belongs): # -> the files written
-    "Write a profile as `out` (JSON) with a CSV and a picture beside it"
-    files = profile_files(out)
-    files[0].parent.mkdir(parents=True, exist_ok=True)
-    tmp = [f.with_name(f'.{os.getpid()}-{f.name}') for f in files]
+def _write_parts(profile, files, n, belongs):
+    "Write JSON, CSV and picture"
     rows = {k: profile.of_length(k) for k in range(1, profile.n_layers)}
-    save_profile(profile, tmp[0], **belongs)
-    tmp[1].write_text('start,end,layers,distance\n' + ''.join(f'{s},{s+k},{k},{d:.8f}\n' for k,ds in rows.items() for s,d in enumerate(ds, 1)))
+    save_profile(profile, files[0], **belongs)
+    files[1].write_text('start,end,layers,distance\n' + ''.join(f'{s},{s+k},{k},{d:.8f}\n' for k,ds in rows.items() for s,d in enumerate(ds, 1)))
     block = best_blocks(candidates(profile.n_layers, n), rows[n])[0][1] if n else None
     fig = Figure(figsize=(6.4,4.4), layout='constrained')
     plot_heatmap(rows, block and list(block), profile.metric, fig.subplots())
-    fig.savefig(tmp[2], dpi=150)
-    for t,f in zip(tmp, files): os.replace(t, f)
+    fig.savefig(files[2], dpi=150)
+
+def write_profile(profile, out, n=None, **belongs): # -> the files written
+    "Write a profile as `out` (JSON) with a CSV and a picture beside it, all three or none"
+    files = profile_files(out)
+    files[0].parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=files[0].parent, prefix='.profile-') as tmp:
+        parts = [Path(tmp)/f.name for f in files]
+        _write_parts(profile, parts, n, belongs)
+        for t,f in zip(parts, files): os.replace(t, f)
     return files
 
 def profile_table(profile, n=None, k=5)->str:

@@ -8,7 +8,7 @@ import torch
 
 from replaceme.arch import fold_points, layers_of, n_hooks
 from replaceme.blocks import Block, candidates
-from replaceme.merge import cut, explicit_map, replace_block
+from replaceme.merge import cut, explicit_map, lasting, replace_block
 from replaceme.models import tiny_model
 from replaceme.solve import lstsq_map
 from replaceme.stats import measure
@@ -107,6 +107,17 @@ def test_dtype_is_kept_and_half_precision_folds_in_float64():
     weight = small.model.layers[1].mlp.down_proj.weight
     ref = (MAP.double().T @ model.model.layers[1].mlp.down_proj.weight.double()).bfloat16()
     assert weight.dtype == torch.bfloat16 and torch.equal(weight, ref)
+
+
+@pytest.mark.parametrize("family, keys, kept", [
+    ("llama", {}, [1, 2, 3, 4]),
+    ("diffllama", {}, [4]),  # a constant of its attention grows with the layer's number
+    ("glm4_moe", dict(first_k_dense_replace=3), [3, 4]),  # its first three layers are dense by number
+    ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), [4]),
+])
+def test_only_blocks_that_the_config_can_rebuild_may_go(family, keys, kept):
+    model = tiny_model(family, layers=6, **keys)
+    assert [b.start for b in lasting(model, candidates(6, 2))] == kept
 
 
 def test_the_pruned_model_shares_all_weights_but_one():
