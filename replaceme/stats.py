@@ -16,23 +16,34 @@ from .activations import *
 from .distance import *
 from .blocks import *
 
-# %% ../nbs/07_stats.ipynb #dd9a2109
+# %% ../nbs/07_stats.ipynb #6b64332b
 class Gram:
-    "Sums over tokens of one candidate block: `X'X`, `X'R`, `|R|^2` and the number of tokens"
+    "Sums over tokens of one fit: `X'wX`, `X'wR`, the sum of `w|R|^2`, and the number of tokens"
     def __init__(self, p, # columns of `X`
                  d=None, # columns of `R`; as many as `X` by default
-                 device=None):
+                 device=None,
+                 E=None): # `(p,d)`: `X@E` is what stands there today; None is the identity
         if torch.device(device or 'cpu').type=='mps': device = 'cpu' # no float64 there
         zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=device)
         self.XtX, self.XtR, self.RtR, self.n = zeros(p, p), zeros(p, d or p), zeros(()), 0
+        self.E = torch.eye(p).to(self.XtX) if E is None else E.detach().to(self.XtX)
 
     def add(self, X:Tensor, # `(T,p)`
-            R:Tensor): # `(T,d)`
+            R:Tensor, # `(T,d)`
+            w=None): # `(T,)` weights of the tokens; None is 1
         "Add the rows of a batch"
-        for x,r in zip(X.split(1024), R.split(1024)): # float64 copies of a part at a time
-            x, r = [o.to(self.XtX.device).double() for o in (x, r)]
-            self.XtX.addmm_(x.T, x); self.XtR.addmm_(x.T, r)
-            self.RtR += r.pow(2).sum(); self.n += len(x)
+        w = torch.ones(len(X), device=X.device) if w is None else w
+        for x,r,u in zip(X.split(1024), R.split(1024), w.split(1024)): # float64 copies of a part at a time
+            x, r, u = [o.to(self.XtX.device).double() for o in (x, r, u)]
+            ux = u[:,None]*x
+            self.XtX.addmm_(ux.T, x); self.XtR.addmm_(ux.T, r)
+            self.RtR += (u*r.pow(2).sum(1)).sum(); self.n += len(x)
+
+    def __add__(self, other):
+        "The sums over the tokens of both"
+        new = Gram(*self.XtR.shape, self.XtX.device, self.E)
+        for k in ('XtX', 'XtR', 'RtR', 'n'): setattr(new, k, getattr(self, k)+getattr(other, k))
+        return new
 
     def __repr__(self): return f'Gram({self.XtX.shape[0]}x{self.XtR.shape[1]}, {self.n} tokens)'
 
