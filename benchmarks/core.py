@@ -26,6 +26,7 @@ from replaceme.arch import backbone, check_decoder, fold_points  # noqa: E402
 from replaceme.blocks import Block, candidates  # noqa: E402
 from replaceme.core import peak_memory, reset_peak_memory, resident_memory  # noqa: E402
 from replaceme.data import batches, load_texts  # noqa: E402
+from replaceme.distance import Profile  # noqa: E402
 from replaceme.evaluate import perplexity  # noqa: E402
 from replaceme.merge import cut, explicit_map, replace_block  # noqa: E402
 from replaceme.models import load_model, tiny_model  # noqa: E402
@@ -43,9 +44,11 @@ def setting(pieces=64):
 def prune(model, bs, n):
     "Proof, profile, choice, sums, fit and fold"
     check_decoder(model)
-    profile, dist, block, g = measure(model, bs, candidates(model.config.num_hidden_layers, n))
-    fit = lstsq_map(g)
-    return replace_block(model, block, fit.T), block, dist, fit
+    layers = model.config.num_hidden_layers
+    found = measure(model, bs, candidates(layers, n), Profile(layers))
+    dist, block = found.ranked[0]
+    fit = lstsq_map(found.sums[block])
+    return replace_block(model, block, fit), block, dist, fit
 
 
 def known():

@@ -29,7 +29,7 @@ def last_rows(x:Tensor, # hidden states, `(B,S,d)`
     last = mask.shape[1]-1 - mask.long().flip(1).argmax(1)
     return x[torch.arange(len(x), device=x.device), last.to(x.device)]
 
-# %% ../nbs/04_activations.ipynb #ed8d8204
+# %% ../nbs/04_activations.ipynb #5369fa9d
 def _hidden_hooks(layers, hidden, until):
     "Hooks that report what enters each layer, and what leaves the last one"
     def enter(i):
@@ -43,15 +43,15 @@ def _hidden_hooks(layers, hidden, until):
 
 def _mlp_hooks(points, mlp):
     "Hooks that report the MLP's contribution at each fold point"
-    def hook(i, p): return lambda mod, args, out: mlp(i, out if p.factor==1 else out*p.factor)
+    def hook(i, p): return lambda mod, args, out: mlp(i, out if p.factor==1 else out*p.factor, args[0])
     return [p.module.register_forward_hook(hook(i, p)) for i,p in points.items()]
 
-# %% ../nbs/04_activations.ipynb #48219e1f
+# %% ../nbs/04_activations.ipynb #5c088f48
 @torch.no_grad()
 def tap(model,
         batch, # `input_ids` and `attention_mask`, `(B,S)`
         hidden, # called as `hidden(i, x)` with what enters layer `i`; `i==L` is the last layer's output, before the final norm
-        mlp=None, # called as `mlp(i, m)` with what the MLP of layer `i` adds to the stream
+        mlp=None, # called as `mlp(i, m, h)` with what the MLP of layer `i` adds to the stream and what its last matrix reads
         points=None, # `{i: FoldPoint}` of the layers that `mlp` is called for
         until=None, # stop once this hidden state was seen; by default run to the last
        ):
@@ -63,10 +63,10 @@ def tap(model,
         try: backbone(model)(**{k: v.to(device) for k,v in batch.items()}, use_cache=False)
         except _Stop: pass
 
-# %% ../nbs/04_activations.ipynb #06830fde
+# %% ../nbs/04_activations.ipynb #d945311d
 class Acts:
-    "What one batch left behind: `S[i]` and `M[i]`, rows of real tokens `(T,d)`, by layer"
-    def __init__(self): self.S, self.M = {}, {}
+    "What one batch left behind: `S[i]`, `M[i]` and `H[i]`, rows of real tokens `(T,d)`, `(T,f)`, by layer"
+    def __init__(self): self.S, self.M, self.H = {}, {}, {}
 
 def capture(model,
             batch, # `input_ids` and `attention_mask`, `(B,S)`
@@ -75,7 +75,8 @@ def capture(model,
            )->Acts:
     "All hidden states of one batch, copied, without padding"
     acts, mask = Acts(), batch['attention_mask']
-    tap(model, batch, lambda i,x: acts.S.__setitem__(i, masked(x, mask)), lambda i,m: acts.M.__setitem__(i, masked(m, mask)), points, until)
+    def mlp(i, m, h): acts.M[i], acts.H[i] = masked(m, mask), masked(h, mask)
+    tap(model, batch, lambda i,x: acts.S.__setitem__(i, masked(x, mask)), mlp, points, until)
     return acts
 
 # %% ../nbs/04_activations.ipynb #0b3e36b2

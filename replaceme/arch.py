@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['backbone', 'text_config', 'layers_of', 'judging', 'check_decoder', 'hooks', 'n_hooks', 'first', 'hidden_arg',
-           'is_linear', 'FoldPoint', 'probe', 'probe_tolerance', 'fold_points']
+           'is_linear', 'FoldPoint', 'probe', 'probe_tolerance', 'fold_points', 'attention_point']
 
 # %% ../nbs/02_arch.ipynb #9cfdc645
 import functools
@@ -79,17 +79,19 @@ def hidden_arg(args, kwargs):
     "The hidden state among the arguments a layer was called with"
     return first(args) if args else kwargs['hidden_states']
 
-# %% ../nbs/02_arch.ipynb #415f5960
+# %% ../nbs/02_arch.ipynb #633e2b71
 def is_linear(m):
     "Linear layers, transposed ones (GPT-2's `Conv1D`) and quantised ones"
     return isinstance(m, (nn.Linear, Conv1D))
 
-def _writers(layer, d):
-    "Hooks that note the linear modules of `layer` that put out width `d`, in the order of their calls"
+def _in_attention(name): return any('attn' in p or 'attention' in p for p in name.split('.'))
+
+def _writers(layer, d, attention=False):
+    "Hooks that note the linear modules of `layer`, outside or inside attention, that put out width `d`, in the order of their calls"
     calls = []
     def note(mod, args, out, name):
         if isinstance(out, Tensor) and out.shape[-1]==d: calls.append((name, mod))
-    mods = [(n,m) for n,m in layer.named_modules() if is_linear(m) and not any('attn' in p or 'attention' in p for p in n.split('.'))]
+    mods = [(n,m) for n,m in layer.named_modules() if is_linear(m) and _in_attention(n)==attention]
     return calls, [m.register_forward_hook(functools.partial(note, name=n)) for n,m in mods]
 
 # %% ../nbs/02_arch.ipynb #c8ef5566
@@ -165,3 +167,21 @@ def fold_points(model,
     for i in which:
         if isinstance(found[i], str): raise ReplaceMeError(f"{type(model).__name__}: the map cannot be folded into layer {i}: {found[i]}.")
     return found
+
+# %% ../nbs/02_arch.ipynb #76e19463
+@torch.no_grad()
+def attention_point(model,
+                    i, # layer, 0-based
+                   ): # FoldPoint with the probe's error, or None where there is no such matrix
+    "The weight that writes attention's contribution of a layer"
+    layer, found = layers_of(model)[i], []
+    calls, hs = _writers(layer, text_config(model).hidden_size, attention=True)
+    def after(layer, args, kwargs, out):
+        for h in hs: h.remove()
+        if calls: found.append(FoldPoint(*calls[-1], *probe(layer, calls[-1][1], args, kwargs)))
+        raise _Stop
+    ids = torch.tensor([[5, 6, 7, 8]], device=model.get_input_embeddings().weight.device)
+    with judging(model), hooks(*hs, layer.register_forward_hook(after, with_kwargs=True)):
+        try: backbone(model)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        except _Stop: pass
+    return found[0] if found else None

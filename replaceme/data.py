@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['HELD_OUT', 'FORMATS', 'ROLES', 'Source', 'SOURCES', 'MIXES', 'RECIPE', 'token_ids', 'pad_rows', 'at_least', 'batches',
-           'first_tokens', 'decoded', 'cut_stream', 'read_text', 'python_docs', 'pick_split', 'split_of', 'file_format',
-           'open_dataset', 'open_rows', 'is_chat', 'pick_column', 'chat_text', 'as_text', 'table_texts',
-           'first_exchange', 'find_source', 'one_voice', 'read_table', 'pick', 'Reserved', 'reserved_cache',
-           'sample_ids', 'rows_at_once', 'first_id', 'sample_texts', 'own_texts', 'kind_of', 'plain_only', 'shares',
+           'hidden_tokens', 'mask_tokens', 'first_tokens', 'decoded', 'cut_stream', 'read_text', 'python_docs',
+           'pick_split', 'split_of', 'file_format', 'open_dataset', 'open_rows', 'is_chat', 'pick_column', 'chat_text',
+           'as_text', 'table_texts', 'first_exchange', 'find_source', 'one_voice', 'read_table', 'pick', 'Reserved',
+           'reserved_cache', 'sample_ids', 'rows_at_once', 'first_id', 'sample_texts', 'own_texts', 'is_path',
+           'kind_of', 'plain_only', 'read_shares', 'portions', 'interleave', 'identity', 'mixture', 'data_name', 'plan',
            'load_texts']
 
 # %% ../nbs/03_data.ipynb #6193d1e8
-import hashlib, json, re
+import hashlib, json, math, re
 from collections import namedtuple
 from contextlib import contextmanager
+from fractions import Fraction
 from io import StringIO
 from itertools import chain, islice
+from numbers import Real
 from pathlib import Path
 
 import datasets, torch
@@ -67,6 +70,29 @@ def batches(texts, tokenizer,
                                       f"{max(map(len, rows), default=0)}: give longer texts, or another column.")
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     return [pad_rows(kept[i:i+batch_size], pad) for i in range(0, len(kept), batch_size)]
+
+# %% ../nbs/03_data.ipynb #f50e7149
+def hidden_tokens(real, # positions of a text's real tokens, `(n,)`
+                  share, # of them to hide
+                  rng): # torch.Generator on the CPU
+    "The positions to hide, `(k,)`, never the first; two stay"
+    n = len(real)
+    k = int(float(share)*n + torch.rand((), generator=rng, dtype=torch.float64))
+    return real[1:][torch.randperm(max(n-1, 0), generator=rng)[:max(min(k, n-2), 0)]]
+
+# %% ../nbs/03_data.ipynb #e7501193
+def mask_tokens(batches, # dicts with `input_ids` and `attention_mask`, `(B,S)`; they stay as they are
+                share, # of the real tokens to hide, 0 or more and less than 1
+                seed=0)->list: # of dicts like those given
+    "The same batches with a random share of the real tokens hidden: `attention_mask` is 0 there"
+    if isinstance(share, bool) or not isinstance(share, Real) or not 0<=share<1:
+        raise ReplaceMeError(f"the share of tokens to mask is {share!r}: it must be a number from 0 to less than 1.")
+    rng = torch.Generator().manual_seed(seed)
+    def masked(mask):
+        out = mask.clone()
+        for row,m in zip(out, mask): row[hidden_tokens(m.nonzero()[:,0].cpu(), share, rng).to(m.device)] = 0
+        return out
+    return [{**b, 'attention_mask': masked(b['attention_mask'])} for b in batches]
 
 # %% ../nbs/03_data.ipynb #92525490
 def first_tokens(file, # an open text file
@@ -376,15 +402,21 @@ def own_texts(model, tokenizer, size=64, max_length=512, batch_size=8, seed=0)->
         with new_folder(folder) as tmp: (tmp/'texts.jsonl').write_text(''.join(lines))
     return [json.loads(line)['text'] for line in (folder/'texts.jsonl').read_text().splitlines()]
 
-# %% ../nbs/03_data.ipynb #02bcf1a9
+# %% ../nbs/03_data.ipynb #7674ac0b
+def is_path(dataset)->bool:
+    "Does the name mean a file or a folder here, and no data set on the hub?"
+    path, name = Path(dataset).expanduser(), str(dataset)
+    written_so = name.startswith(('.', '/', '~')) or name.count('/')>1 or path.suffix in {'.txt', '.md', '.rst'}
+    return written_so or file_format(path) is not None or path.exists()
+
+# %% ../nbs/03_data.ipynb #31811eed
 def kind_of(dataset)->str:
     "`self`, `python-docs`, `text` for a text file, or `table` for everything that `datasets` opens"
     if not isinstance(dataset, (str, Path)): return 'table'
     if dataset in ('self', 'python-docs'): return dataset
-    path, name = Path(dataset).expanduser(), str(dataset)
+    path = Path(dataset).expanduser()
     if path.is_file() and not file_format(path): return 'text'
-    is_path = name.startswith(('.', '/', '~')) or name.count('/')>1 or path.suffix in {'.txt', '.md', '.rst', *FORMATS}
-    if is_path and not path.exists(): raise ReplaceMeError(f"dataset {dataset}: no such file or folder.")
+    if is_path(dataset) and not path.exists(): raise ReplaceMeError(f"dataset {dataset}: no such file or folder.")
     return 'table'
 
 # %% ../nbs/03_data.ipynb #88048f3a
@@ -394,35 +426,128 @@ def plain_only(dataset, column=None, subset=None, split=None):
         if value not in (None, only):
             raise ReplaceMeError(f"dataset {dataset} is plain text and has no {key} {value!r}: leave it out.")
 
-# %% ../nbs/03_data.ipynb #38963f8b
-def shares(size, # texts, or None for all
-           n)->list: # of `n` parts
-    "`size` in `n` parts that differ by one at most"
-    return [size and size*(i+1)//n - size*i//n for i in range(n)]
+# %% ../nbs/03_data.ipynb #a8bd7981
+def read_shares(shares, # positive numbers; None for equal shares
+                n)->list: # of `n` fractions that sum to one
+    "The share of each of `n` data sets, exactly"
+    if shares is None: shares = [1]*n
+    if not isinstance(shares, (list, tuple)) or len(shares)!=n:
+        raise ReplaceMeError(f"shares {shares!r}: there must be a list of {n} positive numbers, one for each data set.")
+    for s in shares:
+        if isinstance(s, bool) or not isinstance(s, Real) or not 0<s<math.inf:
+            raise ReplaceMeError(f"shares {shares!r}: {s!r} is not a positive number. Leave out the data sets that "
+                                 "shall give no text.")
+    shares = [Fraction(str(s)) for s in shares]
+    return [s/sum(shares) for s in shares]
 
-# %% ../nbs/03_data.ipynb #c00fd912
-def load_texts(dataset='self', # see the table at the top
+# %% ../nbs/03_data.ipynb #d66ca780
+def portions(size, # texts, `N`
+             shares, # fractions that sum to one
+            )->list: # of int
+    "`size` in proportion to `shares`, by the method of the largest remainders"
+    q = [size*s for s in shares]
+    n = [int(x) for x in q]
+    for i in sorted(range(len(q)), key=lambda i: (q[i]-n[i], i))[len(q)-(size-sum(n)):]: n[i] += 1
+    return n
+
+# %% ../nbs/03_data.ipynb #130b49c5
+def interleave(parts, # lists
+              )->list:
+    "All their elements, each part spread evenly over the whole"
+    at = [((i+.5)/len(p), x) for p in parts for i,x in enumerate(p)]
+    return [x for _,x in sorted(at, key=lambda pair: pair[0])]
+
+# %% ../nbs/03_data.ipynb #6b8bf45c
+def _called(dataset): return str(dataset) if isinstance(dataset, (str, Path)) else type(dataset).__name__
+
+def identity(dataset):
+    "Equal for two names of the same data set"
+    if not isinstance(dataset, (str, Path)): return id(dataset)
+    path = Path(dataset).expanduser()
+    return path.resolve() if kind_of(dataset) in ('text', 'table') and path.exists() else find_source(dataset).path.lower()
+
+# %% ../nbs/03_data.ipynb #13e106ad
+def mixture(dataset, # one data set or a list of them
+            shares=None, # see `read_shares`
+           )->list: # of pairs: a data set, its share of the whole
+    "The parts of a mixture; a name in `MIXES` stands for its parts, which have equal shares of its share"
+    given = list(dataset) if isinstance(dataset, (list, tuple)) else [dataset]
+    if not given: raise ReplaceMeError("dataset is an empty list: name one data set or more, such as self.")
+    for d in given:
+        if isinstance(d, (list, tuple)) or not (isinstance(d, Path) or hasattr(d, '__iter__')):
+            raise ReplaceMeError(f"dataset {d!r} is no data set: give a name, a path or a list of them, "
+                                 "and no lists within the list.")
+    parts, seen = [], set()
+    for d,s in zip(given, read_shares(shares, len(given))):
+        names = MIXES.get(str(d).lower(), [d])
+        parts += [(p, s/len(names)) for p in names]
+    for d,_ in parts:
+        if (key := identity(d)) in seen:
+            raise ReplaceMeError(f"dataset {_called(d)} stands twice in the mixture: name it once, with a larger share.")
+        seen.add(key)
+    return parts
+
+# %% ../nbs/03_data.ipynb #08156975
+def _ratio(shares):
+    "Fractions as `1:3`, in the smallest whole numbers or, where these are large, in percent"
+    whole = [int(s*math.lcm(*(t.denominator for t in shares))) for s in shares]
+    return ':'.join(map(str, whole) if max(whole)<10_000 else (f'{float(100*s):.3g}' for s in shares))
+
+def data_name(dataset, # as in `load_texts`
+              shares=None)->str:
+    "A short name, such as `self + notes.txt (1:1)`, without folders"
+    given = list(dataset) if isinstance(dataset, (list, tuple)) else [dataset]
+    def short(d): return Path(d).name or str(d) if isinstance(d, Path) or isinstance(d, str) and is_path(d) else _called(d)
+    ratio = f' ({_ratio(read_shares(shares, len(given)))})' if len(given)>1 else ''
+    return ' + '.join(map(short, given)) + ratio
+
+# %% ../nbs/03_data.ipynb #8b5c0ce6
+def plan(parts, # pairs from `mixture`
+         size)->list: # of int, or None for all
+    "How many texts each part gives"
+    if size is None: return [None]*len(parts)
+    counts = portions(size, [s for _,s in parts])
+    for n,(d,s) in zip(counts, parts):
+        if n==0: raise ReplaceMeError(f"dataset {_called(d)} has a share of {float(100*s):.3g}%, {float(size*s):.3g} of {size} "
+                                      "texts, and gets none: raise its share or dataset_size, or leave it out.")
+    return counts
+
+# %% ../nbs/03_data.ipynb #a760b7ee
+def _enough(texts, dataset, share, n, mixed):
+    "The texts of a part, or an error when there are none, or in a mixture fewer than its `n`"
+    have = len(texts)
+    if not texts: raise ReplaceMeError(f"dataset {_called(dataset)} holds no text.")
+    if mixed and n is not None and have<n:
+        raise ReplaceMeError(f"dataset {_called(dataset)} has {have} texts and not the {n} that are its share "
+                             f"({float(100*share):.3g}%): lower dataset_size to {int(have/share)}, or its share.")
+    return texts
+
+# %% ../nbs/03_data.ipynb #b52c6f64
+def load_texts(dataset='self', # see the table at the top; a list is a mixture
+               shares=None, # of each data set in the list; see `read_shares`
                *, tokenizer,
                model=None, # for `self`
-               column=None, # of a table; see `pick_column`
+               column=None, # of the tables; see `pick_column`
                subset=None, # configuration of a hub data set; see also `split_of`
-               split=None, # of a table; see `pick_split`
+               split=None, # of the tables; see `pick_split`
                size=64, # texts; None for all there are
                max_length=512, # tokens in a piece of a text file, or of the model's own text
                batch_size=8, # texts that fit in memory together, for `self`
                seed=0, # for `self`
                token=None, # for gated data sets
               )->list: # of str
-    "The first `size` texts of a data set, a file, or the model itself"
+    "The first `size` texts of a data set, a file, the model itself, or a mixture of them"
     at_least(dataset_size=(1 if size is None else size, 1), max_length=(max_length, 2), batch_size=(batch_size, 1))
-    def part(dataset, size):
-        kind = kind_of(dataset)
-        if kind=='table': return read_table(dataset, tokenizer, column, subset, split, size, token)
-        plain_only(dataset, column, *split_of(subset, split))
-        if kind=='self': return own_texts(model, tokenizer, size, max_length, batch_size, seed)
-        if kind=='text': return read_text(Path(dataset).expanduser(), tokenizer, size, max_length)
-        return python_docs(tokenizer, size, max_length)
-    parts = MIXES.get(str(dataset).lower(), [dataset])
-    texts = [t for d,n in zip(parts, shares(size, len(parts))) if n!=0 for t in part(d, n)]
-    if not texts: raise ReplaceMeError(f"dataset {dataset} holds no text.")
-    return texts
+    if size is None and shares is not None: raise ReplaceMeError("dataset_size null takes all there is, and shares divide "
+        f"a number of texts ({shares}): give a dataset_size, or leave the shares out.")
+    def part(d, kind, n):
+        if kind=='table': return read_table(d, tokenizer, column, subset, split, n, token)
+        if kind=='self': return own_texts(model, tokenizer, n, max_length, batch_size, seed)
+        if kind=='text': return read_text(Path(d).expanduser(), tokenizer, n, max_length)
+        return python_docs(tokenizer, n, max_length)
+    parts = mixture(dataset, shares)
+    kinds, counts = [kind_of(d) for d,_ in parts], plan(parts, size)
+    if 'table' not in kinds: plain_only(_called(parts[0][0]), column, *split_of(subset, split))
+    def read(i): return _enough(part(parts[i][0], kinds[i], counts[i]), *parts[i], counts[i], len(parts)>1)
+    texts = {i: read(i) for i in sorted(range(len(parts)), key=lambda i: kinds[i]=='self')}
+    return interleave([texts[i] for i in range(len(parts))])

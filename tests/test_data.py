@@ -2,6 +2,7 @@
 import gzip
 import io
 import json
+import math
 import random
 import signal
 import subprocess
@@ -16,10 +17,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from replaceme import data
 from replaceme.core import ReplaceMeError
-from replaceme.data import batches, first_tokens, load_texts, own_texts, pick, sample_ids, sample_texts, token_ids
+from replaceme.data import (batches, data_name, first_tokens, interleave, load_texts, mask_tokens, own_texts, pad_rows, pick,
+                            portions, read_shares, sample_ids, sample_texts, token_ids)
 from replaceme.models import gguf_folder, package_gguf, tiny_model, tiny_tokenizer
 
 TOK = tiny_tokenizer()
+MODEL = tiny_model()
 ROWS = [dict(text=f"This is text {i}.", stars=i) for i in range(9)]
 TEXTS = [r["text"] for r in ROWS]
 OPENAI = [dict(role="user", content="Hi"), dict(role="assistant", content="Hello")]
@@ -105,6 +108,91 @@ def test_the_filling_is_masked_whatever_it_is():
 def test_batches_refuse(texts, kw, say):
     with pytest.raises(ReplaceMeError, match=say):
         batches(texts, TOK, **kw)
+
+
+# Hidden tokens
+
+
+def rectangle(lengths, left=False, width=None):
+    "Random texts of these lengths, padded on either side."
+    width, gen = width or max(lengths), torch.Generator().manual_seed(5)
+    ids = torch.randint(3, 259, (len(lengths), width), generator=gen)
+    at = torch.arange(width).expand(len(lengths), -1)
+    n = torch.tensor(lengths)[:, None]
+    return dict(input_ids=ids, attention_mask=((at >= width - n) if left else (at < n)).long())
+
+
+@pytest.mark.parametrize("share", [.03, .1, .25, .5, .9])
+def test_the_share_of_hidden_tokens(share):
+    lengths = [64] * 400
+    mask = mask_tokens([rectangle(lengths)], share)[0]["attention_mask"]
+    hidden = 64 - mask.sum(1)
+    assert set(hidden.tolist()) <= {math.floor(64 * share), math.ceil(64 * share)}
+    assert abs(hidden.double().mean() - 64 * share) < 5 * .5 / len(lengths) ** .5
+    assert (mask[:, 0] == 1).all()
+    often = (1 - mask[:, 1:]).double().mean(0)  # every other position as often as the next
+    p = 64 * share / 63
+    assert (often - p).abs().max() < 5 * (p * (1 - p) / len(lengths)) ** .5
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("share", [.3, .99])
+def test_hidden_tokens_are_real_and_never_the_first(left, share):
+    b = rectangle([2, 3, 5, 17, 40], left, width=44)
+    before = b["attention_mask"].clone()
+    out, = mask_tokens([b], share)
+    for old, new in zip(before.bool(), out["attention_mask"].bool()):
+        assert not (new & ~old).any() and new[old.nonzero()[0]] and new.sum() >= min(2, old.sum())
+        assert share < .9 or new.sum() == 2
+    assert torch.equal(b["attention_mask"], before) and b["attention_mask"] is not out["attention_mask"]
+    assert torch.equal(b["input_ids"], out["input_ids"]) and out["attention_mask"].dtype == before.dtype
+
+
+def test_hidden_tokens_depend_on_the_seed_alone():
+    lengths = [9, 40, 23, 2, 31]
+    right, left = rectangle(lengths), rectangle(lengths, left=True, width=50)
+    def hidden(bs, **kw):  # within the text, whatever surrounds it
+        outs = mask_tokens(bs, .3, **kw)
+        return [n[o > 0].tolist() for b, out in zip(bs, outs) for o, n in zip(b["attention_mask"], out["attention_mask"])]
+    expected = hidden([right])
+    before = torch.get_rng_state()
+    assert hidden([left]) == hidden([{k: v[i:i + 2] for k, v in left.items()} for i in (0, 2, 4)]) == expected
+    assert hidden([right], seed=1) != expected and torch.equal(before, torch.get_rng_state())
+    same, = mask_tokens([right], 0)
+    assert torch.equal(same["attention_mask"], right["attention_mask"])
+    assert mask_tokens([], .5) == []
+
+
+def test_rows_without_real_tokens():
+    mask = mask_tokens([rectangle([0, 1, 4])], .9)[0]["attention_mask"]
+    assert mask.sum(1).tolist() == [0, 1, 2]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family, numbers", [("llama", True), ("gpt2", True), ("qwen3", True), ("opt", False)])
+@pytest.mark.parametrize("left", [False, True])
+def test_a_hidden_token_does_not_exist_for_the_others(family, numbers, left):
+    "States of a text without its hidden tokens, the others where they were; OPT counts visible tokens, so they move up."
+    model = tiny_model(family, layers=3)
+    b = rectangle([12, 20, 16], left)
+    out, = mask_tokens([b], .4, seed=3)
+    states = model(**out, output_hidden_states=True).hidden_states
+    whole = model(**b, output_hidden_states=True).hidden_states
+    for row, (ids, mask, old) in enumerate(zip(b["input_ids"], out["attention_mask"].bool(), b["attention_mask"].bool())):
+        at = mask.nonzero().T
+        kw = dict(position_ids=at) if numbers else {}
+        alone = model(ids[mask][None], attention_mask=torch.ones_like(at), output_hidden_states=True, **kw).hidden_states
+        first_hidden = (old & ~mask).nonzero()[0]
+        for x, y, z in zip(states[1:], alone[1:], whole[1:]):
+            assert torch.allclose(x[row, mask], y[0], atol=1e-4)
+            seen = mask & (torch.arange(len(mask)) > first_hidden)
+            assert ((x - z)[row, seen].abs().amax(-1) > 1e-3).all()  # every later state is another
+
+
+@pytest.mark.parametrize("share", [1, 1., -.1, math.nan, True, False, ".5", None])
+def test_no_share_of_tokens(share):
+    with pytest.raises(ReplaceMeError, match="it must be a number from 0 to less than 1"):
+        mask_tokens([rectangle([5])], share)
 
 
 # Text files
@@ -287,9 +375,12 @@ def test_named_data_sets(hub, dataset, path, subset, texts):
 
 
 def test_half_and_half(hub):
-    assert load_texts("fineweb_and_orca", tokenizer=TOK, size=5, column="text", subset="train") == [ORCA] * 2 + TEXTS[:3]
-    assert load_texts("fineweb_and_orca", tokenizer=TOK, size=1) == TEXTS[:1]
-    assert [h[0].split("/")[1] for h in hub] == ["SlimOrca", "fineweb", "fineweb"]
+    texts = load_texts("fineweb_and_orca", tokenizer=TOK, size=5, column="text", subset="train")
+    assert texts == [TEXTS[0], ORCA, TEXTS[1], ORCA, TEXTS[2]]
+    assert load_texts(["slimorca", "fineweb"], tokenizer=TOK, size=5) == texts
+    assert [h[0].split("/")[1] for h in hub] == ["SlimOrca", "fineweb"] * 2
+    fails("dataset Open-Orca/SlimOrca has a share of 50%, 0.5 of 1 texts, and gets none", "fineweb_and_orca", size=1)
+    assert len(hub) == 4  # the error comes before anything is opened
 
 
 def test_what_is_asked_of_the_hub(hub):
@@ -304,6 +395,120 @@ def test_a_folder_wins_over_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Dataset.from_list(ROWS).to_parquet("wikitext/train.parquet")
     assert load_texts("wikitext", tokenizer=TOK, size=2) == TEXTS[:2]
+
+
+# Mixtures
+
+
+def by_hand(size, shares):
+    "Give the texts out one by one, each to the part that is owed most and was not yet given its quota rounded up."
+    total = sum(shares)
+    n = [size * s // total for s in shares]
+    rest = [size * s % total for s in shares]
+    while sum(n) < size:
+        i = max(range(len(n)), key=lambda i: (rest[i], i))
+        n[i], rest[i] = n[i] + 1, -1
+    return n
+
+
+def test_portions():
+    rng = random.Random(0)
+    for _ in range(300):
+        shares = [rng.randint(1, 12) for _ in range(rng.randint(1, 5))]
+        size = rng.randint(1, 200)
+        n = portions(size, read_shares(shares, len(shares)))
+        assert n == by_hand(size, shares) and sum(n) == size
+        assert all(abs(k - size * s / sum(shares)) < 1 for k, s in zip(n, shares))
+        assert n == portions(size, read_shares([s / 10 for s in shares], len(shares)))  # decimal fractions are exact
+
+
+def test_every_stretch_of_a_mixture_has_its_proportions():
+    for n in [32, 32], [48, 16], [60, 3, 1], [5, 0, 7], [1, 1]:
+        texts = interleave([[(p, i) for i in range(k)] for p, k in enumerate(n)])
+        for p, k in enumerate(n):
+            assert [t for t in texts if t[0] == p] == [(p, i) for i in range(k)]  # each part in its order
+            for m in range(sum(n) + 1):
+                assert abs(sum(t[0] == p for t in texts[:m]) - m * k / sum(n)) <= len(n) / 2
+
+
+def test_a_mixture_of_every_kind(tmp_path):
+    file, table = tmp_path / "notes.txt", write(tmp_path, "csv")
+    file.write_text("abcdefghijklmnopqrstuvwxyz" * 9)
+    kw = dict(tokenizer=TOK, model=MODEL, max_length=12)
+    parts, n = ["self", file, str(table), "python-docs", Dataset.from_list(ROWS)], [2, 3, 4, 6, 5]
+    got = load_texts(parts, n, size=20, column="text", subset="train", **kw)
+    assert got == interleave([load_texts(p, size=k, **kw) for p, k in zip(parts, n)])
+    assert got == load_texts(tuple(parts), [k / 20 for k in n], size=20, column="text", **kw)
+    assert load_texts([file], size=3, **kw) == load_texts(file, [2], size=3, **kw) == load_texts(file, size=3, **kw)
+
+
+def test_options_concern_the_tables(tmp_path):
+    table = tmp_path / "a.dict"
+    rows = [dict(text="title", body=t) for t in ("one", "two")]
+    DatasetDict(train=Dataset.from_list(rows[:1]), test=Dataset.from_list(rows)).save_to_disk(table)
+    texts = load_texts(["python-docs", table], tokenizer=TOK, size=4, split="test", column="body")
+    assert texts[1::2] == ["one", "two"] and texts[::2] == load_texts("python-docs", tokenizer=TOK, size=2)
+    fails("no column 'txt' (dataset_column)", ["python-docs", table], size=4, column="txt")
+    for kw in dict(column="body"), dict(split="test"), dict(subset="en"):
+        fails("plain text and has no", ["python-docs", "self"], size=4, **kw)
+
+
+def test_all_of_every_part(tmp_path):
+    table = write(tmp_path, "jsonl")
+    (tmp_path / "b.txt").write_text("abcdef")
+    assert load_texts([table, tmp_path / "b.txt"], tokenizer=TOK, size=None, max_length=3) == interleave([TEXTS, ["abc", "def"]])
+    fails("dataset_size null takes all there is", [table, "python-docs"], size=None, shares=[1, 2])
+    (tmp_path / "empty.txt").touch()
+    fails("empty.txt holds no text", [table, tmp_path / "empty.txt"], size=None)
+
+
+def test_a_part_that_runs_out(tmp_path, monkeypatch):
+    table = write(tmp_path, "jsonl")  # of 9 texts
+    monkeypatch.setattr(data, "own_texts", lambda *a: pytest.fail("it wrote before it looked at the table"))
+    fails("a.jsonl has 9 texts and not the 16 that are its share (25%): lower dataset_size to 36, or its share.",
+          ["self", table], shares=[3, 1], size=64)
+    monkeypatch.undo()
+    monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path / "cache"))
+    assert len(load_texts(["python-docs", table], [3, 1], tokenizer=TOK, size=36)) == 36
+    assert len(load_texts(table, tokenizer=TOK, size=64)) == 9  # alone it gives what it has
+
+
+@pytest.mark.parametrize("dataset, kw, say", [
+    ([], {}, "dataset is an empty list"),
+    (["self", ["python-docs"]], {}, "dataset ['python-docs'] is no data set"),
+    (["self", None], {}, "dataset None is no data set"), (None, {}, "dataset None is no data set"),
+    (["self", "python-docs", "self"], {}, "dataset self stands twice"),
+    (["fineweb_and_orca", "FineWeb"], {}, "dataset FineWeb stands twice"),
+    (["slimorca", "Open-Orca/SlimOrca"], {}, "dataset Open-Orca/SlimOrca stands twice"),
+    (["self", "gone.txt"], {}, "dataset gone.txt: no such file"),
+    (["self", "python-docs"], dict(shares=[1, 99], size=40), "dataset self has a share of 1%, 0.4 of 40 texts, and gets none"),
+    *[(["self", "python-docs"], dict(shares=s), f"shares {s!r}: there must be a list of 2 positive numbers")
+      for s in ([], [1], [1, 1, 1], "11", 2, dict(a=1, b=1))],
+    *[(["self", "python-docs"], dict(shares=[1, s]), f"{s!r} is not a positive number")
+      for s in (0, -1, -.5, math.nan, math.inf, True, "1", None)],
+    ("self", dict(shares=[1, 1]), "shares [1, 1]: there must be a list of 1 positive numbers")])
+def test_mixtures_that_will_not_do(dataset, kw, say):
+    fails(say, dataset, model=MODEL, **kw)
+
+
+def test_the_same_file_twice(tmp_path, monkeypatch):
+    table = write(tmp_path, "jsonl")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link.jsonl").symlink_to(table)
+    for other in "a.jsonl", "./a.jsonl", table, "link.jsonl":
+        fails(f"dataset {other} stands twice", [str(table), other], size=4)
+    ds = Dataset.from_list(ROWS)
+    fails("dataset Dataset stands twice", [ds, ds], size=4)
+
+
+@pytest.mark.parametrize("dataset, shares, name", [
+    ("self", None, "self"), (["self"], [3], "self"), (["self", "data/wiki.txt"], None, "self + wiki.txt (1:1)"),
+    ("/home/me/secret/a.jsonl.gz", None, "a.jsonl.gz"), (Path("secret/saved"), None, "saved"),
+    (["~/a.csv", "wikitext", "me/mine"], [50, 25, 100], "a.csv + wikitext + me/mine (2:1:4)"),
+    (["fineweb_and_orca", "self"], [.35, .65], "fineweb_and_orca + self (7:13)"),
+    (["self", "python-docs"], [1, math.pi], "self + python-docs (24.1:75.9)")])
+def test_names(dataset, shares, name):
+    assert data_name(dataset, shares) == name
 
 
 # Bad input
@@ -359,9 +564,6 @@ def test_bad_numbers_and_what_plain_text_has_not(kw, say):
 
 
 # The model's own text
-
-
-MODEL = tiny_model()
 
 
 def draw(*shape, seed=0):

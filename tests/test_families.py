@@ -77,8 +77,8 @@ def test_a_block_that_does_nothing_is_found_and_replaced_without_loss(name):
             if any(k in n for k in ("o_proj", "attention.dense", "attn.c_proj", "out_proj")):
                 p.zero_()
     ids = torch.randint(3, 300, (8, 32), generator=torch.Generator().manual_seed(2))
-    _, dist, block, g = measure(model, [batch(ids[:4]), batch(ids[4:])], candidates(6, 2))
-    fit = lstsq_map(g)
+    found = measure(model, [batch(ids[:4]), batch(ids[4:])], candidates(6, 2), Profile(6))
+    (dist, block), fit = found.ranked[0], lstsq_map(found.sums[found.block])
     assert block == Block(2, 4) and dist < 1e-3
     assert rel(fit.T.float(), torch.eye(32)) < 1e-4
     assert rel(replace_block(model, block, fit.T)(ids).logits, model(ids).logits) < 1e-4

