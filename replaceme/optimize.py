@@ -20,7 +20,7 @@ from .data import *
 from .shards import *
 from .solve import *
 
-# %% ../nbs/10_optimize.ipynb #f877dc13
+# %% ../nbs/10_optimize.ipynb #8a8f006f
 LOSSES = ('cosine', 'mse', 'elasticnet')
 
 def _known(what, name, known):
@@ -44,7 +44,7 @@ class Loss:
             raise ReplaceMeError("elasticnet without a penalty is mse: give l1 or l2 (the paper's are l1=1e-4, l2=0.01), or loss 'mse'.")
         if self.name=='cosine' and not self.accurate and self.l1+self.l2:
             warnings.warn(f"l1 {self.l1:g} and l2 {self.l2:g} with the simplified cosine: it is the same for every multiple of the map, so "
-                          "the penalty alone decides the map's size and pulls it to zero; use accurate=True.", ReplaceMeWarning, stacklevel=3)
+                          "the penalty alone decides its size, and pulls it towards zero for as long as the solver runs; use accurate.", ReplaceMeWarning, stacklevel=3)
 
     def tokens(self, V, X, A, Y)->Tensor: # `(T,)`
         "The loss of each token, without penalties"

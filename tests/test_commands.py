@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +17,12 @@ from transformers import AutoModelForCausalLM
 from replaceme.arch import layers_of
 from replaceme.core import ReplaceMeError, cache_dir
 from replaceme.models import gguf_folder, load_model, package_gguf, tiny_model, tiny_tokenizer
-from replaceme.pipeline import Config, analyse, prune, read_config, run
+from replaceme.pipeline import Config, analyse, prune, read_config, recipe_of, run
+from replaceme.search import Recipe
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
-COMMANDS = "run_replaceme get_distance_analysis get_lt_with_lstsq evaluate_model".split()
+COMMANDS = "run_replaceme get_distance_analysis get_lt_with_lstsq get_lt_with_solvers evaluate_model".split()
 FRESH = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -66,7 +68,7 @@ def test_run_replaceme(place):
     assert set(r["distance"]["profile"]) == {"1", "2", "3", "4", "5"} and r["fit"]["error"] < r["fit"]["removal_error"]
     assert r["config"]["max_length"] == 64 and "token" not in r["config"]
     assert r["calibration"]["tokens"] > 1000 and r["peak_memory"] > r["loaded_memory"] > 0 and r["seed"] == 0
-    assert {"load", "texts", "calibrate", "fit", "fold", "score", "save", "reload"} <= set(r["seconds"])
+    assert {"load", "texts", "calibrate", "fit", "score", "save", "reload"} <= set(r["seconds"])
     assert {"replaceme", "torch", "transformers", "python"} <= set(r["versions"])
     assert r["parameters"]["before"] > r["parameters"]["after"]
     assert (place / "out/replaceme.yaml").read_text() == (place / "c.yaml").read_text().replace("token: hf_secret", "token: null # not kept")
@@ -91,10 +93,38 @@ def test_distances_and_maps(place):
     with safe_open(place / "map/transform.safetensors", "pt") as f:
         block, T = json.loads(f.metadata()["block"]), f.get_tensor("T")
     model, tok = load_model(place / "tiny")
-    small, r = prune(model, tok, 2, dataset=str(place / "texts.txt"), max_length=64)
+    small, r = prune(model, tok, 2, method="lstsq", dataset=str(place / "texts.txt"), max_length=64)
     assert block == r["block"]
     ref = T.T @ layers_of(model)[block[0] - 1].mlp.down_proj.weight.double()
     assert torch.equal(ref.float(), layers_of(small)[block[0] - 1].mlp.down_proj.weight)
+
+
+def test_maps_by_solvers(place):
+    "The release's command line; its rows stay where they are asked for"
+    p = call(place, "get_lt_with_solvers", "--model", "./tiny", "--dataset", "texts.txt", "--max_length", "64", "--layers", "2", "--method", "cosine",
+             "--alpha", "0.1", "--save_path", "cos", "--activations_save_path", "acts")
+    assert "transform.safetensors" in p.stdout and "cosine" in p.stdout and "model.safetensors" not in os.listdir(place / "cos")
+    with safe_open(place / "cos/transform.safetensors", "pt") as f:
+        T, (s, e) = f.get_tensor("T"), json.loads(f.metadata()["block"])
+    assert T.shape == (32, 32) and not torch.equal(T, torch.eye(32).double()) and (T - torch.eye(32)).abs().max() < 0.1  # a few steps of 1e-4
+    assert sorted(os.listdir(place / "acts" / f"{s}-{e}")) == ["A.bin", "X.bin", "Y.bin", "rows.json"]
+
+
+@pytest.mark.parametrize("keys", [dict(), dict(method="lstsq"), dict(method="cosine"), dict(method="cosine", solver="irls", accurate=True),
+                                  dict(max_blocks=2), dict(num_A=2, layers_to_skip=1, method="lstsq"), dict(blocks=[[1, 2], [4, 5]], layers_to_skip=None),
+                                  dict(affine=True), dict(method="lstsq", two_vectors=True), dict(dataset=["texts.txt", "python-docs"], dataset_size=24)],
+                         ids=str)
+def test_every_way_ends_as_a_checkpoint(place, monkeypatch, keys):
+    "From config to a folder that transformers loads, with what was done in replaceme.json and in the report"
+    monkeypatch.chdir(place)
+    cfg = read_config("c.yaml", **{**dict(save_path="way", eval_dataset=None, prompt=None), **keys})
+    r, path = run(cfg)
+    again = AutoModelForCausalLM.from_pretrained(path)
+    assert again.config.num_hidden_layers == r["n_layers"]["after"] == 6 - sum(e - s for s, e in r["blocks"])
+    assert json.loads((path / "replaceme.json").read_text())["blocks"] == r["blocks"]
+    page = (path / "report.html").read_text(encoding="utf-8")
+    assert all(f"[{s},{e})" in page for s, e in r["blocks"])
+    shutil.rmtree(path)
 
 
 def test_evaluate_model_with_a_task_folder(place):
@@ -158,6 +188,10 @@ def test_a_yaml_of_the_public_release_loads_unchanged(tmp_path):
     path.write_text(RELEASE)
     cfg = read_config(path)
     assert (cfg.layers_to_skip, cfg.min_distance_layer, cfg.dataset_subset, cfg.alpha) == (8, 20, "train", 0.0)
+    assert recipe_of(cfg) == Recipe()  # the paper's least squares, and nothing else
+    path.write_text(RELEASE.replace('"lstsq"', '"cosine"').replace("save_transform_only: True", "save_transform_only: False"))
+    cosine = recipe_of(read_config(path))
+    assert cosine == Recipe(solver="adam", options=dict(loss="cosine", accurate=False, l1=0.0, l2=0.0, seed=0, lr=1e-4))
     path.write_text(RELEASE + "layers_to_skip: 8\n")  # one of its examples repeats a key
     with pytest.raises(ReplaceMeError, match="'layers_to_skip' stands twice"):
         read_config(path)
