@@ -79,7 +79,7 @@ def capture(model,
     tap(model, batch, lambda i,x: acts.S.__setitem__(i, masked(x, mask)), mlp, points, until)
     return acts
 
-# %% ../nbs/04_activations.ipynb #0b3e36b2
+# %% ../nbs/04_activations.ipynb #167ad9f2
 def blame_nonfinite(model, batch, # the batch in which something was not finite
                     offset=0, # number of texts before this batch
                    ):
@@ -89,7 +89,7 @@ def blame_nonfinite(model, batch, # the batch in which something was not finite
         rows = (~x.reshape(*mask.shape, -1).isfinite().all(-1).cpu() & mask.cpu()).any(1)
         if not bad and rows.any(): bad.append((i, int(rows.nonzero()[0])))
     tap(model, batch, look)
-    i, row = bad[0] if bad else ('?', 0)
-    where = f"the output of layer {i-1}" if i!='?' and i>0 else "the embeddings"
+    i, row = bad[0] if bad else (None, 0)
+    where = "a state that was finite when it was looked for again" if i is None else f"the output of layer {i-1}" if i>0 else "the embeddings"
     raise ReplaceMeError(f"NaN or infinity in {where}, text {offset+row} (counted from 0, without texts under two tokens): load the model with another dtype (it runs in "
                          f"{model.dtype}), or look at that text and that layer's weights.")

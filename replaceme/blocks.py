@@ -85,7 +85,7 @@ def windows(blocks, # candidates, all of one length
                                           f"{'side by side' if gap==0 else 'with a layer between them'}: use fewer or shorter ones.")
     return total, joined(taken, merge_consecutive)
 
-# %% ../nbs/06_blocks.ipynb #27a51018
+# %% ../nbs/06_blocks.ipynb #8d440012
 def _table(distance, n_layers, total, first, avoid):
     "{Block: distance} of the blocks that may be part of a way"
     d = distance if callable(distance) else lambda s,e: distance[s][e]
@@ -116,7 +116,7 @@ def partitions(distance, # `distance(s, e)`, or a matrix with `D[s][e]`; one tha
         F.append({jm: heapq.nsmallest(top, ways) for jm,ways in new.items()})
     ways = [w for (j,m),ws in F[-1].items() if m==total for w in ws]
     if not ways: raise ReplaceMeError(f"No way is left to remove {total} of {n_layers} layers in at most {k} blocks"
-                                      + (f" without layers {', '.join(map(str, avoid))}." if avoid else "."))
+                                      + (f" without layers {', '.join(map(str, avoid))}, which make or take away the attention sink: set sinks: allow to let them go." if avoid else "."))
     return [(d, list(bs)) for d,bs in heapq.nsmallest(top, ways)]
 
 # %% ../nbs/06_blocks.ipynb #e54edfa1

@@ -83,7 +83,7 @@ def _fail(name, e):
     print(f'{name}: error: {e}', file=sys.stderr)
     return 2
 
-# %% ../nbs/16_cli.ipynb #e8b60cc3
+# %% ../nbs/16_cli.ipynb #2f04371f
 def _oneline(text): return ' '.join(text.split())
 
 _ALIASES = dict(model='model_path', layers='layers_to_skip')
@@ -106,9 +106,10 @@ def _map_alone(cfg, yaml_text):
     print(results_table(result))
     print('\nmap     ', path/'transform.safetensors')
 
-@command(_ALIASES, dict(_MAP_ONLY, method='lstsq'))
+@command(_ALIASES, _MAP_ONLY, dict(method='lstsq'))
 def get_lt_with_lstsq(cfg, yaml_text):
     "Fit the least squares map alone and save it as safetensors; no model is written, nothing is scored."
+    if cfg.method!='lstsq': raise ReplaceMeError(f"method is {cfg.method!r}: get_lt_with_lstsq is for method lstsq; use get_lt_with_solvers or run_replaceme.")
     _map_alone(cfg, yaml_text)
 
 @command(_ALIASES, _MAP_ONLY, dict(method='cosine'))

@@ -35,7 +35,7 @@ from .evaluate import *
 from .search import *
 from .report import *
 
-# %% ../nbs/15_pipeline.ipynb #0b8d7684
+# %% ../nbs/15_pipeline.ipynb #987ca898
 def key(default, help): # -> a dataclass field
     "A config key with its default and its meaning"
     return field(default=default, metadata=dict(help=help))
@@ -87,7 +87,7 @@ class Config:
     accurate:bool = key(False, "cosine: compare after adding the residual")
     l1:float = key(0., "penalty on the absolute values of the map (cosine method)")
     l2:float = key(0., "penalty on the squares of the map (cosine method)")
-    epochs:int|None = key(None, "epochs of adam (10), sweeps of irls (10), iterations of the others (200)")
+    epochs:int|None = key(None, "epochs of adam (10), sweeps of irls (10), iterations of the others (100)")
     lr:float = key(1e-4, "learning rate of adam")
     activations_save_path:str|None = key(None, "folder for the activations of these solvers; kept, and gone on with after an interruption")
     save_path:str|None = key(None, "output folder; null makes pruned/MODEL-minusN-METHOD")
@@ -167,7 +167,7 @@ def check_config(cfg):
     if isinstance(cfg.dataset, list) or cfg.dataset_shares is not None: mixture(cfg.dataset, cfg.dataset_shares)
     check_together(cfg)
 
-# %% ../nbs/15_pipeline.ipynb #36456a13
+# %% ../nbs/15_pipeline.ipynb #a15b180a
 def structure_of(cfg)->tuple: # (structure, rank)
     "The structure of the map, in one word whatever words the config used"
     named = [w for w,on in dict(diag=cfg.diag, two_vectors=cfg.two_vectors, thri=cfg.thri, structure=cfg.structure not in (None, 'full')).items() if on]
@@ -176,8 +176,10 @@ def structure_of(cfg)->tuple: # (structure, rank)
     if cfg.rank is not None and cfg.structure!='rank': raise ReplaceMeError(f"rank is {cfg.rank}, which goes with structure: rank.")
     return ('diag', None) if cfg.diag else ('rank', 1) if cfg.two_vectors else ('lower', None) if cfg.thri else (cfg.structure or 'full', cfg.rank)
 
-def _given(cfg, *names): # the first that differs from its default
-    return next((k for k in names if getattr(cfg, k)!=Config.__dataclass_fields__[k].default), None)
+_OFF = (None, False, 0, 'full', 'distance') # values that ask for nothing
+
+def _given(cfg, *names): # the first that differs from its default and asks for something
+    return next((k for k in names if getattr(cfg, k)!=Config.__dataclass_fields__[k].default and getattr(cfg, k) not in _OFF), None)
 
 def _no(cfg, when, reason, *names):
     "Refuse the first of these keys that is given, for a reason"
@@ -192,21 +194,26 @@ def check_together(cfg):
     _no(cfg, cfg.method=='auto', "method auto fits a full map and finds its ridge; method: lstsq has this choice", 'structure', 'diag', 'two_vectors', 'thri', 'ridge')
     _no(cfg, cfg.map=='wide', "it is for a narrow map: rows and columns of a wide one are different things", 'structure', 'diag', 'two_vectors', 'thri')
     _no(cfg, structure!='full', f"there is no {structure} map with a bias", 'affine')
+    _no(cfg, structure=='orthonormal', "an orthonormal map has a length already", 'alpha')
     _no(cfg, iterative, "the iterative solvers fit the map alone and weigh tokens by their loss", 'affine', 'weights', 'select', 'top_k', 'ridge')
     if iterative and cfg.alpha=='auto': raise ReplaceMeError("alpha auto is a closed form; with method cosine alpha is the weight of the squared penalty (l2).")
     if cfg.alpha and cfg.ridge is not None: raise ReplaceMeError(f"alpha is {cfg.alpha} and ridge is {cfg.ridge}: two ridges on one map; keep one.")
     if cfg.alpha=='auto' and structure!='full': raise ReplaceMeError(f"alpha auto is for a full map, not {structure}: give ridge a number.")
-    if cfg.alpha and cfg.alpha!='auto' and cfg.map=='wide': raise ReplaceMeError("alpha, the paper's ridge towards zero, is for a narrow map; use ridge, towards the narrow map.")
-    _no(cfg, cfg.select=='distance', "select is distance, which compares nothing else", 'top_k')
+    if cfg.alpha and cfg.alpha!='auto' and cfg.map=='wide' and not iterative: raise ReplaceMeError("alpha, the paper's ridge towards zero, is for a narrow map; use ridge, towards the narrow map.")
+    if cfg.top_k is not None and recipe_of(cfg).select=='distance':
+        raise ReplaceMeError(f"top_k is {cfg.top_k}, but select is distance, which compares nothing else: leave it out, or set select: loss.")
     _check_blocks(cfg, several)
     if iterative: _check_cosine(cfg, structure)
     _no(cfg, cfg.use_4bit, "the 4 bit model only measures; nothing is folded into it", 'select', 'refit', 'num_A', 'max_blocks')
+    if cfg.use_4bit and cfg.blocks is not None and len(given_blocks(cfg))>1:
+        raise ReplaceMeError("blocks holds several, but the 4 bit model only measures, and the second block must be measured when the first is gone: give one.")
     _no(cfg, cfg.save_transform_only, "save_transform_only saves maps and no refitted layers", 'refit')
 
 def _check_blocks(cfg, several):
     "Keys about several blocks"
     if sum([cfg.num_A>1, cfg.max_blocks>1, cfg.blocks is not None])>1: raise ReplaceMeError("num_A, max_blocks and blocks are three ways to say which blocks go: keep one.")
-    _no(cfg, cfg.blocks is not None, "the blocks are given", 'layers_to_skip', 'select', 'top_k', 'min_distance_layer', 'distances_path')
+    _no(cfg, cfg.blocks is not None, "the blocks are given", 'layers_to_skip', 'select', 'top_k', 'min_distance_layer', 'distances_path', 'metric',
+        'distance_tokens', 'sinks')
     if cfg.blocks is not None: given_blocks(cfg)
     _no(cfg, cfg.num_A>1, "windows of num_A are taken in order of their distance; max_blocks compares ways to remove layers", 'select', 'top_k')
     if several and cfg.select=='fit': raise ReplaceMeError("select fit compares single blocks; for several use loss or distance.")
@@ -245,7 +252,7 @@ def read_config(path=None, # YAML file; None for defaults only
     try: return make_config(**{**(defaults or {}), **read_yaml(text), **overrides})
     except ReplaceMeError as e: raise ReplaceMeError(f"config {path}: {e}" if path else str(e)) from None
 
-# %% ../nbs/15_pipeline.ipynb #f93d7945
+# %% ../nbs/15_pipeline.ipynb #afc73bfe
 class Result(dict):
     "What a run did and what it cost, as saved in `replaceme.json`; `.plot()` shows the profile"
     @property
@@ -255,6 +262,7 @@ class Result(dict):
     def plot(self, ax=None):
         "The distance of every candidate start, with the chosen block"
         d = self['distance']
+        if str(len(self.block)) not in d['profile']: raise ReplaceMeError(f"there is no profile of blocks of {len(self.block)} layers: the blocks were given, not chosen.")
         return plot_profile(d['profile'], len(self.block), self['block'], d['metric'], ax=ax, sinks=d.get('sinks'), avoided=d.get('avoided'))
 
 def versions()->dict:
@@ -268,7 +276,7 @@ def n_parameters(model)->int: # tied weights count once; 4-bit weights count in 
     "Number of parameters"
     return model.num_parameters()
 
-# %% ../nbs/15_pipeline.ipynb #7688a932
+# %% ../nbs/15_pipeline.ipynb #3547ebdb
 _OWN = dict(lstsq=dict(), cosine=dict(),
             auto=dict(map='wide', weights='inv_norm', ridge='auto', select='loss', top_k=5, refit=2))
 
@@ -290,14 +298,13 @@ def recipe_of(cfg)->Recipe:
     given = {k: getattr(cfg, k) for k in ('map', 'weights', 'select', 'top_k', 'refit', 'ridge') if getattr(cfg, k) is not None}
     if cfg.select in ('fit', 'loss'): own.setdefault('top_k', 5)
     if cfg.alpha=='auto': given['ridge'] = 'auto'
-    elif cfg.alpha is not None and cfg.method!='cosine':
+    elif cfg.alpha and cfg.method!='cosine':
         given['alpha'] = cfg.alpha
-        if own.get('ridge')=='auto': own['ridge'] = None
-        own['map'] = 'narrow' if cfg.alpha else own.get('map', 'narrow')
+        own.pop('ridge', None); own['map'] = 'narrow'
     solver = dict(solver=cfg.solver, options=_options(cfg), rows_path=cfg.activations_save_path) if cfg.method=='cosine' else {}
     return Recipe(**{**own, 'affine': cfg.affine, 'structure': structure, 'rank': rank, **solver, **given})
 
-# %% ../nbs/15_pipeline.ipynb #ccd5382f
+# %% ../nbs/15_pipeline.ipynb #dce7c55d
 def _data_key(cfg):
     "Which data a profile belongs to; not how much of it, since a profile of a hundred texts may well serve a fit on thousands"
     more = [cfg.dataset_shares, cfg.mask] if cfg.dataset_shares or cfg.mask else []
@@ -320,9 +327,9 @@ def calibration_batches(model, tokenizer, cfg)->list:
     bs = batches(calibration_texts(model, tokenizer, cfg), tokenizer, cfg.batch_size, cfg.max_length)
     try: check_length(model, max(b['input_ids'].shape[1] for b in bs))
     except ReplaceMeError as e: raise ReplaceMeError(f"max_length is {cfg.max_length}: {e}") from None
-    return mask_tokens(bs, cfg.mask, cfg.seed) if cfg.mask else bs
+    return bs
 
-# %% ../nbs/15_pipeline.ipynb #eccce4d0
+# %% ../nbs/15_pipeline.ipynb #09d773b2
 def n_removed(cfg)->int:
     "Layers that will go"
     return sum(map(len, given_blocks(cfg))) if cfg.blocks is not None else cfg.layers_to_skip*cfg.num_A
@@ -339,17 +346,18 @@ def prove(model, cfg, writable=True)->list: # the candidate blocks, or the given
     else: blocks = lasting(model, candidates(n, cfg.layers_to_skip, cfg.min_distance_layer))
     if (n_removed(cfg))>=n: raise ReplaceMeError(f"num_A is {cfg.num_A} and layers_to_skip {cfg.layers_to_skip}: the model has {n} layers only.")
     points = fold_points(model, [b.start-1 for b in blocks])
-    for p in points.values() if writable else ():
-        check_writable(p.module)
+    for p in points.values():
+        if writable: check_writable(p.module)
+        if cfg.rank and cfg.rank>text_config(model).hidden_size: raise ReplaceMeError(f"rank is {cfg.rank}, more than the model's width of {text_config(model).hidden_size}.")
         if cfg.affine and p.module.bias is None and not hasattr(text_config(model), 'mlp_bias'):
             raise ReplaceMeError(f"affine: {p.name} has no bias, and the family has no switch for one (mlp_bias in its config): leave affine out.")
     return blocks
 
-# %% ../nbs/15_pipeline.ipynb #a88c09f0
+# %% ../nbs/15_pipeline.ipynb #a6c739da
 def ways_out(model, bs, cfg, blocks, known)->tuple: # (ways, Profile or None, sinks, avoided)
     "The ways to remove several blocks, best first, as `(sum of distances, [Block, ...])`"
     n = len(layers_of(model))
-    if cfg.blocks is not None: return [(float('nan'), blocks)], None, None, []
+    if cfg.blocks is not None: return [(float('nan'), blocks)], None, look_for_sinks(model, bs[:1]), []
     if known is None:
         profile = Profile(n, cfg.metric, cfg.distance_tokens)
         collect(model, bs, [], {}, profile, desc='profile')
@@ -363,12 +371,12 @@ def ways_out(model, bs, cfg, blocks, known)->tuple: # (ways, Profile or None, si
         kept, avoided = without_sinks(blocks, avoid)
         return [windows(kept, [rows[cfg.layers_to_skip][b.start-1] for b in kept], cfg.num_A, cfg.merge_consecutive)], profile, sinks, avoided if len(kept)<len(blocks) else []
     D = lambda s,e: rows[e-s][s-1]
-    ways = partitions(D, n, cfg.layers_to_skip, cfg.max_blocks, cfg.min_distance_layer or 1, 10, avoid)
+    ways = partitions(D, n, cfg.layers_to_skip, cfg.max_blocks, cfg.min_distance_layer or 1, max(10, cfg.top_k or 0), avoid)
     ways = [w for w in ways if not differs_when_rebuilt(cut(model, w[1]))]
     if not ways: raise ReplaceMeError(f"no way to remove {cfg.layers_to_skip} layers in {cfg.max_blocks} blocks survives saving and loading: use max_blocks: 1.")
     return ways, profile, sinks, []
 
-# %% ../nbs/15_pipeline.ipynb #03f0d915
+# %% ../nbs/15_pipeline.ipynb #fc19e5d2
 @dataclass
 class Calibrated:
     "Everything that is known once the texts have been seen"
@@ -391,7 +399,9 @@ def _calibrate(model, tokenizer, cfg, stages, writable):
     known = _known_distances(model, cfg, cfg.layers_to_skip) if cfg.blocks is None else None
     with stages('texts'): bs = calibration_batches(model, tokenizer, cfg)
     fit, held = hold_out(bs) if r.needs_held else (bs, [])
-    if cfg.blocks is not None or cfg.num_A>1 or cfg.max_blocks>1: c = _several(model, bs, fit, held, cfg, r, blocks, known, stages)
+    if cfg.mask: fit = mask_tokens(fit, cfg.mask, cfg.seed) # what judges is whole
+    bs = [*fit, *held]
+    if cfg.blocks is not None or cfg.num_A>1 or cfg.max_blocks>1: c = _several(model, bs, fit, held, cfg, r, blocks, known, stages, writable)
     else: c = _single(model, fit, held, cfg, r, blocks, known, stages, writable)
     c.tokens, c.texts = n_tokens(bs), sum(len(b['input_ids']) for b in bs)
     return c.done, make_result(model, cfg, r, c, known)
@@ -408,24 +418,26 @@ def _single(model, fit, held, cfg, r, blocks, known, stages, writable):
         else: done = Pruned(None, [found.block], [fit_between(model, model, fit, held, found.block, found.block.start, r)])
     return Calibrated(done, found.profile, dict((b,d) for d,b in found.ranked)[done.blocks[0]], found.sinks, [b for _,b in found.avoided], 0, 0)
 
-def _several(model, bs, fit, held, cfg, r, blocks, known, stages):
+def _several(model, bs, fit, held, cfg, r, blocks, known, stages, writable):
     with stages('calibrate'): ways, profile, sinks, avoided = ways_out(model, bs, cfg, blocks, known)
-    with stages('fit'): done = prune_several(model, fit, held, ways, r)
+    with stages('fit'):
+        if writable: done = prune_several(model, fit, held, ways, r)
+        else: done = Pruned(None, blocks, [fit_between(model, model, fit, held, blocks[0], blocks[0].start, r)]) # one given block
     distance = next(d for d,b in ways if b==done.blocks)
     return Calibrated(done, profile, distance if distance==distance else None, sinks, avoided, 0, 0)
 
-# %% ../nbs/15_pipeline.ipynb #d4d8e5a2
+# %% ../nbs/15_pipeline.ipynb #12534cc4
 def _fit_words(r, done):
     "What the report says about the fit"
     f = done.fits[0]
-    return dict(error=f.error, removal_error=f.removal_error, alpha=f.alpha, ridge=f.ridge or None, map=f.kind, affine=f.affine, structure=f.structure,
+    return dict(error=f.error, removal_error=f.removal_error, alpha=f.alpha, ridge=float(f'{f.ridge:.3g}') or None, map=f.kind, affine=f.affine, structure=f.structure,
                 rank=f.rank, weights=r.weights, solver=None if r.solver=='closed' else r.solver, loss=r.options.get('loss'),
                 behind=sorted({s['layer'] for s in done.refits}))
 
 def make_result(model, cfg, r, c, known):
     "The facts of a calibration, as plain data"
     n, done = len(layers_of(model)), c.done
-    rows = {str(k): c.profile.of_length(k) for k in range(1, n)} if c.profile else {str(cfg.layers_to_skip): known} if known else {}
+    rows = {str(k): c.profile.of_length(k) for k in range(1, n)} if c.profile else read_profile(cfg.distances_path)['distances'] if known else {}
     gone = sum(map(len, done.blocks))
     res = Result(
         model=str(cfg.model_path or model.config.name_or_path), method=cfg.method, block=list(done.blocks[0]), blocks=[list(b) for b in done.blocks],
@@ -506,12 +518,12 @@ def _add_scores(result, cfg, before, after):
     if 'tasks' in before: result['tasks'] = dict(before=before['tasks'], after=after['tasks'])
     if 'answer' in before: result['generations'] = [dict(prompt=cfg.prompt, before=before['answer'], after=after['answer'])]
 
-# %% ../nbs/15_pipeline.ipynb #a9f2a74c
+# %% ../nbs/15_pipeline.ipynb #fa0e4761
 def save_transform(folder, done):
     "Write the maps alone, as safetensors that say where they belong: `T`, or `T0`, `T1`, ... of several blocks"
     names = ['T'] if len(done.fits)==1 else [f'T{i}' for i in range(len(done.fits))]
     f = done.fits[0]
-    use = ('W: the new weight of the last matrix of the MLP, transposed' if f.kind=='wide' else 'M @ T: multiply from the right') + ('; the last row is a bias' if f.affine else '')
+    use = ('X @ T is what the MLP adds, X what its last matrix reads' if f.kind=='wide' else 'M @ T: multiply from the right') + ('; the last row is a bias' if f.affine else '')
     one = dict(block=str(list(done.blocks[0])), layer=str(done.blocks[0].start-1))
     meta = dict(format='replaceme map 1', map=f.kind, use=use, blocks=json.dumps([list(b) for b in done.blocks]), **(one if len(names)==1 else {}))
     save_file({k: f.T.contiguous().cpu() for k,f in zip(names, done.fits)}, str(Path(folder)/'transform.safetensors'), metadata=meta)
@@ -527,7 +539,7 @@ def write_provenance(folder, result, yaml_text=None, token=None):
     write_report(folder, result)
     (folder/'replaceme.json').write_text(json.dumps(result, indent=1), encoding='utf-8')
 
-# %% ../nbs/15_pipeline.ipynb #25fc728e
+# %% ../nbs/15_pipeline.ipynb #7b7a7535
 @torch.no_grad()
 def _few_logits(model):
     "What the model makes of a few tokens"
@@ -545,9 +557,9 @@ def reload(folder, cfg, logits): # logits of the model in memory
                              "nothing was kept. Its family rebuilds layers by their number; please report it.")
     return model
 
-def _write(tmp, cfg, done, pruned, tokenizer, stages):
-    "Save the map or the model; returns the model to score"
-    done.model = None
+def _write(tmp, cfg, done, tokenizer, stages):
+    "Save the map or the model; returns the model to score, of which there is only one at a time"
+    pruned, done.model = done.model, None
     with stages('save'):
         if cfg.save_transform_only: save_transform(tmp, done); return pruned
         pruned.save_pretrained(tmp)
@@ -556,10 +568,9 @@ def _write(tmp, cfg, done, pruned, tokenizer, stages):
     del pruned
     with stages('reload'): return reload(tmp, cfg, logits)
 
-# %% ../nbs/15_pipeline.ipynb #ea381139
+# %% ../nbs/15_pipeline.ipynb #cd85701d
 def check_run(cfg, path):
     "What can be said before the model is loaded"
-    need(cfg, 'model_path', *(['layers_to_skip'] if cfg.blocks is None else []))
     check_output(path)
     if cfg.save_transform_only and (path/'config.json').exists():
         raise ReplaceMeError(f"save_path {path} holds a pruned model, and a map alone would replace it: choose another folder.")
@@ -576,7 +587,7 @@ def check_loaded(cfg, path, model, tokenizer):
     try: cfg.prompt is None or prompt_ids(tokenizer, cfg.prompt)
     except Exception as e: raise ReplaceMeError(f"prompt: the tokenizer's chat template refuses it ({e}): set prompt to null.") from e
 
-# %% ../nbs/15_pipeline.ipynb #96799fd5
+# %% ../nbs/15_pipeline.ipynb #39a952a2
 def _score_after(model, tokenizer, cfg, text, before, result):
     "The scores of the pruned model; a failure is noted and the model kept"
     try: _add_scores(result, cfg, before, score(model, tokenizer, cfg, text))
@@ -586,6 +597,7 @@ def _score_after(model, tokenizer, cfg, text, before, result):
 
 def run(cfg, yaml_text=None)->tuple: # (Result, Path of the folder)
     "The whole recipe: a config in, a folder out"
+    need(cfg, 'model_path', *(['layers_to_skip'] if cfg.blocks is None else []))
     path, stages = output_path(cfg), Stages()
     check_run(cfg, path)
     with stages('load'): model, tokenizer = load(cfg)
@@ -599,18 +611,17 @@ def run(cfg, yaml_text=None)->tuple: # (Result, Path of the folder)
         with stages('load'): model, tokenizer = load(cfg, use_4bit=False)
         lasting(model, done.blocks)
         with stages('fold'): done.model = replace_block(model, done.blocks[0], done.fits[0])
-    pruned = done.model
     with stages('score'): before = score(model, tokenizer, cfg, text)
-    _finish(result, cfg, stages, loaded, model, pruned)
+    _finish(result, cfg, stages, loaded, model, done.model)
     del model; gc.collect()
     with new_folder(path) as tmp:
-        pruned = done.model = _write(tmp, cfg, done, pruned, tokenizer, stages)
+        pruned = _write(tmp, cfg, done, tokenizer, stages)
         with stages('score'): _score_after(pruned, tokenizer, cfg, text, before, result)
         result.update(seconds=dict(stages.seconds), peak_memory=peak_memory())
         write_provenance(tmp, result, yaml_text, cfg.token)
     return result, path
 
-# %% ../nbs/15_pipeline.ipynb #74780ead
+# %% ../nbs/15_pipeline.ipynb #3f064340
 def profile_files(out):
     "The three files of a profile"
     return [Path(out).with_suffix(s) for s in ('.json', '.csv', '.png')]
@@ -622,9 +633,10 @@ def _write_parts(profile, files, n, belongs):
     rows = {k: profile.of_length(k) for k in range(1, profile.n_layers)}
     save_profile(profile, files[0], **belongs)
     files[1].write_text('start,end,layers,distance\n' + ''.join(f'{s},{s+k},{k},{d:.8f}\n' for k,ds in rows.items() for s,d in enumerate(ds, 1)))
-    block = best_blocks(candidates(profile.n_layers, n), rows[n])[0][1] if n else None
+    sinks = find_sinks(profile) or {}
+    block = rank(profile, candidates(profile.n_layers, n), sinks)[0][0][1] if n else None
     fig = Figure(figsize=(6.4,4.4), layout='constrained')
-    plot_heatmap(rows, block and list(block), profile.metric, fig.subplots())
+    plot_heatmap(rows, block and list(block), profile.metric, fig.subplots(), sinks=sinks)
     fig.savefig(files[2], dpi=150)
 
 def write_profile(profile, out, n=None, **belongs): # -> the files written
@@ -639,9 +651,11 @@ def write_profile(profile, out, n=None, **belongs): # -> the files written
 
 def profile_table(profile, n=None, k=5)->str:
     "The best block of each length up to half the model, or the `k` best of length `n`"
+    sinks = find_sinks(profile) or {}
     def best(m, k): return best_blocks(candidates(profile.n_layers, m), profile.of_length(m), k)
     found = best(n, k) if n else [b for m in range(1, profile.n_layers//2+1) for b in best(m, 1)]
-    return text_table([[str(len(b)), str(b), f'{d:.4f}'] for d,b in found], ['layers', 'block', f'{profile.metric} distance'])
+    holds = lambda b: ' '.join(str(l) for l in sinks if b.holds(l))
+    return text_table([[str(len(b)), str(b), f'{d:.4f}', holds(b)] for d,b in found], ['layers', 'block', f'{profile.metric} distance', 'sink layers in it'])
 
 def analyse(cfg): # -> (Profile, files written)
     "Measure the distance of every run of layers and write it down; nothing is pruned"
@@ -657,7 +671,7 @@ def analyse(cfg): # -> (Profile, files written)
     if cfg.layers_to_skip: candidates(n, cfg.layers_to_skip, cfg.min_distance_layer)
     profile = Profile(n, cfg.metric, cfg.distance_tokens)
     bs = calibration_batches(model, tokenizer, cfg)
-    collect(model, bs, [], {}, profile, desc='profile')
+    collect(model, mask_tokens(bs, cfg.mask, cfg.seed) if cfg.mask else bs, [], {}, profile, desc='profile')
     return profile, write_profile(profile, out, cfg.layers_to_skip, model=fingerprint(model), data=_data_key(cfg))
 
 # %% ../nbs/15_pipeline.ipynb #687c49db

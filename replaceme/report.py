@@ -462,7 +462,7 @@ layers and no new parameters ([ReplaceMe, arXiv 2505.02819](https://arxiv.org/ab
 
 _PLAIN = "Layers {layers} were removed ({block}, {metric} distance {value}), with the method `{method}` on {data}."
 
-# %% ../nbs/14_report.ipynb #d3404d53
+# %% ../nbs/14_report.ipynb #3a483a90
 def _layer_names(result):
     "'13 to 18'"
     return _and(f'{s} to {e-1}' if e-s>1 else str(s) for s,e in blocks_of(result)) or 'none'
@@ -478,6 +478,7 @@ def _data_text(result):
 def _chosen_text(result):
     "Why these blocks"
     keys, metric, value = _choice_keys(result), _get(result, 'distance', 'metric') or '', _num(_get(result, 'distance', 'value'), '.4f')
+    if _get(result, 'config', 'blocks'): return 'as the configuration asked for'
     if keys: return f"chosen among {len(result['choice'])} candidates by {_JUDGES[keys[-1]][1]} ({metric} distance {value})"
     return f'chosen because the hidden state changes least across {"them" if len(blocks_of(result))>1 else "it"} ({metric} distance {value})'
 
@@ -500,7 +501,7 @@ def story(result)->str: # Markdown
                  letters=''.join(letters))
     return '\n\n'.join([(_STORY if words['formula'] else _PLAIN).replace(', fitted on', how).format(**words), *filter(None, [' '.join(_details(result))])])
 
-# %% ../nbs/14_report.ipynb #dda4dd68
+# %% ../nbs/14_report.ipynb #8a1002e8
 def _python(*lines): return '\n'.join(['```python', *lines, '```'])
 
 def _how_to_load(result, name):
@@ -509,8 +510,11 @@ def _how_to_load(result, name):
         return _python('from transformers import AutoModelForCausalLM, AutoTokenizer', f'model = AutoModelForCausalLM.from_pretrained({name!r})',
                        f'tokenizer = AutoTokenizer.from_pretrained({name!r})') + '\n\nIt loads like any checkpoint; nothing of `replaceme` is needed.'
     if len(blocks_of(result))!=1: return f'This folder holds the maps alone (`{name}/transform.safetensors`), for the model they were measured on: {_block_text(result)}.'
+    kind, affine = _get(result, 'fit', 'map') or 'narrow', bool(_get(result, 'fit', 'affine'))
+    fit = 'T' if kind=='narrow' and not affine else f'Fit(T, 0, 0, 0, kind={kind!r}, affine={affine})'
     code = _python('from safetensors.torch import load_file', 'from replaceme.blocks import Block', 'from replaceme.merge import replace_block',
-                   f"T = load_file('{name}/transform.safetensors')['T']", f"pruned = replace_block(model, Block(*{list(blocks_of(result)[0])}), T)")
+                   *(['from replaceme.solve import Fit'] if fit!='T' else []), f"T = load_file('{name}/transform.safetensors')['T']",
+                   f"pruned = replace_block(model, Block(*{list(blocks_of(result)[0])}), {fit})")
     return 'This folder holds the map alone, for the model it was measured on:\n\n' + code
 
 # %% ../nbs/14_report.ipynb #87d86594

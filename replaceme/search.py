@@ -8,7 +8,7 @@ __all__ = ['RIDGE', 'Recipe', 'hold_out', 'solve_sums', 'solve_trial', 'solve_ro
            'prune_several']
 
 # %% ../nbs/13_search.ipynb #f6a10077
-import contextlib, shutil, tempfile
+import contextlib, math, shutil, tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from .optimize import *
 from .merge import *
 from .evaluate import *
 
-# %% ../nbs/13_search.ipynb #e556beb6
+# %% ../nbs/13_search.ipynb #80e6ccd6
 @dataclass
 class Recipe:
     "Everything about a fit but the data and the block"
@@ -60,7 +60,7 @@ def hold_out(batches, # texts in batches
     n = sum(len(b['input_ids']) for b in batches)
     k, seen, fit, held = n - max(1, round(n*share)), 0, [], []
     if n<2: raise ReplaceMeError(f"{n} calibration text: choosing by outcome needs two or more, one of them held out; give more texts "
-                                 "(dataset_size), or select: distance and a ridge.")
+                                 "(dataset_size), or method: lstsq.")
     for b in batches:
         m = len(b['input_ids'])
         a = min(max(k-seen, 0), m)
@@ -94,7 +94,7 @@ def solve_rows(rows, r:Recipe)->Fit:
     return Fit(V, fit_error(g, V), fit_error(g, g.E), g.n, kind='wide' if rows.wide else 'narrow', structure=r.structure, rank=r.rank,
                history=solved.history)
 
-# %% ../nbs/13_search.ipynb #4cd816d9
+# %% ../nbs/13_search.ipynb #d2b22a3a
 def fit_between(dense, model, batches, held, block, at, r:Recipe)->Fit:
     "Fit the map of layer `at-1` of `model` towards the dense model's state `block.end`"
     points = fold_points(model, [at-1])
@@ -102,25 +102,24 @@ def fit_between(dense, model, batches, held, block, at, r:Recipe)->Fit:
         g, h = [collect_between(dense, model, bs, [points[at-1]], at, block.end, r.features, f'sums {block}') if bs else None for bs in (batches, held)]
         return solve_sums(g, h, r)
     with contextlib.ExitStack() as stack:
-        folder = Path(r.rows_path)/f'{block.start}-{block.end}' if r.rows_path else Path(stack.enter_context(tempfile.TemporaryDirectory()))/'rows'
+        folder = Path(r.rows_path).expanduser()/f'{block.start}-{block.end}' if r.rows_path else Path(stack.enter_context(tempfile.TemporaryDirectory()))/'rows'
         rows = write_rows(model, [*batches, *held], block, points, folder, wide=r.map=='wide', belongs=dict(model=fingerprint(model)),
                           dense=dense, at=at, desc=f'rows {block}')
         return solve_rows(rows, r)
 
-# %% ../nbs/13_search.ipynb #8e24ff78
+# %% ../nbs/13_search.ipynb #5ce81ea0
 class States:
     "The hidden states of all real tokens at one depth, on disk: `states[k]` are those of batch `k`, `(T,d)`, and can be written"
     def __init__(self, path, batches, d, dtype):
         counts = [n_tokens([b]) for b in batches]
         n = sum(counts)
-        check_disk(path, n*d*dtype.itemsize)
         self.rows, self.parts = torch.from_file(str(path), shared=True, size=n*d, dtype=dtype).view(n, d).split(counts), counts
     def __getitem__(self, k): return self.rows[k]
     def __setitem__(self, k, x): self.rows[k].copy_(x)
 
-def check_disk(path, need):
+def check_disk(path, need): # folder, bytes
     "Raise unless the disk has room"
-    free = shutil.disk_usage(Path(path).parent).free
+    free = shutil.disk_usage(path).free
     if need>free: raise ReplaceMeError(f"{path}: the states take {need/1e9:.1f} GB and {free/1e9:.1f} GB are free: set refit: 0, or TMPDIR to a larger disk.")
 
 def through(one, # a model of one layer
@@ -138,7 +137,7 @@ def through(one, # a model of one layer
             dict(enumerate(points)), 1)
     return [h[k] for k in range(len(points))], out[0]
 
-# %% ../nbs/13_search.ipynb #3094a64e
+# %% ../nbs/13_search.ipynb #4ee8d34b
 @dataclass
 class Cut:
     "The streams at a cut: what the pruned model has there, and what the dense model had"
@@ -149,9 +148,11 @@ class Cut:
 def states_at_cut(dense, model, batches, at, end, fit:Fit, folder)->Cut:
     "Run both models once up to the cut; `model` is the one before the block goes and its map is folded"
     d, dtype = text_config(dense).hidden_size, dense.dtype
+    check_disk(folder, 2*n_tokens(batches)*d*dtype.itemsize)
     cut = Cut(batches, *[States(Path(folder)/name, batches, d, dtype) for name in ('ours', 'target')])
     point, feats = fold_points(model, [at-1])[at-1], Features(fit.kind=='wide', fit.affine)
-    D = fit.T - feats.sums([point], d).E.to(fit.T)
+    E = writes(point) if feats.wide else torch.eye(d)
+    D = fit.T - (torch.cat([E, E[:1]*0]) if feats.affine else E).to(fit.T)
     with tqdm(total=n_tokens(batches), desc='states at the cut', unit=' tokens', unit_scale=True) as bar:
         for k,batch in enumerate(batches):
             X, S, Y = between(dense, model, batch, [point], at, end, feats)
@@ -223,7 +224,15 @@ def fit_blocks(dense, batches, held, blocks, r:Recipe,
         fits.append(fit); gone += len(b)
     return Pruned(model, list(blocks), fits, refits)
 
-# %% ../nbs/13_search.ipynb #87bb05a5
+# %% ../nbs/13_search.ipynb #1ed548ad
+def _winner(rows, select):
+    "The number of the best candidate, which is marked; what is not finite never wins"
+    value = [row['loss' if select=='loss' else 'fit_error'] for row in rows]
+    if not any(map(math.isfinite, value)): raise ReplaceMeError(f"none of the {len(rows)} candidates has a finite {select}: load the model with dtype bfloat16 or float32.")
+    best = min(range(len(rows)), key=lambda i: value[i] if math.isfinite(value[i]) else math.inf)
+    for i,row in enumerate(rows): row['chosen'] = i==best
+    return best
+
 def choose(model, found, # Measured
            held, # held-out batches
            r:Recipe)->tuple: # (Block, list of candidates with what they were judged by)
@@ -235,11 +244,9 @@ def choose(model, found, # Measured
         trial = solve_trial(found.sums[b], found.held[b], r)
         loss = batch_loss(replace_block(model, b, trial), held, f'held-out loss of {b}') if r.select=='loss' else None
         rows.append(dict(blocks=[list(b)], distance=d, fit_error=fit_error(found.held[b], trial.T), loss=loss))
-    best = min(range(len(rows)), key=lambda i: rows[i]['loss' if r.select=='loss' else 'fit_error'])
-    for i,row in enumerate(rows): row['chosen'] = i==best
-    return ranked[best][1], rows
+    return ranked[_winner(rows, r.select)][1], rows
 
-# %% ../nbs/13_search.ipynb #e3b1df24
+# %% ../nbs/13_search.ipynb #5ac2549c
 def prune_one(model, batches, held, found, # Measured, with the features of `r.trial`
               r:Recipe)->Pruned:
     "Choose one block, fit it and fold it"
@@ -254,12 +261,10 @@ def prune_several(model, batches, held,
                   r:Recipe)->Pruned:
     "Choose between ways to take several blocks out, and fit the winner"
     ways = ways[:r.top_k] if r.select!='distance' else ways[:1]
-    rows = []
+    rows, trial = [], replace(r.trial, ridge=1e-2 if r.ridge=='auto' else r.ridge)
     for d,blocks in ways if len(ways)>1 else []:
-        trial = fit_blocks(model, batches, [], blocks, replace(r, refit=0, ridge=None if r.ridge=='auto' else r.ridge))
-        loss = batch_loss(trial.model, held, 'held-out loss')
-        rows.append(dict(blocks=[list(b) for b in blocks], distance=d, fit_error=trial.fits[-1].error, loss=loss))
-    best = min(range(len(ways)), key=lambda i: rows[i]['loss' if r.select=='loss' else 'fit_error'] if rows else 0)
-    done = fit_blocks(model, batches, held, ways[best][1], r)
-    done.choice = [dict(row, chosen=i==best) for i,row in enumerate(rows)]
+        loss = batch_loss(fit_blocks(model, batches, [], blocks, trial).model, held, 'held-out loss')
+        rows.append(dict(blocks=[list(b) for b in blocks], distance=d, loss=loss))
+    done = fit_blocks(model, batches, held, ways[_winner(rows, 'loss') if rows else 0][1], r)
+    done.choice = rows
     return done

@@ -61,17 +61,18 @@ def chunks(self:Rows,
         at = slice(i, i+n) if order is None else order[i:i+n].sort().values.to(self.X.device)
         yield tuple(o[at].to(self.device, self.work_dtype, copy=True) for o in (self.X, self.A, self.Y))
 
-# %% ../nbs/08_shards.ipynb #8f9b25ad
+# %% ../nbs/08_shards.ipynb #11b76d1e
 def batch_rows(model, batch, # `input_ids`, `attention_mask`
                block, # Block
                point, # FoldPoint of the layer before the cut
                E=None, # from `writes`, for a wide map
                dense=None, # the model whose state `block.end` is the target; `model` itself by default
                at=None, # the state of `model` at the cut; `block.start` by default
+               offset=0, # texts before this batch, for error messages
               ): # X, A, Y in float32
     "The rows of real tokens of one batch; no layer behind the block is run"
     X, S, Y = [o.float() for o in between(dense or model, model, batch, [point], at or block.start, block.end, Features(E is not None))]
-    if not (S.isfinite().all() and Y.isfinite().all()): raise FloatingPointError
+    check_finite(dense or model, model, batch, S, Y, offset)
     return X, S - (X if E is None else X@E.to(X)), Y
 
 # %% ../nbs/08_shards.ipynb #8dc9008b
@@ -179,7 +180,7 @@ def _after(batches, texts):
         if texts<n: yield {k: v[texts:] for k,v in b.items()}
         texts = max(texts-n, 0)
 
-# %% ../nbs/08_shards.ipynb #43ae1752
+# %% ../nbs/08_shards.ipynb #92374466
 def _run(dense, model, batches, folder, head, done, point, E, desc):
     "Write the rows of the batches behind those that are done; a batch counts once all of it is in the files"
     block, dtype = Block(*head['block']), DTYPES[head['dtype']]
@@ -187,8 +188,7 @@ def _run(dense, model, batches, folder, head, done, point, E, desc):
         files = _open_at(folder, head, done['rows'], stack)
         bar = stack.enter_context(tqdm(total=head['tokens'], initial=done['rows'], desc=desc, unit=' tokens', unit_scale=True))
         for batch in _after(batches, done['texts']):
-            try: new = batch_rows(model, batch, block, point, E, dense, head['at'])
-            except FloatingPointError: blame_nonfinite(dense or model, batch, done['texts'])
+            new = batch_rows(model, batch, block, point, E, dense, head['at'], done['texts'])
             for f,x in zip(files.values(), new): _append(f, x, dtype); f.flush()
             done = dict(texts=done['texts']+len(batch['input_ids']), rows=done['rows']+len(new[0]))
             _write_head(folder, {**head, **done})

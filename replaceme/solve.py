@@ -47,8 +47,8 @@ def fit_error(g:Gram,
     err = (D*(g.XtX@D)).sum() - 2*(D*g.XtR).sum() + g.RtR
     return (err.clamp(min=0)/_energy(g)).item()
 
-# %% ../nbs/09_solve.ipynb #4178b914
-def _affine(g): return not g.E[-1].any().item()
+# %% ../nbs/09_solve.ipynb #699bbb6e
+def _affine(g): return g.affine
 
 def _kind(g):
     p, d = g.E.shape
@@ -199,7 +199,7 @@ def orthonormal_map(g:Gram, alpha:float=0., ridge:float=0.)->Fit:
     if S[-1] <= 1e-13*S[0]: raise _singular(g.n, len(G))
     return _fit(g, U@Vt-g.E, structure='orthonormal', ridge=ridge)
 
-# %% ../nbs/09_solve.ipynb #07f504be
+# %% ../nbs/09_solve.ipynb #b153bef9
 def _lift(g): # `(p,d)`, affine `(p,d+1)`
     "`X@_lift(g)` are the features of the narrow map, with the constant where there is one"
     if not _affine(g): return g.E
@@ -210,7 +210,7 @@ def _lift(g): # `(p,d)`, affine `(p,d+1)`
 def narrow_sums(g:Gram)->Gram:
     "The sums of the narrow map, from those of a wide one"
     S, d = _lift(g), g.E.shape[1]
-    new = Gram(S.shape[1], d, g.XtX.device, E=torch.eye(S.shape[1], d))
+    new = Gram(S.shape[1], d, g.XtX.device, torch.eye(S.shape[1], d), g.affine)
     new.XtX, new.XtR, new.RtR, new.n = S.T@g.XtX@S, S.T@g.XtR, g.RtR.clone(), g.n
     return new
 

@@ -106,6 +106,10 @@ def test_the_config_of_these_tests_works(place, checkpoint, capsys):
     ("method: cosine\nloss: mse\naccurate: true", ["accurate goes with the loss cosine"]),
     ("method: cosine\nloss: elasticnet", ["elasticnet without a penalty"]),
     ("method: cosine\nsolver: sgd", ["solver is 'sgd'", "irls"]),
+    ("method: lstsq\ntop_k: 3", ["top_k is 3", "select is distance"]),
+    ("method: lstsq\nstructure: orthonormal\nalpha: 0.1", ["alpha is 0.1", "orthonormal"]),
+    ("use_4bit: true\nblocks: [[1, 2], [4, 5]]", ["4 bit", "give one"]),
+    ("blocks: [[1, 2]]\nsinks: allow", ["sinks is 'allow'", "the blocks are given"]),
     ("select: distance\ntop_k: 3", ["top_k is 3", "select is distance"]),
     ("select: best", ["select is 'best'", "distance, fit, loss"]),
     ("num_A: 2\nmax_blocks: 2", ["num_A, max_blocks and blocks", "keep one"]),
@@ -158,7 +162,9 @@ def test_flags(place, checkpoint, capsys):
     (dict(layers_to_skip=-3), ["layers_to_skip is -3", "at least 1"]),
     (dict(layers_to_skip=6), ["layers_to_skip is 6", "6 layers", "at most 5"]),
     (dict(layers_to_skip="DROP"), ["layers_to_skip is missing"]),
+    (dict(layers_to_skip="DROP", save_path="DROP"), ["layers_to_skip is missing"]),
     (dict(model_path="DROP"), ["model_path is missing"]),
+    (dict(method="lstsq", structure="rank", rank=33), ["rank is 33", "width of 32"]),
     (dict(min_distance_layer=5), ["min_distance_layer is 5", "no candidate is left"]),
     (dict(dataset="nowhere.jsonl"), ["nowhere.jsonl"]),
     (dict(dataset_column="txt"), ["txt", "Did you mean 'text'?"]),
@@ -181,7 +187,7 @@ def test_data_without_content(place, checkpoint, capsys):
 def test_fewer_tokens_than_the_width(place, checkpoint, capsys):
     """Below the width the system is singular: an error with the numbers. A ridge makes it solvable: a warning with them."""
     (place / "texts.jsonl").write_text(json.dumps(dict(text="only thirteen")) + "\n")
-    args = write(place, config(checkpoint))
+    args = write(place, config(checkpoint, method="lstsq"))
     fails(capsys, place, args, "singular", "13 calibration tokens for a width of 32")
     cli.run_replaceme(args + ["--alpha", "0.1"])
     assert "warning: 13 calibration tokens for a width of 32" in capsys.readouterr().err

@@ -189,6 +189,8 @@ def test_a_yaml_of_the_public_release_loads_unchanged(tmp_path):
     cfg = read_config(path)
     assert (cfg.layers_to_skip, cfg.min_distance_layer, cfg.dataset_subset, cfg.alpha) == (8, 20, "train", 0.0)
     assert recipe_of(cfg) == Recipe()  # the paper's least squares, and nothing else
+    path.write_text(RELEASE.replace('method: "lstsq"', "").replace("use_4bit: True", "").replace("save_transform_only: True", ""))
+    assert recipe_of(read_config(path)) == recipe_of(read_config(model_path="m", layers_to_skip=8))  # alpha: 0 asks for nothing
     path.write_text(RELEASE.replace('"lstsq"', '"cosine"').replace("save_transform_only: True", "save_transform_only: False"))
     cosine = recipe_of(read_config(path))
     assert cosine == Recipe(solver="adam", options=dict(loss="cosine", accurate=False, l1=0.0, l2=0.0, seed=0, lr=1e-4))

@@ -327,6 +327,13 @@ def test_a_block_with_the_sink_is_avoided_unless_allowed(data):
     assert sorted(safe["distance"]["avoided"]) == nearer
 
 
+def test_a_loss_that_is_not_finite_never_wins(model, data, monkeypatch):
+    losses = iter([float("nan"), 3.0, 2.0, 4.0])
+    monkeypatch.setattr("replaceme.search.batch_loss", lambda *a, **k: next(losses))
+    _, result = run(model, data, method="lstsq", layers_to_skip=2, blocks=None, select="loss", top_k=4)
+    assert [c["loss"] for c in result["choice"] if c["chosen"]] == [2.0]
+
+
 @pytest.mark.parametrize("family", ["llama", "granite", "gpt2", "opt", "gpt_neox", "phi3"])
 @torch.no_grad()
 def test_wide_and_affine_folds_are_exact(family):

@@ -8,6 +8,7 @@ import torch
 
 from replaceme.arch import fold_points, layers_of, n_hooks
 from replaceme.blocks import Block, candidates
+from replaceme.distance import Profile
 from replaceme.merge import cut, explicit_map, lasting, replace_block
 from replaceme.models import tiny_model
 from replaceme.solve import lstsq_map
