@@ -313,13 +313,13 @@ def _check_irls(rows, loss, structure, **least):
         raise ReplaceMeError(f"irls has no closed form for structure {structure!r}: use 'full' or 'diag', or another solver ({others}).")
     if rows.wide: parametrise(rows, structure)
 
-# %% ../nbs/10_optimize.ipynb #4c5f34a3
+# %% ../nbs/10_optimize.ipynb #9a0621f1
 def irls_map(rows:Rows,
              sweeps=10, # at most
              accurate=False,
              structure='full', # or 'diag'
              ridge=0., # fraction of the mean diagonal, towards the start
-             tol=1e-6, # stop when the mean cosine gains less
+             tol=1e-4, # stop when the mean cosine gains less
              start=None, # `(p,d)`; least squares over the same rows by default
              held=None, # Rows to choose the best sweep by; the rows of the fit otherwise
              loss='cosine', # it solves for no other
