@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'SINK', 'angular', 'cosine', 'relative_l2', 'influence', 'pair_distances', 'Profile', 'find_sinks',
-           'save_profile', 'read_profile', 'load_sinks', 'load_distances', 'distance_matrix']
+           'save_profile', 'read_profile', 'load_sinks', 'load_distances']
 
 # %% ../nbs/05_distance.ipynb #622a8844
 import json, math
@@ -150,7 +150,7 @@ def load_sinks(path)->dict|None: # {layer: share} as from `find_sinks`; None whe
     "The sink layers of a saved profile"
     return read_profile(path)['sinks']
 
-# %% ../nbs/05_distance.ipynb #54ac1118
+# %% ../nbs/05_distance.ipynb #13288c24
 def load_distances(path,
                    n, # length of the blocks that are to be chosen from
                    **belongs, # what it must belong to, e.g. `metric='angular', n_layers=30, model=...`
@@ -162,12 +162,3 @@ def load_distances(path,
     if str(n) not in d['distances']:
         raise ReplaceMeError(f"distances_path {path} has no distances for n={n} layers, only for n in {', '.join(d['distances'])}: profile again.")
     return d['distances'][str(n)]
-
-def distance_matrix(rows, # {n: distances for start = 1, 2, ...}, as saved
-                   )->Tensor: # `(L+1,L+1)`, entry `[s,e]`; NaN where nothing is known
-    "The distances of all lengths as a matrix, as `Profile.mean` has them"
-    L = max(int(n)+len(d) for n,d in rows.items())
-    D = torch.full((L+1, L+1), torch.nan, dtype=torch.float64)
-    for n,d in rows.items():
-        for s,x in enumerate(d, 1): D[s, s+int(n)] = x
-    return D
