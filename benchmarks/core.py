@@ -22,7 +22,7 @@ OUT = ROOT / "benchmarks/results/core.json"
 
 import torch  # noqa: E402
 
-from replaceme.arch import backbone, check_decoder, fold_points  # noqa: E402
+from replaceme.arch import backbone, check_model, fold_points  # noqa: E402
 from replaceme.blocks import Block, candidates  # noqa: E402
 from replaceme.core import peak_memory, reset_peak_memory, resident_memory  # noqa: E402
 from replaceme.data import batches, load_texts  # noqa: E402
@@ -43,7 +43,7 @@ def setting(pieces=64):
 
 def prune(model, bs, n):
     "Proof, profile, choice, sums, fit and fold"
-    check_decoder(model)
+    check_model(model)
     layers = model.config.num_hidden_layers
     found = measure(model, bs, candidates(layers, n), Profile(layers))
     dist, block = found.ranked[0]

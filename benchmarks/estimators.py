@@ -195,7 +195,7 @@ def curves():
 def tokens():
     "Narrow and wide maps of [13,19) from the same growing sums"
     model, tokenizer, bs = setting(256)
-    block, point, feats, out = Block(13, 19), fold_points(model, [12])[12], Features(True, weights="inv_norm"), []
+    block, point, feats, out = Block(13, 19), fold_points(model, [12])[12], Features(wide=True, weights="inv_norm"), []
     g = None
     for i, batch in enumerate(bs):
         one = collect_between(model, model, [batch], [point], block.start, block.end, feats)

@@ -6,6 +6,7 @@
 __all__ = ['masked', 'last_rows', 'tap', 'Acts', 'capture', 'blame_nonfinite']
 
 # %% ../nbs/04_activations.ipynb #b2eeb529
+import functools
 from contextlib import contextmanager
 
 import torch
@@ -29,7 +30,7 @@ def last_rows(x:Tensor, # hidden states, `(B,S,d)`
     last = mask.shape[1]-1 - mask.long().flip(1).argmax(1)
     return x[torch.arange(len(x), device=x.device), last.to(x.device)]
 
-# %% ../nbs/04_activations.ipynb #5369fa9d
+# %% ../nbs/04_activations.ipynb #1683b191
 def _hidden_hooks(layers, hidden, until):
     "Hooks that report what enters each layer, and what leaves the last one"
     def enter(i):
@@ -43,24 +44,29 @@ def _hidden_hooks(layers, hidden, until):
 
 def _mlp_hooks(points, mlp):
     "Hooks that report the MLP's contribution at each fold point"
-    def hook(i, p): return lambda mod, args, out: mlp(i, out if p.factor==1 else out*p.factor, args[0])
-    return [p.module.register_forward_hook(hook(i, p)) for i,p in points.items()]
+    def watch(i, p):
+        got = []
+        def hook(mod, args, out, c):
+            m = first(out)
+            got.append(m if isinstance(c, float) and c==1 else m*(c if isinstance(c, float) else c.to(m)))
+            if len(got)==len(p.taps): mlp(i, sum(g.reshape(got[0].shape) for g in got), args[0] if p.linear else None); got.clear()
+        return [m.register_forward_hook(functools.partial(hook, c=c)) for m,c in p.taps]
+    return [h for i,p in points.items() for h in watch(i, p)]
 
-# %% ../nbs/04_activations.ipynb #5c088f48
+# %% ../nbs/04_activations.ipynb #8a5b8747
 @torch.no_grad()
 def tap(model,
         batch, # `input_ids` and `attention_mask`, `(B,S)`
         hidden, # called as `hidden(i, x)` with what enters layer `i`; `i==L` is the last layer's output, before the final norm
-        mlp=None, # called as `mlp(i, m, h)` with what the MLP of layer `i` adds to the stream and what its last matrix reads
+        mlp=None, # called as `mlp(i, m, h)` with what the MLP of layer `i` adds to the stream and what its last matrix reads, if it has one
         points=None, # `{i: FoldPoint}` of the layers that `mlp` is called for
         until=None, # stop once this hidden state was seen; by default run to the last
        ):
     "Run one batch through the backbone and report hidden states as they pass; the callbacks copy what they keep"
     layers = layers_of(model)
     until = len(layers) if until is None else until
-    device = model.get_input_embeddings().weight.device
     with hooks(*_hidden_hooks(layers, hidden, until), *_mlp_hooks(points or {}, mlp)):
-        try: backbone(model)(**{k: v.to(device) for k,v in batch.items()}, use_cache=False)
+        try: run(model, batch)
         except _Stop: pass
 
 # %% ../nbs/04_activations.ipynb #d945311d

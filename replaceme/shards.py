@@ -61,7 +61,7 @@ def chunks(self:Rows,
         at = slice(i, i+n) if order is None else order[i:i+n].sort().values.to(self.X.device)
         yield tuple(o[at].to(self.device, self.work_dtype, copy=True) for o in (self.X, self.A, self.Y))
 
-# %% ../nbs/08_shards.ipynb #11b76d1e
+# %% ../nbs/08_shards.ipynb #e412b5e7
 def batch_rows(model, batch, # `input_ids`, `attention_mask`
                block, # Block
                point, # FoldPoint of the layer before the cut
@@ -71,11 +71,11 @@ def batch_rows(model, batch, # `input_ids`, `attention_mask`
                offset=0, # texts before this batch, for error messages
               ): # X, A, Y in float32
     "The rows of real tokens of one batch; no layer behind the block is run"
-    X, S, Y = [o.float() for o in between(dense or model, model, batch, [point], at or block.start, block.end, Features(E is not None))]
+    X, S, Y = [o.float() for o in between(dense or model, model, batch, [point], at or block.start, block.end, Features(wide=E is not None))]
     check_finite(dense or model, model, batch, S, Y, offset)
     return X, S - (X if E is None else X@E.to(X)), Y
 
-# %% ../nbs/08_shards.ipynb #8dc9008b
+# %% ../nbs/08_shards.ipynb #e0d5c247
 FORMAT = 'replaceme rows, version 1'
 DTYPES = {str(t).split('.')[1]: t for t in (torch.float32, torch.bfloat16, torch.float16)}
 
@@ -87,10 +87,10 @@ def _tokens_hash(batches):
 
 def _head(model, batches, block, point, wide, dtype, belongs, at=None):
     "What identifies the rows, as JSON will give it back"
-    name, d = str(dtype).split('.')[-1], text_config(model).hidden_size
+    name, d = str(dtype).split('.')[-1], width(model)
     if name not in DTYPES: raise ReplaceMeError(f"rows are stored as {', '.join(DTYPES)}, not {name}.{nearest(name, DTYPES)}")
     p = reads(point.module) if wide else d
-    head = dict(format=FORMAT, dtype=name, widths=dict(X=p, A=d, Y=d), block=list(block), at=at or block.start, wide=bool(wide), factor=point.factor,
+    head = dict(format=FORMAT, dtype=name, widths=dict(X=p, A=d, Y=d), block=list(block), at=at or block.start, wide=bool(wide), factor=str([w.factor for w in point.writers]),
                 tokens=sum(int(b['attention_mask'].sum()) for b in batches), data=_tokens_hash(batches), belongs=belongs)
     return json.loads(json.dumps(head))
 
@@ -161,7 +161,7 @@ def open_rows(folder, # written by `write_rows`
     E = _mapped(folder/'E.bin', X.shape[1], A.shape[1], torch.float32).clone() if head['wide'] else None
     return Rows(X, A, Y, E, Block(*head['block']), device)
 
-# %% ../nbs/08_shards.ipynb #f8dc51af
+# %% ../nbs/08_shards.ipynb #ccc36d23
 def _append(f, x, dtype):
     "Write rows in `dtype` at the end of an open file"
     y = x.to(dtype).cpu().contiguous()
@@ -177,11 +177,11 @@ def _open_at(folder, head, rows, stack):
 def _after(batches, texts):
     "The batches behind the first `texts` texts"
     for b in batches:
-        n = len(b['input_ids'])
+        n = len(b['attention_mask'])
         if texts<n: yield {k: v[texts:] for k,v in b.items()}
         texts = max(texts-n, 0)
 
-# %% ../nbs/08_shards.ipynb #92374466
+# %% ../nbs/08_shards.ipynb #24eae110
 def _run(dense, model, batches, folder, head, done, point, E, desc):
     "Write the rows of the batches behind those that are done; a batch counts once all of it is in the files"
     block, dtype = Block(*head['block']), DTYPES[head['dtype']]
@@ -191,11 +191,11 @@ def _run(dense, model, batches, folder, head, done, point, E, desc):
         for batch in _after(batches, done['texts']):
             new = batch_rows(model, batch, block, point, E, dense, head['at'], done['texts'])
             for f,x in zip(files.values(), new): _append(f, x, dtype); f.flush()
-            done = dict(texts=done['texts']+len(batch['input_ids']), rows=done['rows']+len(new[0]))
+            done = dict(texts=done['texts']+len(batch['attention_mask']), rows=done['rows']+len(new[0]))
             _write_head(folder, {**head, **done})
             bar.update(len(new[0]))
 
-# %% ../nbs/08_shards.ipynb #1f47690c
+# %% ../nbs/08_shards.ipynb #aa9b9e57
 def write_rows(model, batches, # as from `data.batches`
                block, # Block
                points, # `{layer: FoldPoint}`, with the layer before the block
@@ -211,7 +211,7 @@ def write_rows(model, batches, # as from `data.batches`
     head = _head(model, batches, block, point, wide, dtype, belongs, at)
     done = _resume(folder, head)
     check_room(folder, sum(_size(head, k, head['tokens']-done['rows']) for k in head['widths']))
-    device = point.module.weight.device
+    device = point.device
     try:
         if done['rows']<head['tokens']:
             folder.mkdir(parents=True, exist_ok=True)

@@ -52,7 +52,7 @@ class Gram:
 
     def __repr__(self): return f'Gram({self.XtX.shape[0]}x{self.XtR.shape[1]}, {self.n} tokens)'
 
-# %% ../nbs/07_stats.ipynb #3f23194b
+# %% ../nbs/07_stats.ipynb #dcd38bad
 WEIGHTS = dict(none=0, inv_norm=-1, inv_sq_norm=-2) # powers of the norm of the target state
 
 def reads(module)->int: # columns of its input
@@ -64,17 +64,19 @@ def _precise(x): # float64, on the CPU where the device has none
     return (x.cpu() if x.device.type=='mps' else x).double()
 
 def writes(p:FoldPoint)->Tensor: # `(f,d)`
-    "The matrix `E` with which a fold point turns what it reads into its contribution, `M = H@E` (plus its bias)"
-    W = p.module.weight
-    if isinstance(p.module, Conv1D): return p.factor*_precise(W)
-    if W.is_floating_point() and W.ndim==2: return p.factor*_precise(W).T
-    one = torch.eye(reads(p.module), dtype=getattr(p.module, 'compute_dtype', None) or torch.float32, device=W.device)
-    return p.factor*(p.module(one).double()-p.module(one[:1]*0).double()) # packed weights: ask the module
+    "The matrix `E` with which a fold point of one linear layer turns what it reads into its contribution, `M = H@E` (plus its bias)"
+    m, c = p.module, p.factor.double() if isinstance(p.factor, Tensor) else p.factor
+    with loaded(m):
+        if isinstance(m, Conv1D): return c*_precise(m.weight)
+        if m.weight.is_floating_point() and m.weight.ndim==2: return c*_precise(m.weight).T
+    one = torch.eye(reads(m), dtype=getattr(m, 'compute_dtype', None) or torch.float32, device=m.weight.device)
+    return c*_precise(m(one).double()-m(one[:1]*0).double()) # packed weights: ask the module
 
 @dataclass(frozen=True)
 class Features:
     "What a fit is linear in, and what a token weighs"
     wide:bool = False # read by the MLP's last matrix, not written by it
+    state:bool = False # the hidden state itself: a map of its own, which no weight takes
     affine:bool = False # and a column of ones
     weights:str = 'none' # a name in `WEIGHTS`
 
@@ -89,11 +91,11 @@ class Features:
 
     def width(self, points, d): return (sum(reads(p.module) for p in points) if self.wide else d) + self.affine
 
-    def sums(self, points, d): # fold points that take the fit together
+    def sums(self, points, d, device=None): # fold points that take the fit together; of states none is needed
         "Empty sums"
         E = torch.cat([writes(p) for p in points]) if self.wide else torch.eye(d, dtype=torch.float64)
         if self.affine: E = torch.cat([E, E[:1]*0])
-        return Gram(*E.shape, points[0].module.weight.device, E, self.affine)
+        return Gram(*E.shape, points[0].device if points else device, E, self.affine)
 
 # %% ../nbs/07_stats.ipynb #90e77515
 class _Watch:
@@ -111,7 +113,7 @@ class _Watch:
         if self.profile.tokens=='last': return self.profile.add(torch.stack(self.rows))
         for i,mask in enumerate(self.mask): self.profile.add(torch.stack([r[i,mask.to(r.device)].cpu() for r in self.rows]), tokens=True)
 
-# %% ../nbs/07_stats.ipynb #7e29123d
+# %% ../nbs/07_stats.ipynb #5b430aa2
 def _callbacks(mask, # of the batch, `(B,S)`
                sums, # {Block: Gram} to add to
                feats, # Features
@@ -128,10 +130,12 @@ def _callbacks(mask, # of the batch, `(B,S)`
         for b,g in sums.items():
             if b.end==i: g.add(X[b.start], x.to(S[b.start].device)-S[b.start], feats.weigh(x))
         for s in [s for s in S if all(b.end<=i for b in sums if b.start==s)]: del S[s], X[s]
-        if any(b.start==i for b in sums): S[i] = x
+        if any(b.start==i for b in sums):
+            S[i] = x
+            if feats.state: X[i] = feats.rows([x], None)
     return hidden, mlp
 
-# %% ../nbs/07_stats.ipynb #51da9c22
+# %% ../nbs/07_stats.ipynb #78cc37af
 def add_batch(model, batch, # `input_ids`, `attention_mask`
               sums, # {Block: Gram} to add to
               points, # {layer: FoldPoint} of the layers before the blocks
@@ -142,11 +146,11 @@ def add_batch(model, batch, # `input_ids`, `attention_mask`
     watch = None if profile is None else _Watch(profile, batch['attention_mask'])
     until = len(layers_of(model)) if profile is not None else max(b.end for b in sums)
     hidden, mlp = _callbacks(batch['attention_mask'], sums, feats, watch, until)
-    try: tap(model, batch, hidden, mlp, {b.start-1: points[b.start-1] for b in sums}, until)
+    try: tap(model, batch, hidden, mlp, {} if feats.state else {b.start-1: points[b.start-1] for b in sums}, until)
     except FloatingPointError: blame_nonfinite(model, batch, offset)
     if watch is not None: watch.tell()
 
-# %% ../nbs/07_stats.ipynb #40843521
+# %% ../nbs/07_stats.ipynb #b7ad8fbe
 def collect(model, batches, # as from `data.batches`
             blocks, # candidates to keep sums for
             points, # {layer: FoldPoint}, proved beforehand
@@ -155,12 +159,12 @@ def collect(model, batches, # as from `data.batches`
             stay=None, # with a profile: which of the blocks are still in the race, called as `stay(profile)`
             desc='calibrate'):
     "Stream the batches once; returns the sums of the candidates that stayed in the race, `{Block: Gram}`"
-    d, n = text_config(model).hidden_size, 0
-    sums = {b: feats.sums([points[b.start-1]], d) for b in blocks}
+    d, n = width(model), 0
+    sums = {b: feats.sums([] if feats.state else [points[b.start-1]], d, input_device(model)) for b in blocks}
     with tqdm(total=n_tokens(batches), desc=desc, unit=' tokens', unit_scale=True) as bar:
         for batch in _gently(batches, profile, len(blocks)):
             add_batch(model, batch, sums, points, profile, feats, n)
-            n += len(batch['input_ids'])
+            n += len(batch['attention_mask'])
             if n>=8 and stay is not None and len(sums)>1: sums = {b: sums[b] for b in set(stay(profile)) & set(sums)}
             bar.update(n_tokens([batch]))
     return sums
@@ -173,7 +177,7 @@ def _gently(batches, profile, n):
     "Text by text where much is kept at once: all states for distances at all tokens, the sums of all candidates in the first batch"
     alone = 0 if profile is None else len(batches) if profile.tokens=='all' else n>1
     for batch in batches[:alone]:
-        for i in range(len(batch['input_ids'])): yield {k: v[i:i+1] for k,v in batch.items()}
+        for i in range(len(batch['attention_mask'])): yield {k: v[i:i+1] for k,v in batch.items()}
     yield from batches[alone:]
 
 # %% ../nbs/07_stats.ipynb #3224de79
@@ -228,7 +232,7 @@ def look_for_sinks(model, batches):
     collect(model, batches, [], {}, profile, desc='sinks')
     return find_sinks(profile)
 
-# %% ../nbs/07_stats.ipynb #69e1be9b
+# %% ../nbs/07_stats.ipynb #e8806ac9
 def measure(model, batches,
             blocks, # candidates, all of one length
             profile, # an empty Profile to fill; or distances at hand already: those of all blocks of that length, from start 1 on
@@ -240,8 +244,9 @@ def measure(model, batches,
             budget=None, # bytes that the sums of all candidates may take, and half of what those of the best `k` may; by default a quarter of the free memory, and all of it
            )->Measured:
     "Profile, choose the blocks with the smallest distance, and have the sums for their fits"
-    d, points = text_config(model).hidden_size, fold_points(model, [b.start-1 for b in blocks])
-    device, one = points[blocks[0].start-1].module.weight.device, [points[blocks[0].start-1]]
+    d, points = width(model), {} if feats.state else fold_points(model, [b.start-1 for b in blocks])
+    one = [] if feats.state else [points[blocks[0].start-1]]
+    device = one[0].device if one else input_device(model)
     parts, sums, p = [list(batches), *([list(held)] if held else [])], [], feats.width(one, d)
     quarter = free_memory(device)//4 if budget is None else budget
     if isinstance(profile, Profile):
@@ -259,7 +264,7 @@ def measure(model, batches,
     got = [{b: (m.get(b) or s[b]) for b in best} for m,s in zip(more, sums or [{}]*len(parts))]
     return Measured(profile if isinstance(profile, Profile) else None, ranked, avoided, sinks, *got)
 
-# %% ../nbs/07_stats.ipynb #ecf9344b
+# %% ../nbs/07_stats.ipynb #ec28fda0
 def between(dense, model, batch, # the dense model, and the pruned one (or the dense one itself)
             points, # fold points of `model`, all in layer `at-1`
             at, # state of `model` that the fit changes
@@ -274,19 +279,21 @@ def between(dense, model, batch, # the dense model, and the pruned one (or the d
     tap(model, batch, state, mlp, dict(enumerate(points)), max(at, end) if dense is model else at)
     if dense is not model: tap(dense, batch, lambda i,x: Y.append(masked(x, mask)) if i==end else None, until=end)
     ks = range(len(points))
-    return feats.rows([m[k] for k in ks], [h[k] for k in ks]), S[0], Y[0].to(S[0].device)
+    X = feats.rows(S, None) if feats.state else feats.rows([m[k] for k in ks], [h[k] for k in ks])
+    return X, S[0], Y[0].to(S[0].device)
 
 def collect_between(dense, model, batches, points, at, end, feats=Features(), desc='sums'):
     "The sums of `between` over all batches, as a `Gram`"
-    d, n = text_config(model).hidden_size, 0
-    _room(feats, points, d, SOLVING, None, points[0].module.weight.device)
-    g = feats.sums(points, d)
+    d, n = width(model), 0
+    device = points[0].device if points else input_device(model)
+    _room(feats, points, d, SOLVING, None, device)
+    g = feats.sums(points, d, device)
     with tqdm(total=n_tokens(batches), desc=desc, unit=' tokens', unit_scale=True) as bar:
         for batch in batches:
             X, S, Y = between(dense, model, batch, points, at, end, feats)
             check_finite(dense, model, batch, S, Y, n)
             g.add(X, Y-S, feats.weigh(Y))
-            n += len(batch['input_ids'])
+            n += len(batch['attention_mask'])
             bar.update(n_tokens([batch]))
     return g
 

@@ -195,12 +195,14 @@ def test_fewer_tokens_than_the_width(place, checkpoint, capsys):
 
 def test_not_a_decoder(place, capsys):
     from transformers import BertConfig, BertModel, T5Config, T5Model
-    for cls, cfg in ((BertModel, BertConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64, vocab_size=320)),
-                     (T5Model, T5Config(d_model=32, num_layers=2, num_heads=4, d_ff=64, d_kv=8, vocab_size=320))):
+    for cls, cfg, why in ((BertModel, BertConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64, vocab_size=320),
+                           "is not a decoder"),
+                          (T5Model, T5Config(d_model=32, num_layers=2, num_heads=4, d_ff=64, d_kv=8, vocab_size=320),
+                           "neither a causal language model nor an image encoder")):
         folder = place / cls.__name__
         cls(cfg).save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
-        fails(capsys, place, write(place, config(folder)), "is not a decoder")
+        fails(capsys, place, write(place, config(folder)), why)
 
 
 def test_a_norm_behind_the_mlp_is_refused_before_any_text_is_made(place, capsys, monkeypatch):

@@ -113,7 +113,7 @@ def test_dtype_is_kept_and_half_precision_folds_in_float64():
 @pytest.mark.parametrize("family, keys, kept", [
     ("llama", {}, [1, 2, 3, 4]),
     ("diffllama", {}, [4]),  # a constant of its attention grows with the layer's number
-    ("glm4_moe", dict(first_k_dense_replace=3), [3, 4]),  # its first three layers are dense by number
+    ("glm4_moe", dict(first_k_dense_replace=3), [1, 2, 3, 4]),  # its first three layers are dense by number, which is translated
     ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), [4]),
 ])
 def test_only_blocks_that_the_config_can_rebuild_may_go(family, keys, kept):
