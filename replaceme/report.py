@@ -460,17 +460,16 @@ def _formula(result)->str:
     sought = (what, f'{{{what},b}}')['+ b' in p]
     return rf"{what}^*{', b^*' if '+ b' in p else ''} = \arg\min_{sought} {each}{found}{ridge} \qquad {fold}"
 
-# %% ../nbs/15_report.ipynb #1bf7eb1f
+# %% ../nbs/15_report.ipynb #7225cc6b
 _STORY = """Layers {layers} were removed: {block}, {chosen}. {maps}, fitted on {data}, without any training:
 
 $$ {formula} $$
 
-$M$ is the output of the MLP of the last layer before {a} cut, $A$ the stream it is added to, $B$ the stream after the \
-removed layers{letters}. {where} ([ReplaceMe, arXiv 2505.02819](https://arxiv.org/abs/2505.02819))."""
+{given}, $B$ the stream after the removed layers{letters}. {where} ([ReplaceMe, arXiv 2505.02819](https://arxiv.org/abs/2505.02819))."""
 
 _PLAIN = "Layers {layers} were removed ({block}, {metric} distance {value}), with the method `{method}` on {data}."
 
-# %% ../nbs/15_report.ipynb #a7ed3324
+# %% ../nbs/15_report.ipynb #7024a56f
 def _layer_names(result):
     "'13 to 18'"
     return _and(f'{s} to {e-1}' if e-s>1 else str(s) for s,e in blocks_of(result)) or 'none'
@@ -512,11 +511,12 @@ def story(result)->str: # Markdown
     several = len(blocks_of(result))>1
     how = ', fitted in closed form on' if _method(result)=='lstsq' else ', fitted on'
     letters = [', $H$ what the last matrix of that MLP reads'] if _get(result, 'fit', 'map')=='wide' else []
-    if _get(result, 'fit', 'map')=='state': letters += [', $S$ the stream at the cut']
+    state, a = _get(result, 'fit', 'map')=='state', 'each' if several else 'the'
+    given = f'$S$ is the stream at {a} cut' if state else f'$M$ is the output of the MLP of the last layer before {a} cut, $A$ the stream it is added to'
     if _get(result, 'fit', 'affine'): letters += [', $b$ a bias that is folded in as well']
     words = dict(layers=_layer_names(result), block=_block_text(result), data=_data_text(result), chosen=_chosen_text(result),
                  value=_num(_get(result, 'distance', 'value'), '.4f'), metric=_get(result, 'distance', 'metric') or '', method=result.get('method'),
-                 maps=f"One linear map stands in for {'each block' if several else 'them'}", formula=_formula(result), a='each' if several else 'the',
+                 maps=f"One linear map stands in for {'each block' if several else 'them'}", formula=_formula(result), given=given,
                  letters=''.join(letters), where=_where_words(result))
     return '\n\n'.join([(_STORY if words['formula'] else _PLAIN).replace(', fitted on', how).format(**words), *filter(None, [' '.join(_details(result))])])
 

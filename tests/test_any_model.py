@@ -1,0 +1,180 @@
+"""From a folder to a folder, for models beyond the plain decoder: experts, norms behind the MLP, image encoders, hybrids."""
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, ViTImageProcessor
+
+from replaceme.core import ReplaceMeError
+from replaceme.data import synthetic_images
+from replaceme.models import tiny_model, tiny_tokenizer, tiny_vision
+from replaceme.pipeline import make_config, prune, run
+
+IDS = torch.arange(5, 21)[None]
+PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+TEXT = "\n".join(f"The {a} {b} {c} of the {a}." for a in ("cat", "dog", "sea") for b in ("saw", "ate", "was") for c in ("end", "sun", "day", "map"))
+
+
+@pytest.fixture
+def text_model(tmp_path):
+    def make(family, **kw):
+        folder = tmp_path / family
+        tiny_model(family, **{"layers": 6, **kw}).save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+        (tmp_path / "text.txt").write_text(TEXT * 6, encoding="utf-8")
+        return dict(model_path=str(folder), layers_to_skip=2, dataset=str(tmp_path / "text.txt"), dataset_size=12, max_length=32, batch_size=4,
+                    eval_size=2, eval_length=32, prompt=None, save_path=str(tmp_path / "small"))
+    return make
+
+
+@pytest.fixture
+def image_model(tmp_path):
+    def make(family, cls=None, **kw):
+        model = tiny_vision(family, layers=6, **kw)
+        if cls is not None:
+            torch.manual_seed(0)
+            model = cls.from_config(model.config).eval()
+        model.save_pretrained(tmp_path / family)
+        ViTImageProcessor(size=dict(height=32, width=32)).save_pretrained(tmp_path / family)
+        (tmp_path / "pictures").mkdir()
+        for i, im in enumerate(synthetic_images(24)):
+            im.save(tmp_path / "pictures" / f"{i:02}.png")
+        return dict(model_path=str(tmp_path / family), layers_to_skip=2, dataset=str(tmp_path / "pictures"), dataset_size=16, batch_size=4,
+                    eval_size=6, save_path=str(tmp_path / "small"))
+    return make
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "jamba", "falcon", "granite"])
+def test_auto_on_any_family_gives_an_ordinary_checkpoint(family, text_model):
+    "Experts take a narrow map, all others a wide one; what is saved loads without this package"
+    result, folder = run(make_config(**text_model(family)))
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert result["fit"]["map"] == ("narrow" if family in ("mixtral", "deepseek_v3", "gpt_oss", "jamba") else "wide")
+    assert model.config.num_hidden_layers == 4 and not (folder / "modeling_replaceme.py").exists()
+    assert result["fit"]["error"] < result["fit"]["removal_error"]
+    assert result["perplexity"]["after"]["tokens"] == result["perplexity"]["before"]["tokens"] > 0
+    a, b = [model.generate(IDS, max_new_tokens=8, do_sample=False, use_cache=c) for c in (True, False)]
+    assert torch.equal(a, b)
+
+
+def test_wide_maps_for_experts_are_refused(text_model):
+    with pytest.raises(ReplaceMeError, match="mlp.experts is not one matrix .* use map: narrow"):
+        run(make_config(**text_model("mixtral"), map="wide"))
+    with pytest.raises(ReplaceMeError, match="affine: mlp.experts has no bias"):
+        run(make_config(**text_model("mixtral"), method="lstsq", affine=True))
+
+
+FRESH = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+m = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+ids = torch.arange(5, 21)[None]
+assert torch.equal(*[m.generate(ids, max_new_tokens=8, do_sample=False, use_cache=c) for c in (True, False)])
+assert "replaceme" not in sys.modules
+torch.save(m(ids).logits, sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("family", ["gemma2", "olmo2"])
+@pytest.mark.parametrize("method", ["auto", "lstsq"])
+def test_a_norm_behind_the_mlp(family, method, text_model, tmp_path):
+    "Folding is refused with both ways out; both ways work"
+    keys = text_model(family)
+    with pytest.raises(ReplaceMeError, match="norm or another non-linear step.*method: remove.*merge: false"):
+        run(make_config(**keys, method=method))
+    assert not (tmp_path / "small").exists()
+    result, folder = run(make_config(**keys, method=method, merge=False))
+    assert result["fit"]["map"] == "state" and result["fit"]["error"] < result["fit"]["removal_error"] and "parameters" in result["fit"]["cost"]
+    assert "trust_remote_code=True" in (folder / "README.md").read_text(encoding="utf-8")
+    out = subprocess.run([sys.executable, "-c", FRESH, str(folder), str(tmp_path / "logits.pt")], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr[-2000:]
+    removed, plain = run(make_config(**{**keys, "save_path": str(tmp_path / "plain")}, method="remove"))
+    model = AutoModelForCausalLM.from_pretrained(plain)
+    assert removed["fit"]["map"] == "none" and removed["fit"]["error"] == removed["fit"]["removal_error"]
+    assert model.config.num_hidden_layers == 4
+    assert not torch.allclose(model(IDS).logits, torch.load(tmp_path / "logits.pt"), atol=1e-3)
+
+
+@torch.no_grad()
+def test_the_unmerged_map_is_least_squares_on_the_states(text_model):
+    "Against a direct computation in float64"
+    from replaceme.activations import capture
+    from replaceme.data import batches
+    model, tok = tiny_model("gemma2", layers=6), tiny_tokenizer()
+    keys = text_model("gemma2")
+    small, result = prune(model, tok, method="lstsq", merge=False, blocks=[[2, 4]], dataset=keys["dataset"], dataset_size=12, max_length=64, batch_size=4)
+    from replaceme.data import load_texts
+    bs = batches(load_texts(keys["dataset"], tokenizer=tok, size=12, max_length=64), tok, 4, 64)
+    S, B = [torch.cat([capture(model, b).S[i] for b in bs]).double() for i in (2, 4)]
+    T = torch.linalg.lstsq(S, B).solution
+    assert torch.allclose(small.model.layers[1].replaceme_map.weight.double().T, T, atol=1e-3)
+    assert result["calibration"]["tokens"] == len(S)
+
+
+def test_removal_is_the_cut_alone(text_model):
+    from replaceme.blocks import Block
+    from replaceme.merge import cut
+    model, tok, keys = tiny_model("llama"), tiny_tokenizer(), text_model("llama")
+    small, result = prune(model, tok, 2, method="remove", dataset=keys["dataset"], dataset_size=12, max_length=32)
+    ref = cut(model, [Block(*result["block"])])
+    assert torch.equal(small(IDS).logits, ref(IDS).logits)
+
+
+@pytest.mark.parametrize("keys, why", [
+    (dict(method="remove", map="wide"), "method remove fits nothing"),
+    (dict(method="remove", merge=False), "no map to keep"),
+    (dict(method="cosine", merge=False), "closed form"),
+    (dict(merge=False, map="wide"), "the map acts on the hidden state"),
+    (dict(method="lstsq", merge=False, structure="diag"), "the map acts on the hidden state"),
+])
+def test_contradictions(keys, why):
+    with pytest.raises(ReplaceMeError, match=why):
+        make_config(**keys)
+
+
+@pytest.mark.parametrize("family", ["vit", "clip", "dinov2", "siglip_vision_model", "dinov3_vit"])
+@torch.no_grad()
+def test_an_image_encoder_from_a_folder_of_pictures(family, image_model):
+    result, folder = run(make_config(**image_model(family)))
+    assert result["kind"] == "images" and result["calibration"]["texts"] == 16 and result["features"]["images"] == 6
+    assert .2 < result["features"]["agreement"] <= 1 and result["fit"]["error"] < result["fit"]["removal_error"]
+    model, info = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert (folder / "preprocessor_config.json").exists()
+    card, page = [(folder / n).read_text(encoding="utf-8") for n in ("README.md", "report.html")]
+    assert "AutoImageProcessor" in card and "image-feature-extraction" in card and "images" in page and "AutoTokenizer" not in card
+
+
+@torch.no_grad()
+def test_a_classifier_keeps_its_head(image_model, tmp_path):
+    result, folder = run(make_config(**image_model("vit", AutoModelForImageClassification), method="lstsq"))
+    small = AutoModelForImageClassification.from_pretrained(folder)
+    assert 0 <= result["features"]["same_class"] <= 1 and small(pixel_values=PIXELS).logits.shape == (2, 2)
+
+
+@pytest.mark.parametrize("keys, why", [
+    (dict(dataset="self"), "self"), (dict(tasks="piqa"), "tasks are questions to a language model"), (dict(mask=.1), "an image has none"),
+])
+def test_what_makes_no_sense_for_images(keys, why, image_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("replaceme.pipeline.load_tasks", lambda *a: None)
+    with pytest.raises(ReplaceMeError, match=why):
+        run(make_config(**{**image_model("vit"), **keys}))
+    assert not (tmp_path / "small").exists()
+
+
+@torch.no_grad()
+def test_a_better_fit_of_an_encoder_is_chosen_by_its_last_states(image_model):
+    "The candidate with the smallest loss wins, and the loss is one minus the cosine of the last states"
+    result, _ = run(make_config(**image_model("vit"), select="loss", top_k=3))
+    losses = [c["loss"] for c in result["choice"]]
+    assert len(losses) == 3 and result["block"] == result["choice"][losses.index(min(losses))]["blocks"][0]
+    assert all(0 <= x < 1 for x in losses)
+
+
+def test_one_shot_record_is_json(image_model):
+    result, folder = run(make_config(**image_model("vit"), eval_dataset=None))
+    assert "features" not in json.loads((folder / "replaceme.json").read_text(encoding="utf-8")) and safe_open(folder / "model.safetensors", "pt").keys()
