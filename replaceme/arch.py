@@ -36,7 +36,7 @@ def backbone(model): # -> the module that turns tokens or pixels into hidden sta
     tower = image_tower(model)
     return tower.base_model if 'pixel_values' in inspect.signature(tower.base_model.forward).parameters else tower
 
-# %% ../nbs/02_arch.ipynb #3c498276
+# %% ../nbs/02_arch.ipynb #b1e6866c
 def stack_config(model): # -> the part of the config that describes the stack, not a copy of it
     "The config of the decoder or image encoder, which a composite model keeps one level down"
     if sees(model): return image_tower(model).config
@@ -59,7 +59,9 @@ def layer_counts(config)->dict: # `{key: number}`, the likeliest first
 
 def width(model)->int: # `d`
     "Width of the residual stream"
-    return stack_config(model).hidden_size
+    d = getattr(stack_config(model), 'hidden_size', None)
+    if type(d) is not int: raise ReplaceMeError(f"{type(model).__name__}: its config does not say how wide the residual stream is; it needs hidden_size (or an attribute_map that leads there).")
+    return d
 
 def _lists(model):
     "The lists of modules in the backbone, without those of a tower for another kind of input"

@@ -6,7 +6,7 @@
 __all__ = ['parse', 'command', 'run_replaceme', 'get_lt_with_lstsq', 'get_lt_with_solvers', 'get_distance_analysis',
            'evaluate_model']
 
-# %% ../nbs/17_cli.ipynb #96934688
+# %% ../nbs/17_cli.ipynb #d2ae5a84
 import argparse, functools, json, os, sys, warnings
 from dataclasses import fields
 from pathlib import Path
@@ -17,7 +17,7 @@ from .core import *
 from .pipeline import *
 from .report import *
 
-# %% ../nbs/17_cli.ipynb #6be5e382
+# %% ../nbs/17_cli.ipynb #e80ab1eb
 class _Parser(argparse.ArgumentParser):
     def error(self, message): raise ReplaceMeError(message)
 
@@ -53,7 +53,7 @@ def parse(name, doc, argv, aliases,
     cfg = read_config(args.config, defaults, **{**flags, **(forced or {})})
     return cfg, Path(args.config).expanduser().read_text(encoding='utf-8') if args.config else None
 
-# %% ../nbs/17_cli.ipynb #2a37b493
+# %% ../nbs/17_cli.ipynb #217fdcff
 def _line(message, *a, **kw): print('warning:', message, file=sys.stderr)
 
 def _hush():
@@ -74,7 +74,7 @@ def command(aliases=None, # extra flags: {alias: key}
                 _hush()
                 try: f(*parse(f.__name__, f.__doc__, argv, aliases or {}, forced, defaults))
                 except ReplaceMeError as e: sys.exit(_fail(f.__name__, e))
-                except (torch.OutOfMemoryError, MemoryError): sys.exit(_fail(f.__name__, "out of memory: lower batch_size or max_length, or set use_4bit."))
+                except (torch.OutOfMemoryError, MemoryError): sys.exit(_fail(f.__name__, "out of memory: lower batch_size or max_length, or set use_4bit or device_map."))
                 except KeyboardInterrupt: sys.exit(130)
         return main
     return deco
@@ -83,7 +83,7 @@ def _fail(name, e):
     print(f'{name}: error: {e}', file=sys.stderr)
     return 2
 
-# %% ../nbs/17_cli.ipynb #2f04371f
+# %% ../nbs/17_cli.ipynb #1f61ccb9
 def _oneline(text): return ' '.join(text.split())
 
 _ALIASES = dict(model='model_path', layers='layers_to_skip')

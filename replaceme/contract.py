@@ -33,7 +33,7 @@ class Contract:
 
 TOLERANCE = 1e-4 # relative error that counts as rounding in float32
 
-# %% ../nbs/18_contract.ipynb #fb7638a3
+# %% ../nbs/18_contract.ipynb #285804be
 @torch.no_grad()
 def outputs(model, batch): # logits of a language model, last states of an image encoder
     "What a model puts out for a batch"
@@ -47,14 +47,17 @@ def loader(model):
     if not sees(model): return AutoModelForCausalLM
     return AutoModelForImageClassification if type(model).__name__.endswith('ForImageClassification') else AutoModel
 
+def _loaded(model, folder):
+    "By the class anybody would use, or, for a family that transformers cannot find by its config, by the model's own"
+    kw = dict(dtype='auto', output_loading_info=True)
+    try: return loader(model).from_pretrained(folder, trust_remote_code=False, **kw)
+    except (ValueError, KeyError, OSError): return type(model).from_pretrained(folder, **kw)
+
 def saved_and_loaded(model):
-    "The model as it comes back from disk, as any user of transformers would load it"
+    "The model as it comes back from disk"
     with tempfile.TemporaryDirectory() as d:
-        model.save_pretrained(d)
-        try: again, info = loader(model).from_pretrained(d, dtype='auto', output_loading_info=True)
-        except ValueError as e: # some families cannot be loaded without naming their class
-            if 'Unrecognized configuration class' not in str(e): raise
-            again, info = type(model).from_pretrained(d, dtype='auto', output_loading_info=True)
+        save_checkpoint(model, d)
+        again, info = _loaded(model, d)
     wrong = [*info['missing_keys'], *info['unexpected_keys'], *info['mismatched_keys']]
     if wrong: raise RuntimeError(f"parameters {sorted(map(str, wrong))[:3]} are not what the config builds")
     return again.eval()

@@ -238,7 +238,7 @@ def check_cut(model, blocks, small=None):
         raise ReplaceMeError(f"{type(model).__name__}: without {', '.join(map(str, blocks))} the layers that stay compute something else (relative error "
                              f"{err:.1e}): something besides the hidden state passes between layers, or depends on their numbers. Choose another block.")
 
-# %% ../nbs/11_merge.ipynb #18c0ccde
+# %% ../nbs/11_merge.ipynb #41d95252
 def check_writable(point): # a FoldPoint
     "Raise unless the weights that shall take a map are plain floating point numbers"
     for w in point.writers:
@@ -246,7 +246,7 @@ def check_writable(point): # a FoldPoint
             p = getattr(w.module, name)
             if not p.is_floating_point() or p.element_size()<2 or hasattr(p, 'quant_state'):
                 raise ReplaceMeError(f"The weight that takes the map ({w.name}.{name}) is quantised: load the model in its original precision, or run_replaceme "
-                                     "with use_4bit, which measures in 4 bit and folds into the original weights.")
+                                     "with use_4bit or use_8bit, which measures so and folds into the original weights.")
 
 def _values(module, name): # an offloaded weight comes from where accelerate keeps it
     p = getattr(module, name)

@@ -79,12 +79,13 @@ def resolve(model_path, # as a user writes it
         raise ReplaceMeError(f"model_path {path}: no such folder. Give a hub id, a checkpoint folder, a .gguf file or package:NAME.")
     return path
 
-# %% ../nbs/01_models.ipynb #0725fb8e
-def _quantization(dtype):
-    "NF4 as in the ReplaceMe paper, computing in `dtype`"
+# %% ../nbs/01_models.ipynb #3e216758
+def _quantization(dtype, bits):
+    "NF4 as in the ReplaceMe paper, computing in `dtype`; or 8 bit integers"
     if importlib.util.find_spec('bitsandbytes') is None:
-        raise ReplaceMeError("use_4bit needs the package bitsandbytes, which is not installed: `pip install bitsandbytes`, or set use_4bit to false.")
+        raise ReplaceMeError(f"use_{bits}bit needs the package bitsandbytes, which is not installed: `pip install bitsandbytes`, or set use_{bits}bit to false.")
     from transformers import BitsAndBytesConfig
+    if bits==8: return BitsAndBytesConfig(load_in_8bit=True)
     compute = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16 if torch.accelerator.is_available() else torch.float32
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=compute)
 
@@ -132,7 +133,7 @@ def _auto_classes(config, path, model_path):
     classifier = any('ForImageClassification' in a for a in config.architectures or [])
     return AutoModelForImageClassification if classifier else AutoModel, AutoImageProcessor
 
-# %% ../nbs/01_models.ipynb #2cb1ca97
+# %% ../nbs/01_models.ipynb #e52368a0
 def offload_folder()->str: # made by transformers when it is needed, removed when Python ends
     "Where weights go that fit into no memory and are not yet on the disk in the form in which they are used"
     path = cache_dir()/f'offload-{os.getpid()}-{uuid.uuid4().hex[:8]}'
@@ -154,11 +155,12 @@ def load_model(model_path, # hub id, folder, `.gguf` file or `package:NAME`
                use_4bit=False, # NF4 through bitsandbytes
                token=None, # for gated models on the hub
                trust_remote_code=False, # run the repository's own code?
+               use_8bit=False, # 8 bit integers through bitsandbytes
               ): # (model in evaluation mode, tokenizer), or (image encoder, image processor)
     "Load a causal language model and its tokenizer, or an image encoder and its image processor"
     path, dtype = resolve(model_path), as_dtype(dtype)
     common = dict(token=token, trust_remote_code=trust_remote_code)
-    kw = dict(quantization_config=_quantization(dtype)) if use_4bit else {}
+    kw = dict(quantization_config=_quantization(dtype, 4 if use_4bit else 8)) if use_4bit or use_8bit else {}
     try: model, inputs = _from_pretrained(path, model_path, common, dtype=dtype, device_map=placement(device_map), offload_folder=offload_folder(), **kw)
     except ReplaceMeError: raise
     except (OSError, ValueError, KeyError, ImportError, AssertionError, RuntimeError, SafetensorError) as e:

@@ -38,7 +38,7 @@ from .evaluate import *
 from .search import *
 from .report import *
 
-# %% ../nbs/16_pipeline.ipynb #356649ab
+# %% ../nbs/16_pipeline.ipynb #63d30cb7
 def key(default, help): # -> a dataclass field
     "A config key with its default and its meaning"
     return field(default=default, metadata=dict(help=help))
@@ -60,6 +60,7 @@ class Config:
     max_length:int = key(512, "tokens of a text; the rest is cut off")
     mask:float = key(0., "share of tokens hidden at random from the model and the fit")
     use_4bit:bool = key(False, "calibrate in NF4; the folded and saved weights stay the original ones")
+    use_8bit:bool = key(False, "the same in 8 bit integers")
     dtype:str|None = key(None, "dtype of the weights: float32, bfloat16, float16; null keeps the saved one")
     device_map:str|None = key(None, "accelerate's placement; null uses an accelerator if there is one")
     token:str|None = key(None, "access token for gated models and data on the hub; never written to a result")
@@ -106,6 +107,9 @@ class Config:
     limit:int|None = key(None, "questions of each task; null asks all")
     prompt:str|None = key('Why is the sky blue?', "question that the dense and the pruned model answer in the report; null asks nothing")
     seed:int = key(0, "seed of everything that is sampled")
+
+    @property
+    def quantised(self): return self.use_4bit or self.use_8bit
 
 # %% ../nbs/16_pipeline.ipynb #82bdb3a9
 class _Loader(yaml.SafeLoader): "YAML that refuses a repeated key"
@@ -171,7 +175,7 @@ def check_config(cfg):
     if isinstance(cfg.dataset, list) or cfg.dataset_shares is not None: mixture(cfg.dataset, cfg.dataset_shares)
     check_together(cfg)
 
-# %% ../nbs/16_pipeline.ipynb #e7c6ce76
+# %% ../nbs/16_pipeline.ipynb #0eb49b51
 def structure_of(cfg)->tuple: # (structure, rank)
     "The structure of the map, in one word whatever words the config used"
     named = [w for w,on in dict(diag=cfg.diag, two_vectors=cfg.two_vectors, thri=cfg.thri, structure=cfg.structure not in (None, 'full')).items() if on]
@@ -213,9 +217,10 @@ def check_together(cfg):
         raise ReplaceMeError(f"top_k is {cfg.top_k}, but select is distance, which compares nothing else: leave it out, or set select: loss.")
     _check_blocks(cfg, several)
     if iterative: _check_cosine(cfg, structure)
-    _no(cfg, cfg.use_4bit, "the 4 bit model only measures; nothing is folded into it", 'select', 'refit', 'num_A', 'max_blocks')
-    if cfg.use_4bit and cfg.blocks is not None and len(given_blocks(cfg))>1:
-        raise ReplaceMeError("blocks holds several, but the 4 bit model only measures, and the second block must be measured when the first is gone: give one.")
+    if cfg.use_4bit and cfg.use_8bit: raise ReplaceMeError("use_4bit and use_8bit are both true: keep one.")
+    _no(cfg, cfg.quantised, "the 4 bit model only measures; nothing is folded into it".replace('4', '8' if cfg.use_8bit else '4'), 'select', 'refit', 'num_A', 'max_blocks')
+    if cfg.quantised and cfg.blocks is not None and len(given_blocks(cfg))>1:
+        raise ReplaceMeError("blocks holds several, but the quantised (4 bit or 8 bit) model only measures, and the second block must be measured when the first is gone: give one.")
     _no(cfg, cfg.save_transform_only, "save_transform_only saves maps and no refitted layers", 'refit')
 
 def _check_blocks(cfg, several):
@@ -285,7 +290,7 @@ def n_parameters(model)->int: # tied weights count once; 4-bit weights count in 
     "Number of parameters"
     return model.num_parameters()
 
-# %% ../nbs/16_pipeline.ipynb #873be738
+# %% ../nbs/16_pipeline.ipynb #b7484d15
 _OWN = dict(lstsq=dict(), cosine=dict(), remove=dict(map='none'),
             auto=dict(map='wide', weights='inv_norm', ridge='auto', select='loss', top_k=5, refit=2))
 
@@ -300,7 +305,7 @@ def recipe_of(cfg)->Recipe:
     "What a config asks for, with the defaults of its method"
     structure, rank = structure_of(cfg)
     own = dict(_OWN[cfg.method])
-    if cfg.use_4bit: own.update({k: Recipe.__dataclass_fields__[k].default for k in own if k in ('select', 'top_k', 'refit')})
+    if cfg.quantised: own.update({k: Recipe.__dataclass_fields__[k].default for k in own if k in ('select', 'top_k', 'refit')})
     if cfg.save_transform_only: own.pop('refit', None)
     if cfg.select=='distance' or cfg.blocks or cfg.num_A>1: own.update(select='distance', top_k=1)
     if cfg.max_blocks>1: own.update(top_k=3)
@@ -361,7 +366,7 @@ def picture_batches(model, processor, cfg, images)->list:
     "Images as the encoder takes them"
     return image_batches(images, processor, n_positions(model), cfg.batch_size) if images else []
 
-# %% ../nbs/16_pipeline.ipynb #8c9e4386
+# %% ../nbs/16_pipeline.ipynb #8e880d10
 def n_removed(cfg)->int:
     "Layers that will go"
     return sum(map(len, given_blocks(cfg))) if cfg.blocks is not None else cfg.layers_to_skip*cfg.num_A
@@ -379,6 +384,7 @@ def prove(model, cfg, r, writable=True)->tuple: # (candidate blocks, or the give
     if (n_removed(cfg))>=n: raise ReplaceMeError(f"num_A is {cfg.num_A} and layers_to_skip {cfg.layers_to_skip}: the model has {n} layers only.")
     check_cut(model, blocks if cfg.blocks is not None else [blocks[len(blocks)//2]])
     if cfg.rank and cfg.rank>width(model): raise ReplaceMeError(f"rank is {cfg.rank}, more than the model's width of {width(model)}.")
+    if r.map=='state': with_linear(cut(model, [blocks[0]]), blocks[0].start-1, torch.eye(width(model))) # its own complaints
     return (blocks, r) if r.map in ('state', 'none') else _prove_fold(model, cfg, r, blocks, writable)
 
 def _prove_fold(model, cfg, r, blocks, writable):
@@ -496,7 +502,7 @@ def make_result(model, cfg, r, c, known):
     if done.fits[0].history: res['history'] = done.fits[0].history
     return res
 
-# %% ../nbs/16_pipeline.ipynb #284b2e92
+# %% ../nbs/16_pipeline.ipynb #f9424c22
 def _finish(result, cfg, stages, loaded, model, pruned):
     "Costs and provenance"
     conf = {k: v for k,v in dataclasses.asdict(cfg).items() if k!='token'}
@@ -504,7 +510,7 @@ def _finish(result, cfg, stages, loaded, model, pruned):
                   peak_memory=peak_memory(), loaded_memory=loaded, config=conf, versions=versions(), seed=cfg.seed)
     return result
 
-_OUTSIDE = {**dict.fromkeys(('model_path', 'use_4bit', 'dtype', 'device_map', 'trust_remote_code'), "it is loaded already"),
+_OUTSIDE = {**dict.fromkeys(('model_path', 'use_4bit', 'use_8bit', 'dtype', 'device_map', 'trust_remote_code'), "it is loaded already"),
             **dict.fromkeys(('eval_dataset', 'eval_column', 'eval_subset', 'eval_split', 'eval_size', 'eval_length', 'tasks', 'limit', 'prompt'),
                             "score the two models with replaceme.evaluate"),
             **dict.fromkeys(('save_path', 'save_transform_only'), "save it with save_checkpoint")}
@@ -522,7 +528,7 @@ def prune(model, tokenizer, # as loaded by `load_model` or by transformers
     done, result = calibrate(model, tokenizer, cfg, stages)
     return done.model, _finish(result, cfg, stages, loaded, model, done.model)
 
-# %% ../nbs/16_pipeline.ipynb #fcbee5bd
+# %% ../nbs/16_pipeline.ipynb #92eb61d0
 def output_path(cfg)->Path:
     "Where the result goes"
     if cfg.save_path: return Path(cfg.save_path).expanduser()
@@ -535,9 +541,10 @@ def _bytes(model, pruned_layers):
     size = lambda m: sum(p.numel()*p.element_size() for p in m.parameters())
     return int(1.02*(size(model)-pruned_layers*size(layers[0])))+10_000_000
 
-def load(cfg, use_4bit=None):
+def load(cfg, quantised=True):
     "The model and tokenizer of a config"
-    return load_model(cfg.model_path, cfg.dtype, cfg.device_map, cfg.use_4bit if use_4bit is None else use_4bit, cfg.token, cfg.trust_remote_code)
+    return load_model(cfg.model_path, cfg.dtype, cfg.device_map, cfg.use_4bit and quantised, cfg.token, cfg.trust_remote_code,
+                      cfg.use_8bit and quantised)
 
 # %% ../nbs/16_pipeline.ipynb #9b330f7c
 def eval_text(cfg, tokenizer, model=None):
@@ -654,7 +661,7 @@ def check_loaded(cfg, path, model, tokenizer):
     try: cfg.prompt is None or prompt_ids(tokenizer, cfg.prompt)
     except Exception as e: raise ReplaceMeError(f"prompt: the tokenizer's chat template refuses it ({e}): set prompt to null.") from e
 
-# %% ../nbs/16_pipeline.ipynb #c788340a
+# %% ../nbs/16_pipeline.ipynb #1e403f22
 def _score_after(model, tokenizer, cfg, text, before, result):
     "The scores of the pruned model; a failure is noted and the model kept"
     try: _add_scores(result, cfg, before, score(model, tokenizer, cfg, text))
@@ -672,10 +679,10 @@ def run(cfg, yaml_text=None)->tuple: # (Result, Path of the folder)
     _few_outputs(model) # memory-mapped weights are read in with the first pass: it belongs to loading
     loaded = resident_memory(); reset_peak_memory()
     text = picture_batches(model, tokenizer, cfg, load_pictures(cfg)[1]) if sees(model) else eval_text(cfg, tokenizer, model)
-    done, result = calibrate(model, tokenizer, cfg, stages, writable=not cfg.use_4bit)
-    if cfg.use_4bit: # the map was measured in NF4; it is folded into the original weights
+    done, result = calibrate(model, tokenizer, cfg, stages, writable=not cfg.quantised)
+    if cfg.quantised: # the map was measured in NF4 or 8 bit; it is folded into the original weights
         del model; gc.collect()
-        with stages('load'): model, tokenizer = load(cfg, use_4bit=False)
+        with stages('load'): model, tokenizer = load(cfg, quantised=False)
         lasting(model, done.blocks)
         with stages('fold'): done.model = stand_in(model, done.blocks[0], done.fits[0])
     with stages('score'): before = score(model, tokenizer, cfg, text)

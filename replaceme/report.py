@@ -152,7 +152,7 @@ def plot_heatmap(profile, # {n: distances for start = 1, 2, ...}
     bar.outline.set_visible(False)
     return ax
 
-# %% ../nbs/15_report.ipynb #74f93bfd
+# %% ../nbs/15_report.ipynb #0ee2cfbb
 def _ridge_rows(ridge):
     "(value, error) of the ridges whose error is a number, weakest first"
     pairs = zip((ridge or {}).get('values') or [], (ridge or {}).get('errors') or [])
@@ -168,9 +168,9 @@ def plot_ridge(ridge, # `values`, `errors` and the `chosen` value
     ax.set_xscale('log')
     ax.plot([at(v) for v,_ in rows], [e for _,e in rows], color=_ACCENT, lw=1.5, marker='.', ms=6, zorder=2)
     for v,e in rows:
-        if v==ridge.get('chosen'): ax.plot(at(v), e, ls='none', marker='o', ms=9, mfc=_MARK, mec=_MARK, zorder=3, label=f'chosen {v:g}: {e:.4f}')
-    shown = rows[::math.ceil(len(rows)/8) or 1]
-    ax.set_xticks([at(v) for v,_ in shown], [f'{v:g}' for v,_ in shown])
+        if v==ridge.get('chosen'): ax.plot(at(v), e, ls='none', marker='o', ms=9, mfc=_MARK, mec=_MARK, zorder=3, label=f'chosen {v:.3g}: {e:.4f}')
+    shown = rows[::math.ceil(len(rows)/6) or 1]
+    ax.set_xticks([at(v) for v,_ in shown], [f'{v:.1g}' for v,_ in shown])
     ax.minorticks_off()
     ax.grid(axis='y', color=_LINE, lw=.8)
     ax.set_axisbelow(True)

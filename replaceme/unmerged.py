@@ -21,7 +21,7 @@ from .arch import *
 from .merge import *
 from .merge import _configs, _values
 
-# %% ../nbs/12_unmerged.ipynb #f21de08a
+# %% ../nbs/12_unmerged.ipynb #c132658a
 class LinearMap(nn.Module):
     "Rows `x` become `x@T + b`; `weight` is `T` transposed, as in a linear layer"
     def __init__(self, d, bias=False):
@@ -33,8 +33,9 @@ class LinearMap(nn.Module):
 
 def map_output(layer, args, out):
     "Forward hook of a layer: its map is applied to the hidden state in what it puts out"
-    if isinstance(out, tuple): return (layer.replaceme_map(out[0]), *out[1:])
-    return layer.replaceme_map(out)
+    if isinstance(out, torch.Tensor): return layer.replaceme_map(out)
+    new = layer.replaceme_map(out[0])
+    return out._replace(**{out._fields[0]: new}) if hasattr(out, '_replace') else type(out)((new, *out[1:]))
 
 def add_map(layer, new):
     "Let a layer be followed by a map"

@@ -199,13 +199,15 @@ def test_a_yaml_of_the_public_release_loads_unchanged(tmp_path):
         read_config(path)
 
 
-def test_calibrating_in_4bit_leaves_the_weights_as_they_were(place, monkeypatch):
-    "Only the folded weight differs from the original, and none of them was rounded to NF4"
+@pytest.mark.parametrize("bits", [4, 8])
+def test_calibrating_in_few_bits_leaves_the_weights_as_they_were(bits, place, monkeypatch):
+    "Only the folded weight differs from the original, and none of them was rounded"
     pytest.importorskip("bitsandbytes")
     monkeypatch.chdir(place)
     tiny_model("llama", layers=6, d=64).save_pretrained("wide")  # NF4 has blocks of 64
     tiny_tokenizer().save_pretrained("wide")
-    r, path = run(read_config("c.yaml", model_path="./wide", use_4bit=True, save_path="four", eval_dataset=None, prompt=None))
+    r, path = run(read_config("c.yaml", model_path="./wide", save_path=f"bits{bits}", eval_dataset=None, prompt=None,
+                                 **{f"use_{bits}bit": True}))
     dense, small = load_file("wide/model.safetensors"), load_file(path / "model.safetensors")
     s, e = r.block
     old = lambda k: k if not k.startswith("model.layers.") else ".".join(
@@ -213,11 +215,12 @@ def test_calibrating_in_4bit_leaves_the_weights_as_they_were(place, monkeypatch)
     assert [k for k in small if not torch.equal(small[k], dense[old(k)])] == [f"model.layers.{s-1}.mlp.down_proj.weight"]
 
 
-def test_a_quantised_model_in_memory_is_refused(place):
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_model_in_memory_is_refused(bits, place):
     pytest.importorskip("bitsandbytes")
     tiny_model("llama", layers=6, d=64).save_pretrained(place / "wide4")
     tiny_tokenizer().save_pretrained(place / "wide4")
-    model, tok = load_model(place / "wide4", use_4bit=True)
+    model, tok = load_model(place / "wide4", **{f"use_{bits}bit": True})
     with pytest.raises(ReplaceMeError, match="quantised"):
         prune(model, tok, 2, dataset=str(place / "texts.txt"), max_length=64)
 
