@@ -6,11 +6,12 @@
 __all__ = ['image_tower', 'sees', 'backbone', 'stack_config', 'nested_configs', 'layer_counts', 'width', 'layers_of', 'judging',
            'hooks', 'n_hooks', 'first', 'with_first', 'hidden_arg', 'input_device', 'dummy', 'n_positions', 'run',
            'check_stack', 'check_causal', 'check_model', 'is_linear', 'family', 'Traced', 'trace', 'candidates_in',
-           'Mix', 'deviation', 'Probed', 'probe', 'probe_tolerance', 'turn', 'loaded', 'writing_params', 'Writer',
+           'Mix', 'probe_tolerance', 'deviation', 'Probed', 'probe', 'turn', 'loaded', 'writing_params', 'Writer',
            'FoldPoint', 'prove', 'find_points', 'fold_points', 'attention_point']
 
 # %% ../nbs/02_arch.ipynb #9cfdc645
 import functools, inspect, re
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -36,10 +37,12 @@ def backbone(model): # -> the module that turns tokens or pixels into hidden sta
     tower = image_tower(model)
     return tower.base_model if 'pixel_values' in inspect.signature(tower.base_model.forward).parameters else tower
 
-# %% ../nbs/02_arch.ipynb #b1e6866c
+# %% ../nbs/02_arch.ipynb #73043e4b
 def stack_config(model): # -> the part of the config that describes the stack, not a copy of it
     "The config of the decoder or image encoder, which a composite model keeps one level down"
-    if sees(model): return image_tower(model).config
+    if sees(model): # the first that says how large its pictures are: CLIP's classifiers keep it one level down
+        config = image_tower(model).config
+        return next((c for c in nested_configs(config) if hasattr(c, 'hidden_size') and hasattr(c, 'image_size')), config)
     config = model.config.get_text_config(decoder=True)
     return config if any(config is c for c in nested_configs(model.config)) else model.config # old encoder-decoders hand out a copy
 
@@ -143,7 +146,7 @@ def run(model, batch): # -> what the backbone returns
     given = {**{k: v.to(device) for k,v in batch.items()}, 'use_cache': False}
     return net(**{k: v for k,v in given.items() if k in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values())})
 
-# %% ../nbs/02_arch.ipynb #569cc21b
+# %% ../nbs/02_arch.ipynb #a6b1aef2
 class _Stop(Exception): "Ends a forward pass whose rest nobody needs"
 
 def _chain(model):
@@ -169,10 +172,10 @@ def check_stack(model):
 @torch.no_grad()
 def check_causal(model):
     "Raise unless the hidden states of earlier tokens ignore later ones"
-    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 8], [5, 6, 7, 9]])
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 8], [5, 6, 7, 9]]) % stack_config(model).vocab_size
     with judging(model): h = run(model, dict(input_ids=ids, attention_mask=torch.ones_like(ids)))[0].float()
     moved, noise = (h[2,:3]-h[0,:3]).norm(), (h[1,:3]-h[0,:3]).norm()
-    if moved > 10*noise + 4*torch.finfo(model.dtype).eps*h.norm():
+    if moved > 10*noise + max(1e-4, 4*torch.finfo(model.dtype).eps)*h.norm():
         raise ReplaceMeError(f"{type(model).__name__} looks at later tokens, so it is not a decoder: of models of text only causal ones are pruned here.")
 
 def check_model(model):
@@ -180,7 +183,7 @@ def check_model(model):
     check_stack(model)
     if not sees(model): check_causal(model)
 
-# %% ../nbs/02_arch.ipynb #9b92aff0
+# %% ../nbs/02_arch.ipynb #18f470ea
 def is_linear(m):
     "Linear layers, transposed ones (GPT-2's `Conv1D`) and quantised ones"
     return isinstance(m, (nn.Linear, Conv1D))
@@ -219,12 +222,14 @@ def trace(layer, args, kwargs, d)->Traced:
 
 def candidates_in(t:Traced)->dict: # `{family: [name, ...]}`
     "The modules of a layer that may write into the stream"
-    d, ran, groups = t.out.shape[-1], {family(n) for n in t.calls}, {}
-    for n,m in t.layer.named_modules():
-        if n and family(n) in ran and n not in t.others and _matrices(m, d): groups.setdefault(family(n), []).append(n)
+    d, mods, groups = t.out.shape[-1], dict(t.layer.named_modules()), {}
+    like = lambda n: (family(n), *(p.shape for p in mods[n].parameters(recurse=False)))
+    ran = {like(n) for n in t.calls}
+    for n,m in mods.items():
+        if n and like(n) in ran and n not in t.others and _matrices(m, d): groups.setdefault(family(n), []).append(n)
     return groups
 
-# %% ../nbs/02_arch.ipynb #46e9cab3
+# %% ../nbs/02_arch.ipynb #618e7dd9
 class Mix:
     "A random map `T = diag(s)P + ab'` of width `d`, applied to rows"
     def __init__(self, d, seed=0):
@@ -243,26 +248,36 @@ def _with(t, mods, f):
         return with_first(out, f(first(out)).to(first(out).dtype))
     return t.again(*[m.register_forward_hook(hook) for m in mods])
 
+def _dtypes(t): return {y.dtype for y in (hidden_arg(t.args, t.kwargs), *(c[0][0] for c in t.calls.values())) if y.is_floating_point()}
+
+def probe_tolerance(t)->float: # the probe's error that still counts as rounding
+    "What rounding in the coarsest dtype of a layer may contribute to the probe's error"
+    return max(1e-4, *(4*torch.finfo(k).eps for k in _dtypes(t)))
+
 def deviation(x, ref, A=0.)->float: # all `(B,S,d)`
     "The largest `|x-ref|` of a token, relative to the length of what was added up there"
     size = lambda v: v.norm(dim=-1) if isinstance(v, Tensor) else v
     return ((x-ref).norm(dim=-1)/(size(ref)+size(A)).clamp(min=1e-30)).max().item()
 
-def _factor(u, kM, k):
-    "What multiplies the output `u` of a module on its way into the stream: a number, one for each channel, or None"
+def _factor(u, kM, k, A, tol):
+    "What multiplies the output `u` of a module on its way into the stream, where `kM` is seen beside `A`: a number, one for each channel, or None"
     if u is None or u.numel()!=kM.numel(): return None
     u = k*u.float().reshape(kM.shape)
-    c = (kM*u).sum()/(u*u).sum().clamp(min=1e-30)
-    if deviation(c*u, kM)<1e-2: return 1. if abs(c.item()-1)<1e-3 else c.item() # an average over all entries: far finer than the dtype
-    c = (kM*u).sum((0,1))/(u*u).sum((0,1)).clamp(min=1e-30)
-    return c if deviation(c*u, kM)<1e-2 else None
+    w = 1/(kM.norm(dim=-1, keepdim=True)+A.norm(dim=-1, keepdim=True)).clamp(min=1e-30)**2 # what rounding leaves of a token
+    fits = lambda c: deviation(c*u, kM, A)<=tol and ((c*u-kM).norm(dim=-1)/kM.norm(dim=-1).clamp(min=1e-30)).median()<.1
+    c = (w*kM*u).sum()/(w*u*u).sum().clamp(min=1e-30)
+    if fits(c): return 1. if abs(c.item()-1)<max(1e-3, tol/4) else c.item()
+    c = (w*kM*u).sum((0,1))/(w*u*u).sum((0,1)).clamp(min=1e-30)
+    return c if fits(c) else None
 
-# %% ../nbs/02_arch.ipynb #6518601f
+# %% ../nbs/02_arch.ipynb #ab62a748
 @dataclass
 class Probed:
     "What a probe found out about modules of one layer, taken together"
     error:float # relative deviation from `A + M@T`; infinite where they write nothing
-    M:Tensor = None # `(B,S,d)` what they write
+    M:Tensor = None # `(B,S,d)` what they write; zero if they write nothing yet
+    rest:Tensor = None # `(B,S,d)` beside which it was measured
+    k:float = 1. # how much longer what they write was made for it
     factor:object = None # `M = factor * output` of a single module
 
 def _noise(u, size=1.):
@@ -283,39 +298,43 @@ def probe(t:Traced, mods, # modules of the layer
     M = _with(t, mods, base)-A
     near = M.norm(dim=-1)
     if not near.max()>1e-6*far: return Probed(float('inf'))
-    limit = torch.finfo(hidden_arg(t.args, t.kwargs).dtype).max/(16*M.abs().max())
-    k = (far/near.median().clamp(min=1e-30)).clamp(2, 1e3).clamp(max=limit).item()
+    limit = min(torch.finfo(k).max for k in _dtypes(t))/(16*M.abs().max())
+    k = (A.norm(dim=-1).median()/near.median().clamp(min=1e-30)).clamp(2, 1e3).clamp(max=limit).item()
     kM, T = _with(t, mods, lambda u: k*base(u))-A, Mix(A.shape[-1])
-    longer = ((kM*M).sum(-1)/(k*near**2).clamp(min=1e-30)).median().item() # 1, unless something normalises
-    c = _factor(u, kM, k)
+    longer = (k*(kM*M).sum(-1)/(kM*kM).sum(-1).clamp(min=1e-30)).median().item() # 1, unless something normalises
+    c = _factor(u, kM, k, A, probe_tolerance(t))
+    if isinstance(c, Tensor):
+        if not c.all(): return Probed(float('inf'), kM/k, A/k, k, c)
+        # once more, each channel as long as the stream: small factors drown in the rounding of the others
+        big = (far/c).clamp(-limit*M.abs().max(), limit*M.abs().max())
+        c = (_with(t, mods, lambda u: u*0+big)-A).mean((0,1))/big
+        if not c.all(): return Probed(float('inf'), kM/k, A/k, k, c)
     turned = (lambda u: k*T(base(u)*c)/c) if isinstance(c, Tensor) else (lambda u: k*T(base(u)))
     error = deviation(_with(t, mods, turned)-A, T(kM), A)
-    return Probed(error if abs(longer-1)<.1 else max(error, abs(longer-1)), 0*M if silent else kM/k, c)
+    return Probed(error if abs(longer-1)<.1 else max(error, abs(longer-1)), 0*M if silent else kM/k, A/k, k, c)
 
-# %% ../nbs/02_arch.ipynb #63dc435b
-def _others_notice(t, mods, M):
+# %% ../nbs/02_arch.ipynb #662592ae
+def _others_notice(t, mods, p):
     "Does what these modules write at later tokens depend on the first token?"
     x = hidden_arg(t.args, t.kwargs).clone()
-    x[:,0] = x[:,0].flip(-1)*-1.5
+    x[:,:-1] = x[:,:-1].flip(-1)*-1.5
     args, kwargs = ((x, *t.args[1:]), t.kwargs) if t.args else ((), {**t.kwargs, 'hidden_states': x})
     other = Traced(t.layer, args, kwargs)
-    M2 = other.again() - _with(other, mods, lambda u: u*0)
-    return deviation(M2[:,1:], M[:,1:]) > 1e-2
+    M = (_with(other, mods, lambda u: p.k*u) - _with(other, mods, lambda u: u*0))/p.k
+    return deviation(M[:,-1:], p.M[:,-1:], p.rest[:,-1:]) > max(1e-2, probe_tolerance(t))
 
 def _together(t, groups, passed, known=False):
     "Of the candidates that pass alone, those that pass together; the last one alone if they do not"
     mods = dict(t.layer.named_modules())
     of = lambda names: [mods[n] for f in names for n in groups[f]]
     names = list(passed)
-    if len(names)>1 and not known: names = [f for f in names if not _others_notice(t, of([f]), passed[f].M)] or names
+    if len(names)>1 and not known:
+        alone = [f for f in names if not _others_notice(t, of([f]), passed[f])]
+        if any(passed[f].M.any() for f in alone) or not any(passed[f].M.any() for f in names): names = alone or names # what writes nothing yet decides nothing
     if len(names)>1:
         joint = probe(t, of(names))
         if joint.error<=probe_tolerance(t): return names, joint
     return names[-1:], passed[names[-1]]
-
-def probe_tolerance(t)->float: # the probe's error that still counts as rounding
-    "What rounding in the dtype of a layer's input may contribute to the probe's error"
-    return max(1e-4, 4*torch.finfo(hidden_arg(t.args, t.kwargs).dtype).eps)
 
 # %% ../nbs/02_arch.ipynb #afd65e53
 def turn(p:Tensor, V, # `(d,d)` matrix, or a function of rows
@@ -410,18 +429,19 @@ class FoldPoint:
     @property
     def factor(self): return self._one().factor
 
-# %% ../nbs/02_arch.ipynb #60f9f6e6
-def _taps(t, groups, names, passed, M):
+# %% ../nbs/02_arch.ipynb #7f1a4238
+def _taps(t, groups, names, passed, p):
     "Modules whose outputs add up to `M`"
     mods, tol = dict(t.layer.named_modules()), max(1e-3, probe_tolerance(t))
     once = {n: c[0][0] for n,c in t.calls.items() if len(c)==1}
-    def alone(M, own):
+    def alone(p, own):
+        M, rest = p.M, p.rest
         if not M.any() and own and passed[names[-1]].factor is not None: return [(mods[own[0]], passed[names[-1]].factor)] # it writes nothing yet
         for n in [*own, *once]:
-            if n in once and (c := _factor(once[n], M, 1.)) is not None and deviation(c*once[n].float().reshape(M.shape), M)<=max(tol, 1e-2): return [(mods[n], c)]
+            if n in once and (c := _factor(once[n], M, 1., rest, tol)) is not None: return [(mods[n], c)]
     own = [groups[f][0] for f in names if len(groups[f])==1]
-    if (one := alone(M, own if len(names)==1 else [])) is not None: return one
-    parts = [alone(passed[f].M, groups[f] if len(groups[f])==1 else []) for f in names]
+    if (one := alone(p, own if len(names)==1 else [])) is not None: return one
+    parts = [alone(passed[f], groups[f] if len(groups[f])==1 else []) for f in names]
     return sum(parts, []) if all(parts) else None
 
 def _reason(groups, probed):
@@ -429,6 +449,7 @@ def _reason(groups, probed):
     if not groups: return "no matrix in it is as wide as its residual stream and writes into it"
     if any(p.error!=p.error for p in probed.values()): return "it computes NaN or infinity on a plain input: try another dtype"
     name, p = list(probed.items())[-1]
+    if isinstance(p.factor, Tensor) and not p.factor.all(): return f"some channels of what {name} writes are multiplied by zero, so no map can reach them"
     if p.error==float('inf'): return f"its output does not depend on {name}"
     return (f"its output is not affine in what {name} writes (relative error {p.error:.2f}): a norm or another non-linear step "
             "follows the MLP, so a map cannot be folded into that weight")
@@ -463,20 +484,22 @@ def prove(t:Traced,
     if known and len(passed)<len(like): return prove(t)
     if not passed: return _reason(groups, probed)
     names, p = _together(t, groups, passed, known)
-    writers, taps = _writers(t, groups, names, passed, tol), _taps(t, groups, names, passed, p.M)
+    writers, taps = _writers(t, groups, names, passed, tol), _taps(t, groups, names, passed, p)
     if isinstance(writers, str): return f"what {writers} puts out could take a map, but none of its weights writes it alone"
     if taps is None: return f"what {' + '.join(names)} write cannot be read from the outputs of its modules"
     return FoldPoint(writers, taps, p.error)
 
-# %% ../nbs/02_arch.ipynb #285fee9b
+# %% ../nbs/02_arch.ipynb #af09302e
 @torch.no_grad()
 def find_points(model,
                 which, # layers to examine, 0-based
                )->dict: # {layer index: FoldPoint, or the reason why there is none}
     "Find and prove the weights that write the MLP's contribution of each layer"
     layers, which, found, d, like = layers_of(model), sorted(set(which)), {}, width(model), []
+    uses = Counter(id(m) for l in layers for m in l.modules()) # a module that two layers share cannot take the map of one
     def after(layer, args, kwargs, out, i):
         found[i] = prove(trace(layer, args, kwargs, d), like[-1] if like else ())
+        if isinstance(found[i], FoldPoint) and any(uses[id(w.module)]>1 for w in found[i].writers): found[i] = f'other layers use {found[i].name}, too'
         if isinstance(found[i], FoldPoint): like.append(list(dict.fromkeys(family(w.name) for w in found[i].writers)))
         if i==which[-1]: raise _Stop
     handles = [layers[i].register_forward_hook(functools.partial(after, i=i), with_kwargs=True) for i in which]

@@ -195,7 +195,7 @@ def cut(model,
         if not differs_when_rebuilt(other): return other
     return new
 
-# %% ../nbs/11_merge.ipynb #e48d4637
+# %% ../nbs/11_merge.ipynb #d57e1d93
 def _hybrid(model, b):
     "Would a model that mixes attention with other layers lose its last attention layer, by which its cache counts tokens?"
     kinds = getattr(stack_config(model), 'layer_types', None) or getattr(stack_config(model), 'layers_block_type', None) or []
@@ -209,14 +209,14 @@ def lasting(model,
     what = lambda b: differs_when_rebuilt(cut(model, [b]))
     if all(_hybrid(model, b) for b in blocks): raise ReplaceMeError(f"{type(model).__name__}: every block of {len(blocks[0])} layers holds its only attention layer, by which its cache counts tokens.")
     blocks = [b for b in blocks if not _hybrid(model, b)]
-    probes = [blocks[0], blocks[len(blocks)//2]]
+    probes = [blocks[0], blocks[len(blocks)//2], blocks[-1]]
     if not any(differs_when_rebuilt(keep_layers(model, without(model, [b]))) for b in probes): return blocks # nothing in this family depends on a layer's number
     kept = [b for b in blocks if not what(b)]
     if kept: return kept
     raise ReplaceMeError(f"{type(model).__name__}: no block of {len(blocks[0])} layers can be removed so that the saved model is the pruned one: "
                          f"without {blocks[0]} its config would rebuild {what(blocks[0])}.")
 
-# %% ../nbs/11_merge.ipynb #ad6311b3
+# %% ../nbs/11_merge.ipynb #1878634f
 @contextmanager
 def skipping(model, blocks):
     "The model itself, with these layers handing on what they are given"
@@ -232,8 +232,11 @@ def relative_error(x, ref)->float: # Frobenius norms
 def check_cut(model, blocks, small=None):
     "Raise unless the cut model computes what the dense one computes without these layers"
     small, batch = small or cut(model, blocks), dummy(model)
-    with judging(model), skipping(model, blocks): ref = run(model, batch)[0]
-    with judging(small): err = relative_error(run(small, batch)[0], ref)
+    try:
+        with judging(model), skipping(model, blocks): ref = run(model, batch)[0]
+        with judging(small): err = relative_error(run(small, batch)[0], ref)
+    except (ValueError, KeyError, IndexError, RuntimeError) as e:
+        raise ReplaceMeError(f"{type(model).__name__}: layers that stay need something of {', '.join(map(str, blocks))} besides its output ({type(e).__name__}: {e}).") from e
     if not err<=max(1e-4, 4*torch.finfo(model.dtype).eps):
         raise ReplaceMeError(f"{type(model).__name__}: without {', '.join(map(str, blocks))} the layers that stay compute something else (relative error "
                              f"{err:.1e}): something besides the hidden state passes between layers, or depends on their numbers. Choose another block.")

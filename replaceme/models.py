@@ -108,7 +108,7 @@ def _explain(e, model_path):
         return f"model_path {model_path} has no safetensors weights, and pickled ones are not loaded: convert them first."
     return f"model_path {model_path} could not be loaded: {text[:300]}"
 
-# %% ../nbs/01_models.ipynb #ca46da74
+# %% ../nbs/01_models.ipynb #477cb0d4
 def _is_causal(config):
     "Has transformers, or the repository, a causal language model for this configuration?"
     own = getattr(config, 'auto_map', None) or {}
@@ -131,7 +131,8 @@ def _auto_classes(config, path, model_path):
         f"image encoder: its configuration is that of a {config.model_type} model.")
     from transformers import AutoImageProcessor # importing it changes the filters of warnings
     classifier = any('ForImageClassification' in a for a in config.architectures or [])
-    return AutoModelForImageClassification if classifier else AutoModel, AutoImageProcessor
+    own = next((a for a in config.architectures or [] if a.endswith('WithProjection') and hasattr(transformers, a)), None) # AutoModel would drop the projection
+    return getattr(transformers, own) if own else AutoModelForImageClassification if classifier else AutoModel, AutoImageProcessor
 
 # %% ../nbs/01_models.ipynb #e52368a0
 def offload_folder()->str: # made by transformers when it is needed, removed when Python ends

@@ -428,7 +428,7 @@ def ways_out(model, bs, cfg, blocks, known)->tuple: # (ways, Profile or None, si
     if not ways: raise ReplaceMeError(f"no way to remove {cfg.layers_to_skip} layers in {cfg.max_blocks} blocks survives saving and loading: use max_blocks: 1.")
     return ways, profile, sinks, []
 
-# %% ../nbs/16_pipeline.ipynb #5f384d33
+# %% ../nbs/16_pipeline.ipynb #de2cac45
 @dataclass
 class Calibrated:
     "Everything that is known once the texts have been seen"
@@ -455,6 +455,8 @@ def _calibrate(model, tokenizer, cfg, stages, writable):
     bs = [*fit, *held]
     if cfg.blocks is not None or cfg.num_A>1 or cfg.max_blocks>1: c = _several(model, bs, fit, held, cfg, r, blocks, known, stages, writable)
     else: c = _single(model, fit, held, cfg, r, blocks, known, stages, writable)
+    if (what := differs_when_rebuilt(cut(model, c.done.blocks))): raise ReplaceMeError(f"without {c.done.blocks} the config would rebuild {what}: give other blocks (blocks).")
+    check_cut(model, c.done.blocks)
     c.tokens, c.texts = n_tokens(bs), sum(len(b['attention_mask']) for b in bs)
     return c.done, make_result(model, cfg, r, c, known)
 
@@ -605,7 +607,7 @@ def write_provenance(folder, result, yaml_text=None, token=None):
     write_report(folder, result)
     (folder/'replaceme.json').write_text(json.dumps(result, indent=1), encoding='utf-8')
 
-# %% ../nbs/16_pipeline.ipynb #06d8b713
+# %% ../nbs/16_pipeline.ipynb #2c417498
 @torch.no_grad()
 def _few_outputs(model):
     "What the model makes of a short input"
@@ -615,6 +617,7 @@ def _few_outputs(model):
 def _auto(model):
     "The class that loads a checkpoint of this model"
     if not sees(model): return AutoModelForCausalLM
+    if type(model).__name__.endswith('WithProjection'): return type(model)
     return AutoModelForImageClassification if type(model).__name__.endswith('ForImageClassification') else AutoModel
 
 def reload(folder, cfg, outputs, auto=AutoModelForCausalLM): # outputs of the model in memory, and the class that loads it
