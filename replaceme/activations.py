@@ -30,7 +30,7 @@ def last_rows(x:Tensor, # hidden states, `(B,S,d)`
     last = mask.shape[1]-1 - mask.long().flip(1).argmax(1)
     return x[torch.arange(len(x), device=x.device), last.to(x.device)]
 
-# %% ../nbs/04_activations.ipynb #86e9bad5
+# %% ../nbs/04_activations.ipynb #8b6555ad
 def _hidden_hooks(layers, hidden, until):
     "Hooks that report what enters each layer, and what leaves the last one"
     def enter(i):
@@ -49,7 +49,10 @@ def _mlp_hooks(points, mlp):
         def hook(mod, args, out, c):
             m = first(out) if len(p.taps)==1 else first(out).clone() # the layer may go on to add into it
             got.append(m if isinstance(c, float) and c==1 else m*(c if isinstance(c, float) else c.to(m)))
-            if len(got)==len(p.taps): mlp(i, sum(g.reshape(got[0].shape) for g in got), args[0] if p.linear else None); got.clear()
+            if len(got)<len(p.taps): return
+            m = got[0] if len(got)==1 else sum(g.reshape(got[0].shape) for g in got)
+            got.clear()
+            mlp(i, m, args[0] if p.linear else None)
         return [m.register_forward_hook(functools.partial(hook, c=c)) for m,c in p.taps]
     return [h for i,p in points.items() for h in watch(i, p)]
 

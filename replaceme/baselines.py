@@ -11,7 +11,7 @@ __all__ = ['BASELINES', 'Removed', 'checked_cut', 'distances', 'nearest_block', 
 import math, warnings
 from dataclasses import dataclass, field
 
-import scipy.fft, scipy.linalg, torch
+import scipy.linalg, torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -80,18 +80,19 @@ class OneBlock(Removed):
         ax.set(xlabel=f'first removed layer (of {len(self.removed)})', ylabel=f'{self.metric} distance')
         return ax
 
-# %% ../nbs/19_baselines.ipynb #2c5b525a
+# %% ../nbs/19_baselines.ipynb #fec812c6
 def uidl(model, batches,
          n, # layers that go
          simple=False, # the deepest ones but the last, whatever the batches say
         )->tuple: # (pruned model, OneBlock)
     "Remove the block with the smallest angular distance at the last token (UIDL, arXiv 2403.17887)"
     check_model(model)
-    L, tokens = len(layers_of(model)), 0 if simple else n_tokens(batches)
+    L = len(layers_of(model))
+    candidates(L, n) # says what is wrong with the number
+    if simple and n>L-2: raise ReplaceMeError(f"n is {n}, but the model has {L} layers, of which the first and the last stay: use at most {L-2}.")
     D = {} if simple else distances(model, batches, n)
-    if simple and candidates(L, n) and n>L-2: raise ReplaceMeError(f"n is {n}, but the model has {L} layers, of which the first and the last stay: use at most {L-2}.")
     block = Block(L-1-n, L-1) if simple else nearest_block(D)
-    return checked_cut(model, [block]), OneBlock([*range(*block)], tokens, D, 'angular')
+    return checked_cut(model, [block]), OneBlock([*range(*block)], 0 if simple else n_tokens(batches), D, 'angular')
 
 # %% ../nbs/19_baselines.ipynb #b56ed87e
 @torch.no_grad()
@@ -284,16 +285,20 @@ def _known(m):
     if _prime(m-1): return _paley(m-1)
     return _paley(m//2-1) if (m//2-1)%4==1 and _prime(m//2-1) else None
 
-# %% ../nbs/19_baselines.ipynb #0906e879
+# %% ../nbs/19_baselines.ipynb #e54af265
+def _dct(m): # `(m,m)`, float64
+    "The orthonormal cosine transform (DCT-II)"
+    k = torch.arange(m, dtype=torch.float64)
+    C = torch.cos(math.pi*k[:,None]*(2*k+1)/(2*m))
+    return C/C.norm(dim=1, keepdim=True)
+
 def rotation(d)->tuple: # (`(d,d)` orthonormal, float64; was it Hadamard?)
     "The orthonormal Hadamard matrix of a width, or the nearest thing where none is known"
     twos = [2**k for k in range(d.bit_length()) if d%2**k==0]
     for p in reversed(twos):
-        H = _known(d//p)
-        if H is not None: return torch.kron(torch.tensor(scipy.linalg.hadamard(p)).double(), H)/d**.5, True
+        if (H := _known(d//p)) is not None: return torch.kron(torch.tensor(scipy.linalg.hadamard(p)).double(), H)/d**.5, True
     p = twos[-1]
-    dct = torch.tensor(scipy.fft.dct(torch.eye(d//p, dtype=torch.float64).numpy(), norm='ortho', axis=0))
-    return torch.kron(torch.tensor(scipy.linalg.hadamard(p)).double()/p**.5, dct), False
+    return torch.kron(torch.tensor(scipy.linalg.hadamard(p)).double()/p**.5, _dct(d//p)), False
 
 # %% ../nbs/19_baselines.ipynb #e1b964a6
 @torch.no_grad()

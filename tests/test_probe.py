@@ -140,8 +140,9 @@ def test_a_block_that_is_chosen_is_checked_as_a_whole():
     assert Block(6, 8) not in blocks and Block(2, 4) in blocks
 
 
-def test_no_width_in_the_config_is_an_error_in_words():
-    model = tiny_model()
-    model.config.hidden_size = None
+def test_no_width_in_the_config_is_an_error_in_words(monkeypatch):
+    from types import SimpleNamespace
+    from replaceme import arch
+    monkeypatch.setattr(arch, "stack_config", lambda model: SimpleNamespace())
     with pytest.raises(ReplaceMeError, match="how wide the residual stream is"):
-        find_points(model, [1])
+        arch.width(tiny_model())
