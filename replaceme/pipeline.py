@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['key', 'Config', 'read_yaml', 'make_config', 'check_config', 'structure_of', 'check_together', 'given_blocks', 'need',
            'read_config', 'Result', 'versions', 'n_parameters', 'recipe_of', 'where', 'calibration_texts',
-           'calibration_batches', 'load_pictures', 'picture_batches', 'n_removed', 'prove', 'ways_out', 'Calibrated',
-           'calibrate', 'make_result', 'prune', 'output_path', 'load', 'eval_text', 'score', 'top_classes',
-           'save_transform', 'write_provenance', 'reload', 'check_run', 'check_loaded', 'run', 'profile_files',
-           'write_profile', 'profile_table', 'analyse', 'evaluate', 'scores_table']
+           'calibration_batches', 'load_pictures', 'picture_batches', 'n_removed', 'prove', 'check_blocks', 'ways_out',
+           'Calibrated', 'calibrate', 'make_result', 'prune', 'output_path', 'load', 'eval_text', 'score',
+           'top_classes', 'save_transform', 'write_provenance', 'reload', 'check_run', 'check_loaded', 'run',
+           'profile_files', 'write_profile', 'profile_table', 'analyse', 'evaluate', 'scores_table']
 
 # %% ../nbs/16_pipeline.ipynb #22ebc5d9
 import contextlib, dataclasses, gc, json, os, platform, re, tempfile, warnings
@@ -366,7 +366,7 @@ def picture_batches(model, processor, cfg, images)->list:
     "Images as the encoder takes them"
     return image_batches(images, processor, n_positions(model), cfg.batch_size) if images else []
 
-# %% ../nbs/16_pipeline.ipynb #8e880d10
+# %% ../nbs/16_pipeline.ipynb #d60fef3b
 def n_removed(cfg)->int:
     "Layers that will go"
     return sum(map(len, given_blocks(cfg))) if cfg.blocks is not None else cfg.layers_to_skip*cfg.num_A
@@ -379,13 +379,19 @@ def prove(model, cfg, r, writable=True)->tuple: # (candidate blocks, or the give
         blocks = given_blocks(cfg)
         if blocks[-1].end>n: raise ReplaceMeError(f"blocks: {blocks[-1]} does not fit a model of {n} layers.")
         candidates(n, n_removed(cfg))
-        if (what := differs_when_rebuilt(cut(model, blocks))): raise ReplaceMeError(f"without {blocks} the config would rebuild {what}: choose other blocks.")
+        check_blocks(model, blocks)
     else: blocks = lasting(model, candidates(n, cfg.layers_to_skip, cfg.min_distance_layer))
     if (n_removed(cfg))>=n: raise ReplaceMeError(f"num_A is {cfg.num_A} and layers_to_skip {cfg.layers_to_skip}: the model has {n} layers only.")
-    check_cut(model, blocks if cfg.blocks is not None else [blocks[len(blocks)//2]])
+    if cfg.blocks is None: check_cut(model, [blocks[len(blocks)//2]])
     if cfg.rank and cfg.rank>width(model): raise ReplaceMeError(f"rank is {cfg.rank}, more than the model's width of {width(model)}.")
     if r.map=='state': with_linear(cut(model, [blocks[0]]), blocks[0].start-1, torch.eye(width(model))) # its own complaints
     return (blocks, r) if r.map in ('state', 'none') else _prove_fold(model, cfg, r, blocks, writable)
+
+def check_blocks(model, blocks):
+    "Raise unless these blocks together can go without a trace"
+    what = differs_when_rebuilt(cut(model, blocks))
+    if what: raise ReplaceMeError(f"without {', '.join(map(str, blocks))} the config would rebuild {what}: choose other blocks.")
+    check_cut(model, blocks)
 
 def _prove_fold(model, cfg, r, blocks, writable):
     "The candidates before which a map can be folded, and a recipe whose map fits the weights there"
@@ -428,7 +434,7 @@ def ways_out(model, bs, cfg, blocks, known)->tuple: # (ways, Profile or None, si
     if not ways: raise ReplaceMeError(f"no way to remove {cfg.layers_to_skip} layers in {cfg.max_blocks} blocks survives saving and loading: use max_blocks: 1.")
     return ways, profile, sinks, []
 
-# %% ../nbs/16_pipeline.ipynb #de2cac45
+# %% ../nbs/16_pipeline.ipynb #e1b5ca45
 @dataclass
 class Calibrated:
     "Everything that is known once the texts have been seen"
@@ -455,8 +461,7 @@ def _calibrate(model, tokenizer, cfg, stages, writable):
     bs = [*fit, *held]
     if cfg.blocks is not None or cfg.num_A>1 or cfg.max_blocks>1: c = _several(model, bs, fit, held, cfg, r, blocks, known, stages, writable)
     else: c = _single(model, fit, held, cfg, r, blocks, known, stages, writable)
-    if (what := differs_when_rebuilt(cut(model, c.done.blocks))): raise ReplaceMeError(f"without {c.done.blocks} the config would rebuild {what}: give other blocks (blocks).")
-    check_cut(model, c.done.blocks)
+    check_blocks(model, c.done.blocks)
     c.tokens, c.texts = n_tokens(bs), sum(len(b['attention_mask']) for b in bs)
     return c.done, make_result(model, cfg, r, c, known)
 

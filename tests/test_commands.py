@@ -244,7 +244,10 @@ def test_a_checkpoint_that_would_be_rebuilt_differently_is_refused(place, monkey
     r, path = run(read_config("c.yaml", model_path="./scaled", save_path="tail", prompt=None))
     assert r["block"] == [4, 6]  # only the tail can go, and it does
     monkeypatch.setattr("replaceme.pipeline.lasting", lambda model, blocks: blocks[1:2])  # had it not been seen before ...
-    with pytest.raises(ReplaceMeError, match="does not load as the pruned model"):  # ... it is seen when it is loaded back
+    with pytest.raises(ReplaceMeError, match=r"without \[2,4\) the config would rebuild attn.scaling"):  # ... it is seen when it is chosen
+        run(read_config("c.yaml", model_path="./scaled", save_path="wrong", prompt=None))
+    monkeypatch.setattr("replaceme.pipeline.check_blocks", lambda model, blocks: None)
+    with pytest.raises(ReplaceMeError, match="does not load as the pruned model"):  # ... and when it is loaded back
         run(read_config("c.yaml", model_path="./scaled", save_path="wrong", prompt=None))
     assert not Path("wrong").exists()
 
