@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_TASKS', 'SCORES', 'Perplexity', 'cut_pieces', 'piece_losses', 'check_length', 'batch_loss', 'last_states',
-           'first_output', 'agreement', 'perplexity', 'read_tasks', 'load_tasks', 'eval_tasks', 'Answer',
-           'task_samples', 'option_scores', 'item_weights', 'task_stability', 'stability', 'prompt_ids', 'continuation']
+           'first_output', 'outputs', 'state_cosines', 'agreement', 'perplexity', 'read_tasks', 'load_tasks',
+           'eval_tasks', 'Answer', 'task_samples', 'option_scores', 'item_weights', 'task_stability', 'stability',
+           'prompt_ids', 'continuation']
 
 # %% ../nbs/13_evaluate.ipynb #11e343d8
 import contextlib, copy, functools, io, logging, math, os, random, statistics
@@ -19,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from .core import *
-from .arch import judging, stack_config, run, input_device
+from .arch import judging, stack_config, run, input_device, sees
 
 # %% ../nbs/13_evaluate.ipynb #2234700c
 @dataclass(repr=False)
@@ -94,7 +95,7 @@ def batch_loss(model,
     with judging(model): losses = [piece_losses(model, r[None])[0]*(len(r)-1) for r in tqdm(rows, desc=desc, unit='text', leave=False)]
     return sum(losses)/sum(len(r)-1 for r in rows)
 
-# %% ../nbs/13_evaluate.ipynb #f300a99e
+# %% ../nbs/13_evaluate.ipynb #05f7a47e
 @torch.no_grad()
 def last_states(model, batches)->list: # of `(B,S,d)`, on the CPU
     "What the backbone makes of each batch"
@@ -102,12 +103,20 @@ def last_states(model, batches)->list: # of `(B,S,d)`, on the CPU
 
 def first_output(out): return out.last_hidden_state if hasattr(out, 'last_hidden_state') else out[0]
 
+def outputs(model, batch): # logits of a language model, last states of an image encoder; float32, on the CPU
+    "What a model puts out for a batch"
+    if sees(model): return last_states(model, [batch])[0]
+    with judging(model): return model(**{k: v.to(input_device(model)) for k,v in batch.items()}).logits.float().cpu()
+
+def state_cosines(xs, ys)->torch.Tensor: # lists of `(B,S,d)` -> `(N,)`
+    "The cosine between the states of two models, patch by patch"
+    return torch.cat([F.cosine_similarity(x, y, dim=-1).flatten() for x,y in zip(xs, ys)])
+
 def agreement(dense, # a model, or its `last_states`
               model, batches)->float: # 1 is perfect
     "Mean cosine between the last states of two models"
     refs = dense if isinstance(dense, list) else last_states(dense, batches)
-    cosines = [F.cosine_similarity(x, y, dim=-1).flatten() for x,y in zip(last_states(model, batches), refs)]
-    return torch.cat(cosines).mean().item()
+    return state_cosines(last_states(model, batches), refs).mean().item()
 
 # %% ../nbs/13_evaluate.ipynb #c16d4669
 def perplexity(model, tokenizer,

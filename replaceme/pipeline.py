@@ -17,15 +17,13 @@ from importlib.metadata import version, PackageNotFoundError
 from pathlib import Path
 from typing import get_args
 
-import torch, yaml
+import torch, transformers, yaml
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
 
 from .core import *
 from .models import *
 from .arch import *
-from .arch import run as run_model
 from .data import *
 from .distance import *
 from .blocks import *
@@ -553,7 +551,7 @@ def load(cfg, quantised=True):
     return load_model(cfg.model_path, cfg.dtype, cfg.device_map, cfg.use_4bit and quantised, cfg.token, cfg.trust_remote_code,
                       cfg.use_8bit and quantised)
 
-# %% ../nbs/16_pipeline.ipynb #9b330f7c
+# %% ../nbs/16_pipeline.ipynb #24937c8f
 def eval_text(cfg, tokenizer, model=None):
     "The text that perplexity is measured on, or None; pieces of one stream are joined as they were, rows of a table by a blank line"
     name = cfg.eval_dataset
@@ -582,8 +580,7 @@ def top_classes(model, batches): # `(N,)` or None
 def _add_scores(result, cfg, before, after):
     "Put the scores of both models side by side"
     if 'states' in before:
-        same = lambda x,y: torch.nn.functional.cosine_similarity(x, y, dim=-1).flatten()
-        cosines = torch.cat([same(x, y) for x,y in zip(before['states'], after['states'])])
+        cosines = state_cosines(before['states'], after['states'])
         result['features'] = dict(images=sum(len(x) for x in before['states']), agreement=cosines.mean().item(), worst=cosines.min().item())
         if before['classes'] is not None: result['features']['same_class'] = (before['classes']==after['classes']).float().mean().item()
     if 'perplexity' in before:
@@ -612,25 +609,13 @@ def write_provenance(folder, result, yaml_text=None, token=None):
     write_report(folder, result)
     (folder/'replaceme.json').write_text(json.dumps(result, indent=1), encoding='utf-8')
 
-# %% ../nbs/16_pipeline.ipynb #2c417498
-@torch.no_grad()
-def _few_outputs(model):
-    "What the model makes of a short input"
-    if sees(model): return first_output(run_model(model, dummy(model))).float().cpu()
-    return model(input_ids=dummy(model)['input_ids'].to(input_device(model))).logits.float().cpu()
-
-def _auto(model):
-    "The class that loads a checkpoint of this model"
-    if not sees(model): return AutoModelForCausalLM
-    if type(model).__name__.endswith('WithProjection'): return type(model)
-    return AutoModelForImageClassification if type(model).__name__.endswith('ForImageClassification') else AutoModel
-
-def reload(folder, cfg, outputs, auto=AutoModelForCausalLM): # outputs of the model in memory, and the class that loads it
+# %% ../nbs/16_pipeline.ipynb #e8486b79
+def reload(folder, cfg, ref, auto='AutoModelForCausalLM'): # outputs of the model in memory, and the class that loads it
     "The checkpoint as any user of transformers would load it, proved to be the model that was saved"
-    model, info = auto.from_pretrained(folder, dtype='auto', device_map=placement(cfg.device_map), use_safetensors=True, offload_folder=offload_folder(),
+    model, info = getattr(transformers, auto).from_pretrained(folder, dtype='auto', device_map=placement(cfg.device_map), use_safetensors=True, offload_folder=offload_folder(),
                                                        trust_remote_code=cfg.trust_remote_code or not cfg.merge, output_loading_info=True)
     wrong = [*info['missing_keys'], *info['unexpected_keys'], *info['mismatched_keys']]
-    err = relative_error(_few_outputs(model.eval()), outputs)
+    err = relative_error(outputs(model.eval(), dummy(model)), ref)
     if wrong or not err<max(1e-3, 4*torch.finfo(model.dtype).eps):
         raise ReplaceMeError(f"the saved checkpoint does not load as the pruned model (relative error {err:.1e}; parameters {wrong[:3] or 'complete'}): "
                              "nothing was kept. Its family rebuilds layers by their number; please report it.")
@@ -643,9 +628,9 @@ def _write(tmp, cfg, done, tokenizer, stages):
         if cfg.save_transform_only: save_transform(tmp, done); return pruned
         save_checkpoint(pruned, tmp)
         tokenizer.save_pretrained(tmp)
-    outputs, auto = _few_outputs(pruned), _auto(pruned)
+    ref, auto = outputs(pruned, dummy(pruned)), auto_class(pruned)
     del pruned
-    with stages('reload'): return reload(tmp, cfg, outputs, auto)
+    with stages('reload'): return reload(tmp, cfg, ref, auto)
 
 # %% ../nbs/16_pipeline.ipynb #42f584a4
 def check_run(cfg, path):
@@ -669,7 +654,7 @@ def check_loaded(cfg, path, model, tokenizer):
     try: cfg.prompt is None or prompt_ids(tokenizer, cfg.prompt)
     except Exception as e: raise ReplaceMeError(f"prompt: the tokenizer's chat template refuses it ({e}): set prompt to null.") from e
 
-# %% ../nbs/16_pipeline.ipynb #1e403f22
+# %% ../nbs/16_pipeline.ipynb #f2a12824
 def _score_after(model, tokenizer, cfg, text, before, result):
     "The scores of the pruned model; a failure is noted and the model kept"
     try: _add_scores(result, cfg, before, score(model, tokenizer, cfg, text))
@@ -684,7 +669,7 @@ def run(cfg, yaml_text=None)->tuple: # (Result, Path of the folder)
     check_run(cfg, path)
     with stages('load'): model, tokenizer = load(cfg)
     check_loaded(cfg, path, model, tokenizer)
-    _few_outputs(model) # memory-mapped weights are read in with the first pass: it belongs to loading
+    outputs(model, dummy(model)) # memory-mapped weights are read in with the first pass: it belongs to loading
     loaded = resident_memory(); reset_peak_memory()
     text = picture_batches(model, tokenizer, cfg, load_pictures(cfg)[1]) if sees(model) else eval_text(cfg, tokenizer, model)
     done, result = calibrate(model, tokenizer, cfg, stages, writable=not cfg.quantised)

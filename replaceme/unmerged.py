@@ -173,17 +173,13 @@ def _after(old, T, b): # float64
     b0 = values['bias']@T if 'bias' in values else None
     return values['weight'].T@T, b0 if b is None else b if b0 is None else b0+b
 
-# %% ../nbs/12_unmerged.ipynb #53cfbb63
-def _auto_class(model):
-    "Name of the Auto class that loads such a model"
-    if not sees(model): return 'AutoModelForCausalLM'
-    return 'AutoModelForImageClassification' if 'ForImageClassification' in type(model).__name__ else 'AutoModel'
-
+# %% ../nbs/12_unmerged.ipynb #17513844
 def _convert(model):
     "Give a model and its configs the classes that know of linear maps"
     plain, config = type(model.config), model.config
     held = [config, *(c for m in model.modules() if (c := vars(m).get('config')) is not None)]
-    auto, layers = _auto_class(model), layers_of(model)
+    auto, layers = auto_class(model), layers_of(model)
+    if not auto.startswith('Auto'): auto = 'AutoModel'
     for c in held:
         if type(c) is plain: c.__class__ = linear_class(plain)
     model.__class__ = linear_class(type(model)) if plain is type(model).config_class else linear_class(type(model), plain)
