@@ -1,4 +1,4 @@
-"""Which model types are exact, which are refused and why: the contract of nbs/18_contract.ipynb on a tiny random model of every type.
+"""Which model types are exact, which are refused and why: the contract of nbs/15_contract.ipynb on a tiny random model of every type.
 
     python benchmarks/architectures.py          # all of them, written to benchmarks/results/architectures.json (two minutes)
     python benchmarks/architectures.py llama vit # these, printed only
