@@ -1,4 +1,4 @@
-"""Linear maps of their own: loaded where replaceme is not, refused without their file, and through every way of loading."""
+"""Linear maps and networks of their own: loaded where replaceme is not, refused without their file, and through every way of loading."""
 import json
 import os
 import pickle
@@ -11,11 +11,12 @@ import transformers
 from safetensors import safe_open
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
 
-from replaceme.arch import first, hooks, layers_of
+from replaceme.arch import first, hooks, layers_of, n_hooks
 from replaceme.blocks import Block
-from replaceme.merge import cut
+from replaceme.core import ReplaceMeError
+from replaceme.merge import cut, differs_when_rebuilt
 from replaceme.models import tiny_model, tiny_vision
-from replaceme.unmerged import linear_layers, modelling_source, replace_linear, with_linear
+from replaceme.unmerged import linear_cost, linear_layers, map_kinds, modelling_source, replace_linear, token_cost, with_linear, with_network
 
 BLOCK = Block(2, 4)
 G = torch.Generator().manual_seed(0)
@@ -27,10 +28,36 @@ FAMILIES = ["llama", "gemma2", "olmo2", "mixtral", "gpt2", "gpt_neox", "mamba"]
 HOW = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False)
 
 
-def by_hand(model, i, T, b):
-    "The map applied in float64 by a hook on a plain model."
+NETWORKS = ["ffn", "swiglu"]
+
+
+def formula(kind, p, x):
+    "A network written out in float64: `p` are its values by name."
+    p, x = {k: v.detach().double() for k, v in p.items()}, x.double()
+    n = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * p["norm"]
+    up = torch.einsum("...d,hd->...h", n, p["up"])
+    if kind == "ffn":
+        h = up * torch.distributions.Normal(0.0, 1.0).cdf(up)
+    else:
+        gate = torch.einsum("...d,hd->...h", n, p["gate"])
+        h = gate * torch.sigmoid(gate) * up
+    return x + torch.einsum("...h,dh->...d", h, p["down"])
+
+
+def trained(model, i, kind, seed=0):
+    "A model with a network behind layer `i` whose values are no longer those of the start."
+    new = with_network(model, i, kind)
+    g = torch.Generator().manual_seed(seed)
+    for p in layers_of(new)[i].replaceme_map.parameters():
+        p.data = (torch.randn(p.shape, generator=g) / p.shape[-1]**0.5 + (p.ndim == 1)).to(p)
+    return new
+
+
+def by_hand(model, i, T, b=None):
+    "The map, or any function of the state, applied in float64 by a hook on a plain model."
+    f = T if callable(T) else lambda x: x @ T + b
     def hook(layer, args, out):
-        new = (first(out).double() @ T + b).to(first(out).dtype)
+        new = f(first(out).double()).to(first(out).dtype)
         return (new, *out[1:]) if isinstance(out, tuple) else new
     return hooks(layers_of(model)[i].register_forward_hook(hook))
 
@@ -95,6 +122,34 @@ def test_a_fresh_process_computes_the_same(tmp_path):
         for how in ("plain", "auto"):
             assert (out[f, how] - expected[f]).norm() < 1e-5 * scale, (f, how)
         assert (out[f, "again"] - expected[f]).norm() < 1e-5 * scale, f
+        assert (out[f, "half"] - expected[f]).norm() < 0.1 * scale, f
+        assert (out[f, "plain", "dtypes"], out[f, "half", "dtypes"]) == ({torch.float32}, {torch.bfloat16}), f
+        assert torch.equal(out[f, "cache"], expected[f, "tokens"]) and torch.equal(out[f, "no cache"], expected[f, "tokens"]), f
+    assert torch.equal(out["vit"], vit(PIXELS)[0])
+
+
+def test_a_fresh_process_computes_the_same_with_networks(tmp_path):
+    names, expected = [], {}
+    for family, kind in zip(FAMILIES, NETWORKS * 4):
+        names.append(name := f"{family}-{kind}")
+        plain = cut(tiny_model(family, layers=6), [BLOCK])
+        small = trained(plain, 1, kind)
+        values = dict(layers_of(small)[1].replaceme_map.named_parameters())
+        with torch.no_grad(), by_hand(plain, 1, lambda x: formula(kind, values, x)):
+            expected[name], expected[name, "tokens"] = plain(IDS).logits, plain.generate(IDS, **HOW)
+        with torch.no_grad():
+            assert (cut(plain, [])(IDS).logits - expected[name]).norm() > 1e-2 * expected[name].norm()
+        small.save_pretrained(tmp_path / name, max_shard_size="40KB")
+    vit = trained(cut(tiny_vision("vit", layers=6), [BLOCK]), 1, "swiglu")
+    vit.save_pretrained(tmp_path / "vit")
+    torch.save((IDS, PIXELS, HOW), tmp_path / "inputs.pt")
+    done = python(FRESH, tmp_path, " ".join(names))
+    assert done.returncode == 0, done.stderr[-2000:]
+    out = torch.load(tmp_path / "out.pt")
+    for f in names:
+        scale = expected[f].norm()
+        for how in ("plain", "auto", "again"):
+            assert (out[f, how] - expected[f]).norm() < 1e-5 * scale, (f, how)
         assert (out[f, "half"] - expected[f]).norm() < 0.1 * scale, f
         assert (out[f, "plain", "dtypes"], out[f, "half", "dtypes"]) == ({torch.float32}, {torch.bfloat16}), f
         assert torch.equal(out[f, "cache"], expected[f, "tokens"]) and torch.equal(out[f, "no cache"], expected[f, "tokens"]), f
@@ -168,6 +223,29 @@ def test_stale_record_is_refused(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / "m", trust_remote_code=True)
 
 
+def test_unknown_kind_is_refused(tmp_path):
+    with_network(tiny_model(), 1, "ffn").save_pretrained(tmp_path / "m")
+    path = tmp_path / "m/config.json"
+    path.write_text(path.read_text().replace('"ffn"', '"kan"'))
+    with pytest.raises(ValueError, match=r"names \['kan'\]: this file knows \['affine', 'ffn', 'linear', 'swiglu'\]"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "m", trust_remote_code=True)
+
+
+def test_the_file_of_an_older_checkpoint_is_renewed(tmp_path):
+    "A model whose own file knows linear maps only is saved with one that knows what has been put behind its layers since."
+    with_linear(tiny_model(layers=6), 1, T, B).save_pretrained(tmp_path / "old")
+    path = tmp_path / "old/modeling_replaceme.py"
+    assert path.read_text().count(", ffn=FFN, swiglu=SwiGLU") == 1
+    path.write_text(path.read_text().replace(", ffn=FFN, swiglu=SwiGLU", ""))
+    old = AutoModelForCausalLM.from_pretrained(tmp_path / "old", trust_remote_code=True).eval()
+    new = trained(with_linear(old, 1, T), 3, "swiglu")
+    assert linear_layers(new) == {1: "affine", 3: "swiglu"} and type(old) is not type(new)
+    new.save_pretrained(tmp_path / "new")
+    assert (tmp_path / "new/modeling_replaceme.py").read_text() == modelling_source()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "new", trust_remote_code=True).eval()
+    assert torch.equal(loaded(IDS).logits, new(IDS).logits)
+
+
 def test_offloaded(tmp_path):
     "Layers on the disk: a map can be put behind one, and a checkpoint with maps can be loaded so."
     model = tiny_model(layers=4)
@@ -188,6 +266,26 @@ def test_offloaded(tmp_path):
         torch.testing.assert_close(loaded(IDS).logits, expected)
         twice = with_linear(loaded, 1, T)  # the first map is read from the disk
         torch.testing.assert_close(twice(IDS).logits, with_linear(with_linear(model, 1, T, B), 1, T)(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_network_offloaded(kind, tmp_path):
+    "A network behind a layer on the disk: put there, saved, and loaded to the disk."
+    model = tiny_model(layers=4)
+    model.save_pretrained(tmp_path / "dense")
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{i}": "disk" if i == 1 else "cpu" for i in range(4)}
+    kw = dict(device_map=places, offload_folder=str(tmp_path / "offload"))
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", **kw)
+    assert layers_of(dense)[1].mlp.down_proj.weight.is_meta
+    with torch.no_grad():
+        expected = trained(model, 1, kind)(IDS).logits
+        new = trained(dense, 1, kind)
+        torch.testing.assert_close(new(IDS).logits, expected)
+        new.save_pretrained(tmp_path / "new")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "new", trust_remote_code=True, **kw)
+        assert layers_of(loaded)[1].replaceme_map.down.is_meta
+        torch.testing.assert_close(loaded(IDS).logits, expected)
 
 
 def test_image_classifier(tmp_path):
@@ -239,6 +337,105 @@ def test_it_is_a_model_like_any_other():
     assert type(copy) is type(small) and torch.equal(copy(IDS).logits, small(IDS).logits)
     assert copy.bfloat16().model.layers[1].replaceme_map.weight.dtype == torch.bfloat16
     assert not hasattr(model.model.layers[1], "replaceme_map") and type(model) is transformers.LlamaForCausalLM
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_neox", "vit", "pixio", "gemma3", "clip"])
+def test_networks_in_families_of_all_sorts(family, tmp_path):
+    "Weights that are renamed on disk, configs inside configs: nothing is missing, and further cuts keep the kinds."
+    text = family in ("mixtral", "gpt_neox", "gemma3")
+    model = (tiny_model if text else tiny_vision)(family, layers=6)
+    small = cut(trained(trained(with_linear(model, 1, T, B), 4, "ffn"), 5, "swiglu"), [BLOCK])
+    assert linear_layers(small) == {1: "affine", 2: "ffn", 3: "swiglu"} and differs_when_rebuilt(small) is None
+    small.save_pretrained(tmp_path)
+    auto = AutoModelForCausalLM if text else AutoModel
+    loaded, info = auto.from_pretrained(tmp_path, trust_remote_code=True, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and linear_layers(loaded) == linear_layers(small)
+    both = dict(pixel_values=PIXELS, input_ids=IDS)
+    inputs = both if family == "clip" else dict(input_ids=IDS) if text else dict(pixel_values=PIXELS)
+    a, b = [m.vision_model(PIXELS)[0] if family == "clip" else m(**inputs)[0] for m in (loaded.eval(), small)]
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_network_starts_as_the_identity_and_learns(kind, dtype):
+    "The first step moves the last matrix, the second one everything; nothing else is touched when it alone is trained."
+    model = tiny_model("llama", layers=6).to(dtype)
+    plain = cut(model, [BLOCK])
+    small = with_network(plain, 1, kind, seed=3)
+    assert torch.equal(small(IDS).logits, plain(IDS).logits)
+    net = small.model.layers[1].replaceme_map
+    assert {p.dtype for p in net.parameters()} == {dtype} and all(p.requires_grad for p in net.parameters())
+    before = {k: p.clone() for k, p in model.state_dict().items()}
+    optimiser = torch.optim.SGD(net.parameters(), lr=1.0)
+    moved, losses = [], []
+    for _ in range(3):
+        optimiser.zero_grad()
+        loss = small(IDS, labels=IDS).loss
+        loss.backward()
+        losses.append(loss.item())
+        moved.append({k for k, p in net.named_parameters() if p.grad.abs().max() > 0})
+        optimiser.step()
+    names = {"norm", "up", "down"} | ({"gate"} if kind == "swiglu" else set())
+    assert moved == [{"down"}, names, names]
+    assert losses[2] < losses[0]
+    assert all(torch.equal(p, before[k]) for k, p in model.state_dict().items()) and n_hooks(plain) == 0
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_network_is_drawn_from_its_seed(kind):
+    "The same seed gives the same values, whatever the global generator says, which is left alone."
+    model = tiny_model("llama", layers=4)
+    values = lambda seed: dict(with_network(model, 1, kind, seed=seed).model.layers[1].replaceme_map.state_dict())
+    torch.manual_seed(0)
+    state, a = torch.get_rng_state(), values(1)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(5)
+    b, c = values(1), values(2)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert {k for k in a if not torch.equal(a[k], c[k])} == set(a) - {"norm", "down"}
+    for k in set(a) - {"norm", "down"}:
+        assert abs(a[k].std() * 32**0.5 - 1) < 0.1 and abs(a[k].mean()) < 0.02
+    if kind == "swiglu":
+        assert not torch.equal(a["gate"], a["up"])
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_one_enormous_token_is_no_trouble(kind):
+    "A row of norm 29000 in half precision, where its square is infinite."
+    net = layers_of(trained(tiny_model(layers=4), 1, kind))[1].replaceme_map.half()
+    x = torch.nn.functional.normalize(torch.randn(4, 32, generator=torch.Generator().manual_seed(0))) * torch.tensor([[29000.0], [200.0], [200.0], [1.0]])
+    x = x.half()
+    assert x.isfinite().all() and not (x[0] * x[0]).isfinite().all()
+    y, ref = net(x).double(), formula(kind, dict(net.named_parameters()), x)
+    assert ((y - ref).norm(dim=1) <= 2e-3 * ref.norm(dim=1)).all()
+
+
+def test_what_is_refused():
+    model = tiny_model("llama", layers=4)
+    small = with_network(with_linear(model, 0, T), 1, "ffn")
+    with pytest.raises(ReplaceMeError, match="'swigl' is no kind of network: .*Did you mean 'swiglu'"):
+        with_network(model, 1, "swigl")
+    for i, kind in {0: "linear", 1: "ffn"}.items():
+        with pytest.raises(ReplaceMeError, match=rf"Layer {i} is followed by a map or a network already \({kind}\)"):
+            with_network(small, i, "swiglu")
+    with pytest.raises(ReplaceMeError, match=r"Layer 1 is followed by a network already \(ffn\)"):
+        with_linear(small, 1, T)
+    with pytest.raises(ReplaceMeError, match="has layers 0 to 3"):
+        with_network(model, 4, "ffn")
+
+
+@pytest.mark.parametrize("kind,per_map", dict(linear=32 * 32, affine=32 * 33, ffn=32 + 2 * 32 * 128, swiglu=32 + 3 * 32 * 128).items())
+def test_cost_is_what_stands_there(kind, per_map):
+    model = tiny_model("llama", layers=4)
+    count = lambda m: sum(p.numel() for p in m.parameters())
+    new = with_network(with_network(model, 1, kind), 2, kind)
+    assert count(new) - count(model) == 2 * per_map
+    vector = dict(linear=0, affine=32).get(kind, 32)
+    assert token_cost(new) - token_cost(model) == 2 * (per_map - vector)
+    said = linear_cost(new, 2, kind=kind)
+    assert said == linear_cost(model, 2, kind=kind) and f"({2 * per_map / count(model):+.1%})" in said
+    assert set(map_kinds()) == {"linear", "affine", "ffn", "swiglu"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
