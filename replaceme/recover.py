@@ -53,7 +53,7 @@ def _takes_adapter(model, name, m):
     inside = next(n for n,s in model.named_modules() if s is layers_of(model))+'.'
     return name.startswith(inside) and isinstance(m, nn.Linear)
 
-# %% ../nbs/19_recover.ipynb #37fcd668
+# %% ../nbs/19_recover.ipynb #6defd632
 def with_adapters(model, rank, seed): # -> peft's model, around the same modules
     "Put low-rank adapters on every linear layer of the stack"
     from peft import LoraConfig, get_peft_model
@@ -75,6 +75,7 @@ def train_adapters(model, texts, held, tokens, targets, quantise, rank=16, seed=
         if quantise:
             save_checkpoint(model, d)
             base = getattr(transformers, auto_class(model)).from_pretrained(d, dtype=model.dtype, quantization_config=_quantization(model.dtype, 4), device_map=placement(None))
+            for m in base.modules(): m.training = hasattr(getattr(m, 'weight', None), 'quant_state') # else bitsandbytes packs them on the CPU for inference alone, without gradients
         else: base = shared_copy(model)
         wrapped = with_adapters(base, rank, seed)
         names = [n for n,p in wrapped.named_parameters() if 'lora_' in n]

@@ -198,17 +198,19 @@ class Pupil(nn.Module):
         total = functional_call(self._own[0], {f'model.{n}': w for n,w in self.values().items()}, (self.loss, batch, says))
         return dict(loss=total/(batch['labels'].ne(-100).sum() if num_items_in_batch is None else num_items_in_batch))
 
-# %% ../nbs/17_train.ipynb #73f97e23
+# %% ../nbs/17_train.ipynb #d7fab2bb
 _OWN = dict(mse=dict(learning_rate=2e-4, max_grad_norm=5.), lm=dict(learning_rate=2e-4, max_grad_norm=1., adam_beta2=.95),
             kd=dict(learning_rate=2e-4, max_grad_norm=1., adam_beta2=.95))
 _OURS = ('output_dir', 'max_steps', 'num_train_epochs', 'seed', 'data_seed', 'label_names', 'remove_unused_columns', 'load_best_model_at_end', 'metric_for_best_model',
-         'greater_is_better', 'save_strategy', 'eval_strategy', 'prediction_loss_only', 'gradient_checkpointing', 'do_train', 'do_eval', 'resume_from_checkpoint')
+         'greater_is_better', 'save_strategy', 'eval_strategy', 'save_steps', 'prediction_loss_only', 'gradient_checkpointing', 'do_train', 'do_eval', 'resume_from_checkpoint')
 
 def check_trainer(trainer)->dict:
     "Raise unless these are arguments of transformers' TrainingArguments that may be given"
     from transformers import TrainingArguments
     known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
-    for k in trainer or {}:
+    for k,v in (trainer or {}).items():
+        if k in ('learning_rate', 'weight_decay', 'max_grad_norm', 'warmup_steps', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'eval_steps') and type(v) not in (int, float):
+            raise ReplaceMeError(f"trainer: {k} is {v!r}: it must be a number.")
         if k in _OURS: raise ReplaceMeError(f"trainer: {k} is set by the training itself; leave it out.")
         if k not in known: raise ReplaceMeError(f"trainer: unknown argument {k!r}.{nearest(k, known)} The known ones are those of transformers' TrainingArguments.")
     return dict(trainer or {})
@@ -218,22 +220,24 @@ def training_arguments(kind, # mse, lm, kd
                        seed, trainer, evals=4): # -> TrainingArguments
     "The arguments of a run"
     from transformers import TrainingArguments
-    every = max(1, math.ceil(steps/evals))
-    own = dict(per_device_train_batch_size=4, per_device_eval_batch_size=4, weight_decay=1e-3, lr_scheduler_type='cosine', warmup_steps=.01, eval_steps=every,
-               save_steps=every, save_total_limit=2, logging_steps=max(1, steps//20), report_to='none', disable_tqdm=True, dataloader_pin_memory=False, **_OWN[kind])
-    fixed = dict(output_dir=str(folder), max_steps=steps, seed=seed, data_seed=seed, label_names=['labels'], remove_unused_columns=False, load_best_model_at_end=True,
+    trainer = check_trainer(trainer)
+    every = min(steps, trainer.pop('eval_steps', max(1, math.ceil(steps/evals))))
+    own = dict(per_device_train_batch_size=4, per_device_eval_batch_size=4, weight_decay=1e-3, lr_scheduler_type='cosine', warmup_steps=.01, save_total_limit=2, logging_steps=max(1, steps//20), report_to='none', disable_tqdm=True, dataloader_pin_memory=False, **_OWN[kind])
+    fixed = dict(output_dir=str(folder), max_steps=steps, eval_steps=every, save_steps=every, seed=seed, data_seed=seed, label_names=['labels'], remove_unused_columns=False, load_best_model_at_end=True,
                  metric_for_best_model='eval_loss', greater_is_better=False, save_strategy='steps', eval_strategy='steps', prediction_loss_only=True)
-    try: return TrainingArguments(**{**own, **check_trainer(trainer), **fixed})
+    try: return TrainingArguments(**{**own, **trainer, **fixed})
     except (ValueError, TypeError) as e: raise ReplaceMeError(f"trainer: {' '.join(str(e).split())[:300]}") from e
 
-# %% ../nbs/17_train.ipynb #11e012a8
+# %% ../nbs/17_train.ipynb #a4bd0eef
 def _bar(desc, tokens, per_step):
     "A progress bar with the losses, as a callback of Trainer"
     from transformers import TrainerCallback
     class Bar(TrainerCallback):
         def on_train_begin(self, args, state, control, **kw):
             self.bar = tqdm(total=tokens, initial=min(tokens, state.global_step*per_step), desc=desc, unit=' tokens', unit_scale=True, disable=not state.is_world_process_zero)
-        def on_step_end(self, args, state, control, **kw): self.bar.update(min(per_step, tokens-self.bar.n))
+        def on_step_end(self, args, state, control, **kw):
+            self.bar.update(min(per_step, tokens-self.bar.n))
+            if state.global_step>=state.max_steps: control.should_evaluate = True # the last weights are judged, too
         def on_log(self, args, state, control, logs=None, **kw):
             if 'loss' in logs and hasattr(self, 'bar'): self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
         def on_train_end(self, args, state, control, **kw): self.bar.close()

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from replaceme.arch import layers_of
+from replaceme.compare import CompareConfig
 from replaceme.core import ReplaceMeError, cache_dir
 from replaceme.models import gguf_folder, load_model, package_gguf, tiny_model, tiny_tokenizer
 from replaceme.pipeline import Config, analyse, prune, read_config, recipe_of, run
@@ -22,7 +23,7 @@ from replaceme.search import Recipe
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
-COMMANDS = "run_replaceme get_distance_analysis get_lt_with_lstsq get_lt_with_solvers evaluate_model".split()
+COMMANDS = "run_replaceme get_distance_analysis get_lt_with_lstsq get_lt_with_solvers evaluate_model run_uidl run_streamline".split()
 FRESH = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -151,7 +152,7 @@ def test_help_shows_every_key(command):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda p: p.name)
 def test_examples_are_read(path):
-    assert read_config(path).model_path
+    assert read_config(path, cls=CompareConfig if path.name.startswith("compare_") else Config).model_path
 
 
 RELEASE = """method: "lstsq"

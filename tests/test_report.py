@@ -13,7 +13,7 @@ import yaml
 
 from replaceme.report import (choice_rows, front_matter, model_card, passed_over, plot_heatmap, plot_profile, plot_ridge,
                               report_html, result_rows, results_table, save_plots, sink_notes, story, suggestions, text_table,
-                              write_report)
+                              training_rows, write_report)
 
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)>&lt;'
 
@@ -52,6 +52,31 @@ def make_rich(**kw):
     result["choice"] = [{"block": [2, 4], "distance": .2, "fit_error": .3, "loss": 3.5, "chosen": False},
                         {"blocks": [[3, 4], [7, 8]], "distance": .21, "fit_error": .31, "loss": 3.4, "chosen": True}]
     return {**result, "blocks": [[7, 9], [2, 4]], **kw}
+
+
+def make_peer(method, **kw):
+    "A result of one of the methods that ReplaceMe is compared with, with everything in it"
+    r = make(layers=6, block=(2, 4), method=method, fit={"map": "none"}, **kw)
+    r["config"] = {"method": method}
+    r["peer"] = {"uidl": {"simple": False}, "shortgpt": {"influence": [.5, .2, .1, .1, .3, .6], "passed": [0]},
+                 "laco": {"threshold": .65, "tries": [{"layer": 2, "takes": [3, 4], "cosine": .5, "accepted": False},
+                                                      {"layer": 1, "takes": [2, 3], "cosine": .8, "accepted": True}]},
+                 "linearpatch": {"hadamard": False, "ratios": [.5, .9, 1., 1.1, 2.]}, "streamline": {"network": "ffn", "loss": "mse"}}[method]
+    if method == "shortgpt":
+        r["distance"] = {"metric": "influence", "tokens": "all", "value": .2, "profile": {}}
+    if method == "laco":
+        r["distance"] = {"metric": None, "tokens": None, "value": None, "profile": {}}
+    if method == "linearpatch":
+        r["fit"] = {"map": "state", "cost": "0.33M parameters"}
+    if method == "streamline":
+        r["fit"] = {"map": "network", "cost": "2.65M parameters"}
+        r["distance"]["block"] = [1, 4]
+        r["training"] = {"network": "ffn", "loss": "mse", "tokens": 3000, "parameters": 500, "before": .2, "after": .1, "seconds": 1., "history": []}
+        r["recovery"] = [{"name": "cut", "trained": 1000, "parameters": 700, "loss_before": .4, "loss_after": .3, "seconds": 2., "history": []}]
+    return r
+
+
+PEERS = ["uidl", "shortgpt", "laco", "linearpatch", "streamline"]
 
 
 class Parse(HTMLParser):
@@ -100,14 +125,15 @@ def without(d, path):
     make(method="removal", fit=None), {**make(), "block": [[3, 6], [13, 16]]}, make(layers=3, block=(1, 2)),
     make_rich(), make_rich(blocks=None), make_rich(method="cosine"), {"choice": []}, {"choice": [{}]}, {"ridge": {}},
     {"ridge": {"values": [0.], "errors": [.1], "chosen": 0.}}, {"distance": {"sinks": [1], "avoided": [[1, 2]]}},
-    {"blocks": [[1, 2], [3, 4]], "fit": {"behind": [4]}}, {"blocks": [[1, 2]], "distance": {"sinks": [1]}}])
+    {"blocks": [[1, 2], [3, 4]], "fit": {"behind": [4]}}, {"blocks": [[1, 2]], "distance": {"sinks": [1]}},
+    *({"method": m} for m in PEERS), *map(make_peer, PEERS), {"recovery": [{}], "training": {"network": "ffn"}}])
 def test_partial_results(result, tmp_path):
     Parse(report_html(result))
     yaml.safe_load(model_card(result).split("---")[1])
     results_table(result), results_table(result, markdown=True), suggestions(result), save_plots(tmp_path, result)
 
 
-@pytest.mark.parametrize("full", [make(layers=6, block=(2, 4)), make_rich()])
+@pytest.mark.parametrize("full", [make(layers=6, block=(2, 4)), make_rich(), *map(make_peer, ["laco", "linearpatch", "streamline"])])
 def test_any_part_may_be_missing(full, tmp_path):
     plain = without(full, ("distance", "profile"))  # drawing takes most of the time
     for p in paths(full):
@@ -133,7 +159,7 @@ def hostile(o):
     return [hostile(v) for v in o] if isinstance(o, list) else o + EVIL if isinstance(o, str) else o
 
 
-@pytest.mark.parametrize("result", [make(), make_rich()])
+@pytest.mark.parametrize("result", [make(), make_rich(), *map(make_peer, PEERS)])
 def test_text_is_text(result):
     result = hostile(result)
     result["distance"]["metric"] = "angular" + EVIL
@@ -321,6 +347,41 @@ print("ok")
     out = subprocess.run(cmd, capture_output=True, text=True)
     assert out.stdout == "ok\n", out.stderr
     assert {p.name for p in tmp_path.iterdir()} == {"r.json", "report.html", "profile.png", "heatmap.png"}
+
+
+@pytest.mark.parametrize("method", PEERS)
+def test_a_peer_is_told_in_its_own_words(method):
+    """No claim of ours on a result that is not, its paper and not ours, and what stands there now."""
+    r = make_peer(method)
+    page, card = report_html(r), model_card(r)
+    text, head = " ".join(Parse(page).text), card.split("## Results")[0]
+    ours = ("2505.02819", "is folded into", "MLP now holds the map", "arg\\min", "closed form on", "The map was fitted")
+    assert not [w for w in ours if w in text + card]
+    paper = {"uidl": "2403.17887", "shortgpt": "2403.03853", "laco": "2402.11187", "linearpatch": "2505.24680", "streamline": "2403.19135"}[method]
+    assert f"https://arxiv.org/abs/{paper}" in card and paper in text
+    assert any("method: auto" in s for s in suggestions(r))
+    said = {"uidl": "Nothing stands in their place", "shortgpt": "each taken by itself, wherever they are", "laco": "2 to 3 into 1 (cosine 0.8000)".replace("2 to 3", "2 and 3"),
+            "linearpatch": "Behind layer 1 stands a matrix of its own", "streamline": "Behind layer 1 stands a small network of its own (ffn, 2.65M parameters)"}
+    for other, words in said.items():
+        if not (method, other) == ("shortgpt", "uidl"):  # both put nothing there
+            assert (words in head) == (words in text) == (other == method), words
+    assert ("trust_remote_code=True" in card) == (method in ("linearpatch", "streamline"))
+    assert ("Nothing was trained" in card) == ("training-free" in card) == (method != "streamline")
+    bold = {int(i) for c, i in re.findall(r"<span([^>]*)>(\d+)</span>", re.search(r'<div[^>]*class="?strip.*?</div>', page)[0]) if "fold" in c}
+    assert bold == (set() if method in ("uidl", "shortgpt") else {1})
+
+
+def test_what_was_trained():
+    r = make_peer("streamline")
+    rows, headers = training_rows(r)
+    assert [row[:6] for row in rows] == [["network (ffn)", "500", "2,000", "0.2", "0.1", "squared error"], ["cut", "700", "1,000", "0.4", "0.3", "nats"]]
+    assert len(headers) == len(rows[0]) and all("2,000" in t for t in (report_html(r), model_card(r), results_table(r)))
+    assert "from 0.4 to 0.3 nats a token" in story(r)
+    r["recovery"][0]["loss_after"] = .4
+    assert "nothing was changed" in story(r)
+    ours = make(recovery=r["recovery"], training={"tokens": 1000})
+    assert "without any training" not in story(ours) and "without any training" in story(make()) and "is folded into" in story(ours)
+    assert "saw 1,000 tokens of text that the model wrote itself" in model_card(ours)
 
 
 def test_advice_follows_the_result():

@@ -1,0 +1,272 @@
+"""Training: killed and gone on with, by two processes as by one, for many families, and what comes out."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from replaceme.activations import capture
+from replaceme.arch import layers_of
+from replaceme.baselines import uidl
+from replaceme.blocks import Block
+from replaceme.core import ReplaceMeError, ReplaceMeWarning
+from replaceme.evaluate import outputs
+from replaceme.merge import cut, save_checkpoint
+from replaceme.models import tiny_model
+from replaceme.recover import RUNGS, cuts_of, recover, rung_names
+from replaceme.search import Recipe, fit_blocks
+from replaceme.streamline import NETWORKS, streamline
+from replaceme.train import Pupil, TextRows, fit_weights, frozen, kd_loss, own, pad_rows, state_targets, topk_targets
+from replaceme.unmerged import with_linear
+
+
+def texts(n, S=16, seed=0, vocab=320, ragged=True, count=False):
+    "`n` batches of two texts; every third one is shorter; those that count can be learnt"
+    g, got = torch.Generator().manual_seed(seed), []
+    for i in range(n):
+        mask = torch.ones(2, S, dtype=torch.long)
+        if ragged and i % 3 == 0:
+            mask[1, S - 5:] = 0
+        ids = (torch.randint(vocab, (2, 1), generator=g) + torch.arange(S)) % vocab if count else torch.randint(vocab, (2, S), generator=g)
+        got.append(dict(input_ids=ids * mask, attention_mask=mask))
+    return got
+
+
+# A training whose weights are written to a file; with a second argument it waits at that step to be killed.
+SCRIPT = """
+import json, os, sys, time, torch
+sys.path.insert(0, os.environ['TESTS'])
+from test_train import texts
+from safetensors.torch import save_file
+from transformers import TrainerCallback
+import replaceme.train as t
+from replaceme.models import tiny_model
+from replaceme.merge import cut, keep_layers
+from replaceme.blocks import Block
+o = json.loads(sys.argv[1])
+class Wait(TrainerCallback):
+    def on_step_end(self, args, state, control, **kw):
+        if state.global_step==o['stop']: print('HERE', flush=True); time.sleep(600)
+make = t.make_trainer
+def waiting(*a, **k):
+    trainer = make(*a, **k)
+    if o.get('stop'): trainer.add_callback(Wait())
+    return trainer
+t.make_trainer = waiting
+dense = tiny_model('llama', layers=6)
+small = cut(dense, [Block(2, 4)])
+names = [n for n,_ in small.named_parameters() if '.layers.1.' in n]
+t.own(small, names)
+model = keep_layers(small, [1]) if o['kind']=='mse' else small
+inner = [n.replace('layers.1.', 'layers.0.') for n in names] if o['kind']=='mse' else names
+targets = dict(mse=t.state_targets(dense, 1, 4), kd=t.topk_targets(dense, 16), lm=None)[o['kind']]
+t.fit_weights(model, inner, o['kind'], texts(40, count=True), texts(4, seed=1, count=True), 40*30, targets, keep_path=o.get('keep'), folder=o.get('folder'), trainer=o['trainer'])
+if t.main_process(): save_file({n: p.detach().clone() for n,p in small.named_parameters() if n in names}, o['out'])
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    env = {**os.environ, "TESTS": os.path.dirname(__file__), "OMP_NUM_THREADS": "1"}
+    env.pop("RANK", None)
+
+    def go(launch=(), **o):
+        o = {"trainer": dict(learning_rate=1e-2), "kind": "kd", "out": str(tmp_path / "out.safetensors"), **o}
+        cmd = [sys.executable, *launch, str(tmp_path / "script.py"), json.dumps(o)]
+        p = subprocess.Popen(cmd, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+        if o.get("stop"):
+            assert p.stdout.readline() == "HERE\n", p.stderr.read()
+            p.send_signal(signal.SIGKILL)
+            return p.wait()
+        _, err = p.communicate()
+        assert p.returncode == 0, err[-3000:]
+        return load_file(o["out"])
+    return go
+
+
+@pytest.mark.parametrize("kind", ["kd", "mse"])
+def test_killed_and_gone_on_with(script, tmp_path, kind):
+    whole = script(kind=kind)
+    folder = tmp_path / "run"
+    script(kind=kind, folder=str(folder), stop=8)  # of 20 steps, with a checkpoint every 5
+    assert sorted(p.name for p in folder.glob("checkpoint-*")) == ["checkpoint-5"]
+    assert not (tmp_path / "again").exists()
+    again = script(kind=kind, folder=str(folder), out=str(tmp_path / "again"))
+    assert {p.name for p in folder.glob("checkpoint-*")} >= {"checkpoint-20"}
+    for n, p in whole.items():
+        assert torch.equal(p, again[n]), n
+
+
+TWO = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+       "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
+
+
+@pytest.mark.parametrize("kind", ["mse", "lm", "kd"])
+def test_two_processes_are_as_one(script, tmp_path, kind):
+    o = dict(learning_rate=1e-3)
+    one = script(kind=kind, trainer=dict(o, per_device_train_batch_size=4))
+    two = script(TWO, kind=kind, keep=str(tmp_path / "kept") if kind != "lm" else None, out=str(tmp_path / "two"),
+                 trainer=dict(o, per_device_train_batch_size=2))
+    start = dict(cut(tiny_model("llama", layers=6), [Block(2, 4)]).named_parameters())
+    for n, p in one.items():
+        assert (p - start[n]).abs().max() > 1e-3  # it did move
+        assert (p - two[n]).abs().max() < 1e-4, n
+
+
+def test_accumulated_steps_are_as_one_batch(script, tmp_path):
+    one = script(trainer=dict(learning_rate=1e-3, per_device_train_batch_size=4))
+    four = script(out=str(tmp_path / "four"), trainer=dict(learning_rate=1e-3, per_device_train_batch_size=1, gradient_accumulation_steps=4))
+    for n, p in one.items():
+        assert (p - four[n]).abs().max() < 1e-4, n
+
+
+FAMILIES = ["gpt2", "gemma2", "qwen3", "mixtral", "phi", "falcon", "opt", "mamba"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_learn(family):
+    "A block of one layer, and the layer before it learns what the dense model says"
+    dense = tiny_model(family, layers=4)
+    before = {n: p.clone() for n, p in dense.named_parameters()}
+    small = cut(dense, [Block(2, 3)])
+    model, (rung,) = recover(dense, small, [Block(2, 3)], texts(24, ragged=False), ["layer"], tokens=1500, learning_rate=1e-2)
+    assert rung.loss_after < rung.loss_before
+    for n, p in dense.named_parameters():
+        assert torch.equal(p, before[n]) and p.requires_grad
+    assert (outputs(model, texts(1)[0]) - outputs(small, texts(1)[0])).abs().max() > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma2", "mixtral"])
+def test_a_streamline_layer_learns_its_block(family, tmp_path):
+    dense = tiny_model(family, layers=5)
+    small, r = streamline(dense, texts(4), 1, texts=texts(30), learning_rate=5e-3, tokens=1500)
+    s, e = r.removed[0] - 1, r.removed[-1] + 1
+    assert r.training.after < r.training.before and len(layers_of(small)) == 4
+    plain = cut(dense, r.blocks)
+    err = [sum((capture(m, b).S[s + 1] - capture(dense, b).S[e]).square().mean().item() for b in texts(3, seed=9)) for m in (plain, small)]
+    assert err[1] < err[0]  # on texts it never saw, run inside the whole model
+    save_checkpoint(small, tmp_path)
+    again = type(dense).from_pretrained(tmp_path)
+    torch.testing.assert_close(outputs(again, texts(1)[0]), outputs(small, texts(1)[0]), rtol=1e-4, atol=1e-5)
+
+
+def test_its_choice_is_the_largest_mean_cosine():
+    dense, bs, n = tiny_model("llama", layers=7), texts(3), 2
+    _, r = streamline(dense, bs, n, "none")
+    S = [capture(dense, b).S for b in bs]
+    cos = {j: torch.cat([torch.cosine_similarity(a[j].double(), a[j + n].double(), dim=-1) for a in S]).mean() for j in range(1, 7 - n + 1)}
+    assert r.removed[0] == max(cos, key=cos.get)
+
+
+@pytest.mark.parametrize("network", ["ffn", "swiglu"])
+def test_small_networks_are_saved_with_their_code(network, tmp_path):
+    dense = tiny_model("llama", layers=6)
+    small, r = streamline(dense, texts(4), 2, network, texts=texts(30), learning_rate=5e-3)
+    save_checkpoint(small, tmp_path)
+    assert len(layers_of(small)) == 3 and r.training.after < r.training.before
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    torch.testing.assert_close(outputs(again, texts(1)[0]), outputs(small, texts(1)[0]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_learns_in_float32(dtype):
+    dense = tiny_model("llama", layers=6).to(dtype)
+    small = cut(dense, [Block(2, 4)])
+    model, rungs = recover(dense, small, [Block(2, 4)], texts(30), ["fold", "cut"], tokens=2400, learning_rate=1e-3)
+    assert all(p.dtype == dtype for p in model.parameters())
+    assert rungs[-1].loss_after < rungs[0].loss_before
+
+
+@pytest.mark.parametrize("rungs", [["lora"], ["fold", "qlora"]])
+def test_adapters_are_merged(rungs, tmp_path):
+    dense = tiny_model("llama", layers=5, d=64)
+    before = {n: p.clone() for n, p in dense.named_parameters()}
+    small = cut(dense, [Block(2, 4)])
+    model, got = recover(dense, small, [Block(2, 4)], texts(24), rungs, tokens=1500, learning_rate=5e-3)
+    assert got[-1].loss_after < got[0].loss_before
+    assert [(n, p.shape, p.dtype) for n, p in model.named_parameters()] == [(n, p.shape, p.dtype) for n, p in small.named_parameters()]
+    for n, p in dense.named_parameters():
+        assert torch.equal(p, before[n]) and p.requires_grad
+    batch = pad_rows([TextRows(texts(1)[:1])[0]], True)
+    losses = [kd_loss(m, batch, topk_targets(dense)(batch)).item() for m in (small, model)]
+    assert losses[1] < losses[0]
+    save_checkpoint(model, tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(outputs(again, texts(1)[0]), outputs(model, texts(1)[0]), rtol=1e-4, atol=1e-5)
+
+
+def test_an_unmerged_map_learns():
+    dense = tiny_model("gemma2", layers=5)
+    small = with_linear(cut(dense, [Block(2, 4)]), 1, torch.eye(32))
+    model, (r,) = recover(dense, small, [Block(2, 4)], texts(24, ragged=False), ["fold"], learning_rate=1e-2)
+    assert r.loss_after < r.loss_before and r.parameters == 32 * 32
+    assert rung_names(model, [2], "fold") == ["model.layers.1.replaceme_map.weight"]
+
+
+def test_several_cuts():
+    dense = tiny_model("llama", layers=8)
+    blocks = [Block(2, 3), Block(5, 7)]
+    done = fit_blocks(dense, texts(10), [], blocks, Recipe())
+    assert cuts_of(blocks) == [2, 4]
+    assert rung_names(done.model, [2, 4], "fold") == [f"model.layers.{i}.mlp.down_proj.weight" for i in (1, 3)]
+    _, (r,) = recover(dense, done.model, blocks, texts(24), ["cut"], learning_rate=5e-3)
+    assert r.loss_after < r.loss_before
+
+
+def test_the_start_is_kept_where_training_harms():
+    dense = tiny_model("llama", layers=6)
+    small, _ = uidl(dense, texts(4), 2)
+    with pytest.warns(ReplaceMeWarning, match="did not lower"):
+        model, (r,) = recover(dense, small, [Block(2, 4)], texts(10), ["layer"], tokens=200, learning_rate=50.)
+    assert r.loss_after == r.loss_before
+    for p, q in zip(model.parameters(), small.parameters()):
+        assert torch.equal(p, q)
+
+
+def test_batches_do_not_matter():
+    "The sum of the losses, and their gradients, are those of the texts one by one"
+    dense = tiny_model("llama", layers=6)
+    small = cut(dense, [Block(2, 4)])
+    rows, names = TextRows(texts(2)), rung_names(small, [2], "layer")
+    with frozen(dense):
+        pupil = Pupil(small, names, kd_loss, topk_targets(dense))
+        one = pad_rows([rows[i] for i in range(4)], True)
+        n = one["labels"].ne(-100).sum()
+        pupil(**one)["loss"].backward()
+        g = {k: w.grad.clone() for k, w in pupil.weights.items()}
+        pupil.zero_grad()
+        for i in range(4):
+            pupil(**pad_rows([rows[i]], True), num_items_in_batch=n)["loss"].backward()
+    for k, w in pupil.weights.items():
+        torch.testing.assert_close(w.grad, g[k], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kw, said", [
+    (dict(rungs=["flod"]), "Did you mean 'fold'"), (dict(rungs=["cut", "fold"]), "no ladder"), (dict(rungs=["fold"], lr=1), "unknown argument 'lr'"),
+    (dict(rungs=["fold"], save_strategy="no"), "set by the training itself"), (dict(rungs=["fold"], cut=dict(lr=1)), "unknown argument 'lr'"),
+    (dict(rungs=["fold"], learning_rate="fast"), "trainer"),
+])
+def test_refused(kw, said):
+    dense = tiny_model("llama", layers=4)
+    with pytest.raises(ReplaceMeError, match=said):
+        recover(dense, cut(dense, [Block(2, 3)]), [Block(2, 3)], texts(4), kw.pop("rungs"), **kw)
+
+
+def test_another_training_in_the_folder_is_refused(tmp_path):
+    dense = tiny_model("llama", layers=5)
+    kw = dict(texts=texts(12), learning_rate=1e-2, folder=tmp_path / "run")
+    a, _ = streamline(dense, texts(2), 1, **kw)
+    b, _ = streamline(dense, texts(2), 1, **kw)  # all is done: nothing is trained again
+    for p, q in zip(a.parameters(), b.parameters()):
+        assert torch.equal(p, q)
+    with pytest.raises(ReplaceMeError, match="another texts"):
+        streamline(dense, texts(2), 1, **{**kw, "texts": texts(12, seed=5)})
+    with pytest.raises(ReplaceMeError, match="another trainer"):
+        streamline(dense, texts(2), 1, **{**kw, "learning_rate": 1e-3})
