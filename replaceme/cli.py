@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['parse', 'command', 'run_replaceme', 'run_uidl', 'run_streamline', 'get_lt_with_lstsq', 'get_lt_with_solvers',
-           'get_distance_analysis', 'evaluate_model']
+           'get_distance_analysis', 'evaluate_model', 'compare_methods']
 
-# %% ../nbs/23_cli.ipynb #d2ae5a84
+# %% ../nbs/23_cli.ipynb #6384d583
 import argparse, functools, json, os, sys, warnings
 from dataclasses import fields
 from pathlib import Path
@@ -14,10 +14,12 @@ from pathlib import Path
 import torch, yaml
 
 from .core import *
+from .train import main_process
 from .pipeline import *
 from .report import *
+from .compare import *
 
-# %% ../nbs/23_cli.ipynb #6384d583
+# %% ../nbs/23_cli.ipynb #613a8574
 class _Parser(argparse.ArgumentParser):
     def error(self, message): raise ReplaceMeError(message)
 
@@ -83,7 +85,7 @@ def _fail(name, e):
     print(f'{name}: error: {e}', file=sys.stderr)
     return 2
 
-# %% ../nbs/23_cli.ipynb #9be88f6a
+# %% ../nbs/23_cli.ipynb #8c80a92b
 def _oneline(text): return ' '.join(text.split())
 
 _ALIASES = dict(model='model_path', layers='layers_to_skip')
@@ -95,6 +97,7 @@ def run_replaceme(cfg, yaml_text):
 
 def _run(cfg, yaml_text):
     result, path = run(cfg, yaml_text)
+    if not main_process(): return
     print(results_table(result))
     for g in result.get('generations', []): print(f'{g["prompt"]}\n  before: {_oneline(g["before"])}\n  after:  {_oneline(g["after"])}\n')
     if cfg.save_transform_only: print('map     ', path/'transform.safetensors')
@@ -149,3 +152,10 @@ def get_distance_analysis(cfg, yaml_text):
 def evaluate_model(cfg, yaml_text):
     "Score a model: perplexity on a text, and lm-eval tasks by name, by mapping with few-shot counts, or from a folder."
     print(scores_table(evaluate(cfg)))
+
+@command(cls=CompareConfig)
+def compare_methods(cfg, yaml_text):
+    "Compare methods: a list of methods and of numbers of layers on one model, one calibration, one evaluation; a table, JSON, CSV and a Pareto plot."
+    comparison, path = compare(cfg)
+    print(comparison.table())
+    for kind,name in (('table   ', 'comparison.md'), ('numbers ', 'comparison.json'), ('picture ', 'pareto.png')): print(kind, path/name)

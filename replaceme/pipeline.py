@@ -37,7 +37,7 @@ from .unmerged import *
 from .evaluate import *
 from .search import *
 from .baselines import *
-from .train import check_trainer
+from .train import check_trainer, main_process
 from .streamline import *
 from .recover import *
 from .report import *
@@ -821,7 +821,7 @@ def check_loaded(cfg, path, model, tokenizer):
     try: cfg.prompt is None or prompt_ids(tokenizer, cfg.prompt)
     except Exception as e: raise ReplaceMeError(f"prompt: the tokenizer's chat template refuses it ({e}): set prompt to null.") from e
 
-# %% ../nbs/21_pipeline.ipynb #f2a12824
+# %% ../nbs/21_pipeline.ipynb #9050f5b3
 def _score_after(model, tokenizer, cfg, text, before, result):
     "The scores of the pruned model; a failure is noted and the model kept"
     try: _add_scores(result, cfg, before, score(model, tokenizer, cfg, text))
@@ -845,6 +845,7 @@ def run(cfg, yaml_text=None)->tuple: # (Result, Path of the folder)
         with stages('load'): model, tokenizer = load(cfg, quantised=False)
         lasting(model, done.blocks)
         with stages('fold'): done.model = stand_in(model, done.blocks[0], done.fits[0])
+    if not main_process(): return result, path # of several processes that train together, the first one saves
     with stages('score'): before = score(model, tokenizer, cfg, text)
     _finish(result, cfg, stages, loaded, model, done.model)
     del model; gc.collect()

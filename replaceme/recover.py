@@ -114,7 +114,7 @@ def climb(model, cuts, rung, texts, held, tokens, targets, rank=16, **kw)->tuple
     names = rung_names(new, cuts, rung)
     return new, fit_weights(own(new, names), names, 'kd', texts, held, tokens, targets, **kw)
 
-# %% ../nbs/19_recover.ipynb #b7a6d66e
+# %% ../nbs/19_recover.ipynb #506950bf
 def recover(dense, pruned, # a model that came out of `dense`; it is left as it is
             blocks, # that went, in the dense model's numbers
             texts, # batches to train on
@@ -139,4 +139,4 @@ def recover(dense, pruned, # a model that came out of `dense`; it is left as it 
             done.append(Rung(rung, t.tokens, t.parameters, t.before, t.after, t.seconds, t.history))
     return model, done
 
-_RATES = dict(fold=dict(learning_rate=1e-3), layer=dict(learning_rate=5e-4), cut=dict(learning_rate=5e-4), lora=dict(learning_rate=5e-4), qlora=dict(learning_rate=5e-4))
+_RATES = dict(fold=dict(learning_rate=1e-3), layer=dict(learning_rate=5e-4), cut=dict(learning_rate=5e-4), lora=dict(learning_rate=2e-3), qlora=dict(learning_rate=2e-3))

@@ -198,11 +198,11 @@ class Pupil(nn.Module):
         total = functional_call(self._own[0], {f'model.{n}': w for n,w in self.values().items()}, (self.loss, batch, says))
         return dict(loss=total/(batch['labels'].ne(-100).sum() if num_items_in_batch is None else num_items_in_batch))
 
-# %% ../nbs/17_train.ipynb #d7fab2bb
+# %% ../nbs/17_train.ipynb #5b2a504c
 _OWN = dict(mse=dict(learning_rate=2e-4, max_grad_norm=5.), lm=dict(learning_rate=2e-4, max_grad_norm=1., adam_beta2=.95),
             kd=dict(learning_rate=2e-4, max_grad_norm=1., adam_beta2=.95))
 _OURS = ('output_dir', 'max_steps', 'num_train_epochs', 'seed', 'data_seed', 'label_names', 'remove_unused_columns', 'load_best_model_at_end', 'metric_for_best_model',
-         'greater_is_better', 'save_strategy', 'eval_strategy', 'save_steps', 'prediction_loss_only', 'gradient_checkpointing', 'do_train', 'do_eval', 'resume_from_checkpoint')
+         'greater_is_better', 'save_strategy', 'eval_strategy', 'eval_on_start', 'save_steps', 'prediction_loss_only', 'gradient_checkpointing', 'do_train', 'do_eval', 'resume_from_checkpoint')
 
 def check_trainer(trainer)->dict:
     "Raise unless these are arguments of transformers' TrainingArguments that may be given"
@@ -222,8 +222,9 @@ def training_arguments(kind, # mse, lm, kd
     from transformers import TrainingArguments
     trainer = check_trainer(trainer)
     every = min(steps, trainer.pop('eval_steps', max(1, math.ceil(steps/evals))))
-    own = dict(per_device_train_batch_size=4, per_device_eval_batch_size=4, weight_decay=1e-3, lr_scheduler_type='cosine', warmup_steps=.01, save_total_limit=2, logging_steps=max(1, steps//20), report_to='none', disable_tqdm=True, dataloader_pin_memory=False, **_OWN[kind])
-    fixed = dict(output_dir=str(folder), max_steps=steps, eval_steps=every, save_steps=every, seed=seed, data_seed=seed, label_names=['labels'], remove_unused_columns=False, load_best_model_at_end=True,
+    own = dict(per_device_train_batch_size=4, per_device_eval_batch_size=4, weight_decay=1e-3, lr_scheduler_type='cosine', warmup_steps=.01, save_total_limit=2, logging_steps=max(1, steps//20), report_to='none', disable_tqdm=True, dataloader_pin_memory=False,
+               use_cpu=not torch.accelerator.is_available(), **_OWN[kind]) # use_cpu: else Trainer sees no other processes there
+    fixed = dict(output_dir=str(folder), max_steps=steps, eval_steps=every, save_steps=every, seed=seed, data_seed=seed, label_names=['labels'], remove_unused_columns=False, eval_on_start=True, load_best_model_at_end=True,
                  metric_for_best_model='eval_loss', greater_is_better=False, save_strategy='steps', eval_strategy='steps', prediction_loss_only=True)
     try: return TrainingArguments(**{**own, **trainer, **fixed})
     except (ValueError, TypeError) as e: raise ReplaceMeError(f"trainer: {' '.join(str(e).split())[:300]}") from e
@@ -300,19 +301,18 @@ def own(model, names):
         setattr(mod, k, nn.Parameter(getattr(mod, k).detach().clone(), requires_grad=False))
     return model
 
-# %% ../nbs/17_train.ipynb #12d51d2d
+# %% ../nbs/17_train.ipynb #b3599d24
 LOSSES = ('mse', 'lm', 'kd')
 
 def main_process()->bool:
     "Is this the first of the processes that a launcher started, or the only one?"
     return int(os.environ.get('RANK', 0))==0
 
-def _kept_or_live(targets, rows, held, folder):
+def _kept_or_live(args, targets, rows, held, folder):
     "Targets of the texts of a run; numbers of held-out texts go on behind those of the others"
     if targets is None or folder is None: return targets
-    from accelerate import PartialState
     both = TextRows.__new__(TextRows); both.rows = [*rows.rows, *held.rows]
-    with PartialState().main_process_first(): return keep(targets, both, folder)
+    with args.main_process_first(): return keep(targets, both, folder)
 
 def fit_weights(model, # a pruned model, or the trained layers alone for mse; the trained weights change in place, none that others share may be among them
                 names, # of the parameters that are trained
@@ -330,10 +330,10 @@ def fit_weights(model, # a pruned model, or the trained layers alone for mse; th
     held_items = _Behind(held, len(rows))
     with contextlib.ExitStack() as stack:
         path = Path(folder).absolute() if folder else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        says = _kept_or_live(targets, rows, held, keep_path)
+        size = training_arguments(kind, path, 1, seed, trainer)
+        says = _kept_or_live(size, targets, rows, held, keep_path)
         stack.enter_context(_kept_seeds(seed)); stack.enter_context(frozen(model))
         pupil = Pupil(model, names, dict(mse=mse_loss(weights), lm=lm_loss, kd=kd_loss)[kind], says)
-        size = training_arguments(kind, path, 1, seed, trainer)
         per_step = size.train_batch_size*size.gradient_accumulation_steps*size.world_size*rows.tokens/len(rows)
         steps = max(1, round(tokens/per_step))
         resume = _go_on(path, ident := _identity(model, names, kind, rows, held, steps, trainer, seed))
@@ -348,20 +348,15 @@ class _Behind(torch.utils.data.Dataset):
 
 def _train(t, pupil, path, ident, resume, tokens):
     "Begin or go on, and put the best weights into the model"
-    from transformers.trainer_utils import SaveStrategy
-    if resume is None:
-        before = t.evaluate()['eval_loss']
-        if t.is_world_process_zero(): path.mkdir(parents=True, exist_ok=True); (path/'training.json').write_text(json.dumps({**ident, 'before': before}))
-        t.accelerator.wait_for_everyone()
-    else: before = json.loads((path/'training.json').read_text())['before']
-    start = {n: w.detach().clone() for n,w in pupil.weights.items()} if resume is None else None
-    out = t.train(resume_from_checkpoint=resume)
-    log, best = t.state.log_history, t.state.best_metric
-    if best is None or not best<before:
+    if t.is_world_process_zero(): path.mkdir(parents=True, exist_ok=True); (path/'training.json').write_text(json.dumps(ident))
+    out = t.train(resume_from_checkpoint=resume) # evaluating before would keep it from sharing the gradients between processes
+    history = [{k: h[k] for k in ('step', 'loss', 'eval_loss') if k in h} for h in t.state.log_history if 'loss' in h or 'eval_loss' in h]
+    before, best = next(h['eval_loss'] for h in history if 'eval_loss' in h), t.state.best_metric
+    if best is not None and best<before: _write_back(pupil)
+    else:
         warnings.warn(f"training did not lower the loss on the held-out texts ({before:.4g} before, {best:.4g} at best): the weights stay as they were.", ReplaceMeWarning, stacklevel=3)
-    else: _write_back(pupil)
-    history = [dict(step=0, eval_loss=before)] + [{k: h[k] for k in ('step', 'loss', 'eval_loss') if k in h} for h in log if 'loss' in h or 'eval_loss' in h]
-    return Trained(tokens, before, min(before, before if best is None else best), out.metrics['train_runtime'], sum(w.numel() for w in pupil.weights.values()), history)
+        best = before
+    return Trained(tokens, before, best, out.metrics['train_runtime'], sum(w.numel() for w in pupil.weights.values()), history)
 
 @torch.no_grad()
 def _write_back(pupil):

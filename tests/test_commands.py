@@ -23,7 +23,7 @@ from replaceme.search import Recipe
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
-COMMANDS = "run_replaceme get_distance_analysis get_lt_with_lstsq get_lt_with_solvers evaluate_model run_uidl run_streamline".split()
+COMMANDS = "run_replaceme get_distance_analysis get_lt_with_lstsq get_lt_with_solvers evaluate_model run_uidl run_streamline compare_methods".split()
 FRESH = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer

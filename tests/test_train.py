@@ -104,8 +104,8 @@ def test_killed_and_gone_on_with(script, tmp_path, kind):
         assert torch.equal(p, again[n]), n
 
 
-TWO = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-       "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
+# accelerate's own launcher starts one process on a CPU; torch's starts two, and accelerate finds them
+TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 @pytest.mark.parametrize("kind", ["mse", "lm", "kd"])
@@ -127,7 +127,7 @@ def test_accumulated_steps_are_as_one_batch(script, tmp_path):
         assert (p - four[n]).abs().max() < 1e-4, n
 
 
-FAMILIES = ["gpt2", "gemma2", "qwen3", "mixtral", "phi", "falcon", "opt", "mamba"]
+FAMILIES = ["gpt2", "gemma2", "qwen3", "mixtral", "phi", "falcon", "opt", "bloom"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -136,7 +136,7 @@ def test_families_learn(family):
     dense = tiny_model(family, layers=4)
     before = {n: p.clone() for n, p in dense.named_parameters()}
     small = cut(dense, [Block(2, 3)])
-    model, (rung,) = recover(dense, small, [Block(2, 3)], texts(24, ragged=False), ["layer"], tokens=1500, learning_rate=1e-2)
+    model, (rung,) = recover(dense, small, [Block(2, 3)], texts(24, ragged=False), ["layer"], tokens=1500, learning_rate=3e-3)
     assert rung.loss_after < rung.loss_before
     for n, p in dense.named_parameters():
         assert torch.equal(p, before[n]) and p.requires_grad
