@@ -19,7 +19,7 @@ from .pipeline import *
 from .report import *
 from .compare import *
 
-# %% ../nbs/23_cli.ipynb #613a8574
+# %% ../nbs/23_cli.ipynb #8ef1c0e6
 class _Parser(argparse.ArgumentParser):
     def error(self, message): raise ReplaceMeError(message)
 
@@ -31,11 +31,12 @@ def _parser(name, doc, aliases, cls):
         flags = [f'--{f.name}'] + [f'--{a}' for a,k in aliases.items() if k==f.name]
         default = 'null' if f.default is None else str(f.default).lower() if isinstance(f.default, bool) else f.default
         text = f'{f.metadata["help"]} (default: {default})'.replace('%', '%%')
-        p.add_argument(*flags, dest=f.name, metavar='VALUE', default=argparse.SUPPRESS, help=text)
+        p.add_argument(*flags, dest=f.name, metavar='VALUE', nargs=f.metadata.get('nargs'), default=argparse.SUPPRESS, help=text)
     return p
 
 def _value(name, s, cls):
-    "A flag's value, read as YAML would read it; text stays text"
+    "A flag's value, read as YAML would read it; text stays text, and so do several values of one flag"
+    if isinstance(s, list): return s
     if s.lower() in ('null', 'none', '~') and s not in CHOICES.get(name, ()): return None
     text = next(f.type for f in fields(cls) if f.name==name) in (str, str|None)
     try: return s if text else yaml.safe_load(s)
@@ -85,7 +86,7 @@ def _fail(name, e):
     print(f'{name}: error: {e}', file=sys.stderr)
     return 2
 
-# %% ../nbs/23_cli.ipynb #8c80a92b
+# %% ../nbs/23_cli.ipynb #4cee1afc
 def _oneline(text): return ' '.join(text.split())
 
 _ALIASES = dict(model='model_path', layers='layers_to_skip')
@@ -148,10 +149,12 @@ def get_distance_analysis(cfg, yaml_text):
     print()
     for kind, f in zip(('profile ', 'table   ', 'picture '), files): print(kind, f)
 
-@command(_ALIASES)
+@command(_ALIASES, cls=EvaluateConfig)
 def evaluate_model(cfg, yaml_text):
-    "Score a model: perplexity on a text, and lm-eval tasks by name, by mapping with few-shot counts, or from a folder."
-    print(scores_table(evaluate(cfg)))
+    "Score a model, or two side by side (--compare DENSE PRUNED): perplexity on a text, and lm-eval tasks by name, by mapping with few-shot counts, or from a folder."
+    scores = evaluate(cfg)
+    print(scores_table(scores))
+    for g in getattr(scores, 'answers', []): print(f'\n{g["prompt"]}\n  {scores.names[0]}: {_oneline(g["before"])}\n  {scores.names[1]}: {_oneline(g["after"])}')
 
 @command(cls=CompareConfig)
 def compare_methods(cfg, yaml_text):

@@ -134,7 +134,7 @@ def _auto_classes(config, path, model_path):
     own = next((a for a in config.architectures or [] if a.endswith('WithProjection') and hasattr(transformers, a)), None) # AutoModel would drop the projection
     return getattr(transformers, own) if own else AutoModelForImageClassification if classifier else AutoModel, AutoImageProcessor
 
-# %% ../nbs/01_models.ipynb #e52368a0
+# %% ../nbs/01_models.ipynb #60fd7b87
 def offload_folder()->str: # made by transformers when it is needed, removed when Python ends
     "Where weights go that fit into no memory and are not yet on the disk in the form in which they are used"
     path = cache_dir()/f'offload-{os.getpid()}-{uuid.uuid4().hex[:8]}'
@@ -143,7 +143,9 @@ def offload_folder()->str: # made by transformers when it is needed, removed whe
 
 def placement(device_map=None): # as in the config
     "Where transformers shall put a model: an accelerator if there is one, unless something else was asked for"
-    return 'auto' if device_map is None and torch.accelerator.is_available() else device_map
+    if device_map is not None or not torch.accelerator.is_available(): return device_map
+    rank = os.environ.get('LOCAL_RANK') # of a process among several, each with an accelerator of its own
+    return 'auto' if rank is None else {'': int(rank)}
 
 def _from_pretrained(path, model_path, common, **kw):
     "(model, what prepares its inputs) from a resolved path"

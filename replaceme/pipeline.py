@@ -9,8 +9,8 @@ __all__ = ['PEERS', 'CHOICES', 'key', 'Config', 'read_yaml', 'make_config', 'che
            'picture_batches', 'n_removed', 'prove', 'check_blocks', 'ways_out', 'Calibrated', 'calibrate',
            'peer_distance', 'peer_facts', 'climb_rungs', 'training_facts', 'make_result', 'prune', 'output_path',
            'load', 'eval_text', 'score', 'top_classes', 'save_transform', 'write_provenance', 'reload', 'check_run',
-           'check_loaded', 'run', 'profile_files', 'write_profile', 'profile_table', 'analyse', 'evaluate',
-           'scores_table']
+           'check_loaded', 'run', 'profile_files', 'write_profile', 'profile_table', 'analyse', 'EvaluateConfig',
+           'evaluate', 'load_pair', 'evaluate_pair', 'scores_table']
 
 # %% ../nbs/21_pipeline.ipynb #b709341d
 import contextlib, dataclasses, gc, json, math, os, platform, re, tempfile, warnings
@@ -41,11 +41,12 @@ from .train import check_trainer, main_process
 from .streamline import *
 from .recover import *
 from .report import *
+from .sidebyside import *
 
-# %% ../nbs/21_pipeline.ipynb #fc6ccc87
-def key(default, help): # -> a dataclass field
+# %% ../nbs/21_pipeline.ipynb #2dbef81b
+def key(default, help, nargs=None): # -> a dataclass field; `nargs` values make one flag
     "A config key with its default and its meaning"
-    return field(default=default, metadata=dict(help=help))
+    return field(default=default, metadata=dict(help=help, nargs=nargs))
 
 @dataclass
 class Config:
@@ -408,16 +409,28 @@ def calibration_batches(model, tokenizer, cfg)->list:
     except ReplaceMeError as e: raise ReplaceMeError(f"max_length is {cfg.max_length}: {e}") from None
     return bs
 
-# %% ../nbs/21_pipeline.ipynb #6003467e
+# %% ../nbs/21_pipeline.ipynb #fe709fa5
 def training_size(cfg)->int|None:
     "Texts to train on"
     names = cfg.dataset if isinstance(cfg.dataset, list) else [cfg.dataset]
     if cfg.train_size is not None or 'self' in names: return cfg.train_size or cfg.dataset_size
     return max(2, math.ceil(cfg.train_tokens/cfg.max_length))
 
-def training_batches(model, tokenizer, cfg)->list:
-    "Batches to train on, from where those of the calibration come"
-    return calibration_batches(model, tokenizer, dataclasses.replace(cfg, dataset_size=training_size(cfg)))
+def training_batches(model, tokenizer, cfg)->tuple: # (to train on, to judge by)
+    "Batches to train on, from where those of the calibration come, and texts behind both to judge by"
+    want, names = training_size(cfg), cfg.dataset if isinstance(cfg.dataset, list) else [cfg.dataset]
+    while True:
+        h = max(1, math.ceil(want/16))
+        n = None if cfg.dataset_size is None else want if 'self' in names else max(want, cfg.dataset_size)+h # sampling more costs more than it tells
+        bs = calibration_batches(model, tokenizer, dataclasses.replace(cfg, dataset_size=n))
+        got = sum(len(b['attention_mask']) for b in bs)
+        if got<2: raise ReplaceMeError(f"dataset {data_name(cfg.dataset, cfg.dataset_shares)} gives {got} text to train on: it takes two or more.")
+        h = min(h, max(1, got//16)) # where there are fewer texts than asked for
+        rest, held = hold_out(bs, h/got)
+        learn = first_texts(rest, want)
+        tokens = n_tokens(learn)
+        if cfg.train_size is not None or 'self' in names or tokens>=.95*cfg.train_tokens or (n is None or got<n) and want+h>=got: return learn, held
+        want = math.ceil(1.05*want*cfg.train_tokens/tokens) # the texts are shorter than max_length
 
 # %% ../nbs/21_pipeline.ipynb #a728aff1
 def load_pictures(cfg)->tuple: # (for calibration, for judging), lists of PIL images
@@ -606,7 +619,7 @@ def peer_facts(res)->dict:
     facts = {f.name: getattr(res, f.name) for f in fields(res) if f.name not in ('removed', 'tokens', 'distances', 'metric', 'r', 'trained', 'training')}
     return {**facts, **(dict(ratios=res.r.quantile(torch.linspace(0, 1, 5).to(res.r)).tolist()) if isinstance(res, Patch) else {})}
 
-# %% ../nbs/21_pipeline.ipynb #758dccfb
+# %% ../nbs/21_pipeline.ipynb #5a7b7c4c
 def _share(cfg): # of the budget, for each training
     return cfg.train_tokens//(len(cfg.rungs)+(cfg.method=='streamline' and cfg.network!='none'))
 
@@ -616,17 +629,17 @@ def _streamlined(model, tokenizer, cfg, bs, stages):
     "LLM-Streamline with the keys of a config"
     if cfg.network=='none':
         with stages('calibrate'): return streamline(model, bs, cfg.layers_to_skip, 'none')
-    with stages('texts'): texts = training_batches(model, tokenizer, cfg)
+    with stages('texts'): texts, held = training_batches(model, tokenizer, cfg)
     args = {k: v for k,v in (cfg.trainer or {}).items() if k not in RUNGS}
     with stages('train'), torch.enable_grad():
-        return streamline(model, bs, cfg.layers_to_skip, cfg.network or 'layer', cfg.train_loss or 'mse', texts, _share(cfg), cfg.seed,
+        return streamline(model, bs, cfg.layers_to_skip, cfg.network or 'layer', cfg.train_loss or 'mse', texts, held, _share(cfg), cfg.seed,
                           _training_folder(cfg, 'network'), **args)
 
 def climb_rungs(model, tokenizer, cfg, stages, done, result):
     "Train parts of the pruned model, and put down what came of it"
-    with stages('texts'): texts = training_batches(model, tokenizer, cfg)
+    with stages('texts'): texts, held = training_batches(model, tokenizer, cfg)
     with stages('train'), torch.enable_grad():
-        done.model, rungs = recover(model, done.model, done.blocks, texts, cfg.rungs, _share(cfg)*len(cfg.rungs), cfg.seed, _training_folder(cfg, 'recover'), **(cfg.trainer or {}))
+        done.model, rungs = recover(model, done.model, done.blocks, texts, cfg.rungs, _share(cfg)*len(cfg.rungs), held, cfg.seed, _training_folder(cfg, 'recover'), **(cfg.trainer or {}))
     result['recovery'] = [dataclasses.asdict(r) for r in rungs]
     result['training'] = {**(before := result.get('training') or {}), 'tokens': before.get('tokens', 0)+sum(r.trained for r in rungs)}
 
@@ -909,17 +922,57 @@ def analyse(cfg): # -> (Profile, files written)
     collect(model, mask_tokens(bs, cfg.mask, cfg.seed) if cfg.mask else bs, [], {}, profile, desc='profile')
     return profile, write_profile(profile, out, cfg.layers_to_skip, model=fingerprint(model), data=_data_key(cfg))
 
-# %% ../nbs/21_pipeline.ipynb #de409a04
-def evaluate(cfg)->dict:
-    "Score the model of a config; nothing is pruned"
+# %% ../nbs/21_pipeline.ipynb #08fa44b7
+@dataclass
+class EvaluateConfig(Config):
+    "The YAML schema of an evaluation: `Config`, and which two models to compare"
+    compare:list|None = key(None, "two models, the dense one first, to be scored side by side instead of model_path: [DENSE, PRUNED]", nargs=2)
+    cache:bool = key(True, "keep scores by the content of model, text and tasks, and use those that were kept; seconds are always measured")
+
+    def __post_init__(self):
+        if self.compare is None: return
+        if len(self.compare)!=2 or not all(isinstance(m, str) and m for m in self.compare):
+            raise ReplaceMeError(f"compare is {self.compare!r}: give two models, the dense one first, such as [HuggingFaceTB/SmolLM2-135M-Instruct, ./pruned].")
+        if self.model_path is not None: raise ReplaceMeError(f"model_path is {self.model_path!r}, but compare names the models; leave it out.")
+
+# %% ../nbs/21_pipeline.ipynb #596b3d67
+def _nothing_to_score(cfg): return cfg.eval_dataset is None and cfg.tasks is None
+
+def evaluate(cfg)->dict: # or a `SideBySide`
+    "Score the model of a config, or two side by side; nothing is pruned"
+    if getattr(cfg, 'compare', None): return evaluate_pair(cfg)
     need(cfg, 'model_path')
-    if cfg.eval_dataset is None and cfg.tasks is None: raise ReplaceMeError("nothing to score: give eval_dataset, tasks or both.")
+    if _nothing_to_score(cfg): raise ReplaceMeError("nothing to score: give eval_dataset, tasks or both.")
     model, tokenizer = load(cfg)
     if sees(model): raise ReplaceMeError(f"model_path {cfg.model_path} is an image encoder, which has no perplexity: run_replaceme compares its states before and after.")
-    return dict(model=str(cfg.model_path), text=cfg.eval_dataset, **score(model, tokenizer, dataclasses.replace(cfg, prompt=None), eval_text(cfg, tokenizer, model)))
+    text, cache, res = eval_text(cfg, tokenizer, model), getattr(cfg, 'cache', True), {}
+    if text is not None: res['perplexity'] = kept_perplexity(model, tokenizer, text, cfg.eval_length, cfg.eval_size, cache)
+    if cfg.tasks is not None: res['tasks'] = {t: r['scores'] for t,r in kept_tasks(model, tokenizer, cfg.tasks, cfg.limit, None, cfg.batch_size, cache).items()}
+    return dict(model=str(cfg.model_path), text=cfg.eval_dataset, **res)
 
+# %% ../nbs/21_pipeline.ipynb #9168517e
+def load_pair(cfg)->tuple: # (dense model, other model, tokenizer)
+    "The two models of `compare`"
+    a, b = [load(dataclasses.replace(cfg, compare=None, model_path=m)) for m in cfg.compare]
+    check_pair(a[0], b[0])
+    if not sees(a[0]) and a[1].get_vocab()!=b[1].get_vocab():
+        raise ReplaceMeError(f"compare: the tokenizers of {cfg.compare[0]} and {cfg.compare[1]} have different vocabularies ({len(a[1])} and {len(b[1])} tokens): "
+                             "what the models say of a token cannot be compared. Give a model and its pruned version.")
+    return a[0], b[0], a[1]
+
+def evaluate_pair(cfg)->SideBySide:
+    "Two models side by side: text, tasks, seconds, bytes, and what both say to the prompt"
+    if cfg.tasks is not None: load_tasks(cfg.tasks) # a misspelt task is seen before anything is loaded
+    dense, model, tokenizer = load_pair(cfg)
+    names = [model_name(dict(model=m)) for m in cfg.compare]
+    return side_by_side(dense, model, tokenizer, eval_text(cfg, tokenizer, dense), cfg.tasks, cfg.limit, [] if cfg.prompt is None else [cfg.prompt],
+                        cfg.eval_length, cfg.eval_size, batch_size=cfg.batch_size, names=names if names[0]!=names[1] else ('dense', 'pruned'),
+                        text_name=cfg.eval_dataset and no_path(cfg.eval_dataset), cache=cfg.cache, seed=cfg.seed)
+
+# %% ../nbs/21_pipeline.ipynb #cb77aa7f
 def scores_table(scores)->str:
-    "Scores of one model as a table"
+    "Scores of one model, or of two side by side, as a table"
+    if isinstance(scores, SideBySide): return scores.table()
     rows = [[k, f'{v:.4f}' if isinstance(v, float) else str(v)] for k,v in _score_rows(scores)]
     return text_table(rows, [model_name(scores), ''])
 

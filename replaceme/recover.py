@@ -7,9 +7,8 @@ __all__ = ['RUNGS', 'cuts_of', 'rung_names', 'with_adapters', 'merged', 'train_a
            'recover']
 
 # %% ../nbs/19_recover.ipynb #2c44557b
-import contextlib, math, tempfile, warnings
-from dataclasses import dataclass, field
-from pathlib import Path
+import warnings
+from dataclasses import dataclass, field, replace
 
 import torch, transformers
 from torch import nn
@@ -20,7 +19,6 @@ from .models import placement, _quantization
 from .blocks import *
 from .merge import *
 from .unmerged import *
-from .search import hold_out
 from .train import *
 
 # %% ../nbs/19_recover.ipynb #eb961b97
@@ -53,7 +51,7 @@ def _takes_adapter(model, name, m):
     inside = next(n for n,s in model.named_modules() if s is layers_of(model))+'.'
     return name.startswith(inside) and isinstance(m, nn.Linear)
 
-# %% ../nbs/19_recover.ipynb #6defd632
+# %% ../nbs/19_recover.ipynb #06391104
 def with_adapters(model, rank, seed): # -> peft's model, around the same modules
     "Put low-rank adapters on every linear layer of the stack"
     from peft import LoraConfig, get_peft_model
@@ -70,12 +68,12 @@ def merged(wrapped, model): # peft's model -> the model with the adapters in its
     with warnings.catch_warnings(action='ignore'): return wrapped.merge_and_unload()
 
 def train_adapters(model, texts, held, tokens, targets, quantise, rank=16, seed=0, **kw)->tuple: # (model, Trained)
-    "Train adapters, beside 4 bit weights if wished, and merge them"
-    with tempfile.TemporaryDirectory() as d, frozen(model): # peft freezes what it finds, and some of it is the dense model's
+    "Train adapters, beside 4 bit weights if wished, and merge them; what is said of the loss is of the whole weights"
+    with common_folder() as d, frozen(model): # peft freezes what it finds, and some of it is the dense model's
         if quantise:
             save_checkpoint(model, d)
-            base = getattr(transformers, auto_class(model)).from_pretrained(d, dtype=model.dtype, quantization_config=_quantization(model.dtype, 4), device_map=placement(None))
-            for m in base.modules(): m.training = hasattr(getattr(m, 'weight', None), 'quant_state') # else bitsandbytes packs them on the CPU for inference alone, without gradients
+            base = getattr(transformers, auto_class(model)).from_pretrained(d, dtype=model.dtype, quantization_config=_quantization(model.dtype, 4), device_map=placement(None),
+                                                                            trust_remote_code=is_linear_model(model))
         else: base = shared_copy(model)
         wrapped = with_adapters(base, rank, seed)
         names = [n for n,p in wrapped.named_parameters() if 'lora_' in n]
@@ -84,7 +82,12 @@ def train_adapters(model, texts, held, tokens, targets, quantise, rank=16, seed=
             whole = with_adapters(shared_copy(model), rank, seed)
             whole.load_state_dict({k: v for k,v in wrapped.state_dict().items() if 'lora_' in k}, strict=False)
             wrapped = whole
-    return merged(wrapped, model), done
+        new = merged(wrapped, model)
+    if not quantise: return new, done
+    done = replace(done, before=held_loss(model, 'kd', held, targets), after=held_loss(new, 'kd', held, targets))
+    if done.after<done.before: return new, done
+    warnings.warn(f"qlora did not lower the loss on the held-out texts ({done.before:.4g} before, {done.after:.4g} after): the weights stay as they were.", ReplaceMeWarning, stacklevel=3)
+    return model, replace(done, after=done.before)
 
 # %% ../nbs/19_recover.ipynb #aac38a89
 @dataclass
@@ -114,12 +117,13 @@ def climb(model, cuts, rung, texts, held, tokens, targets, rank=16, **kw)->tuple
     names = rung_names(new, cuts, rung)
     return new, fit_weights(own(new, names), names, 'kd', texts, held, tokens, targets, **kw)
 
-# %% ../nbs/19_recover.ipynb #506950bf
+# %% ../nbs/19_recover.ipynb #ad24b455
 def recover(dense, pruned, # a model that came out of `dense`; it is left as it is
             blocks, # that went, in the dense model's numbers
             texts, # batches to train on
             rungs, # names out of `RUNGS`, in their order
             tokens=None, # the budget of all rungs together; by default once each text
+            held=None, # batches to judge by; by default the last of `texts`, which are then not trained on
             seed=0,
             folder=None, # for the checkpoints and what the dense model says; a killed call goes on from there. None is a temporary one
             k=64, # tokens of the dense model's distribution
@@ -130,12 +134,14 @@ def recover(dense, pruned, # a model that came out of `dense`; it is left as it 
     rungs = check_rungs(rungs)
     special = {r: trainer.pop(r) for r in RUNGS if isinstance(trainer.get(r), dict)}
     for kw in (trainer, *special.values()): check_trainer(kw)
-    learn, held = hold_out(texts, 1/16 if sum(len(b['attention_mask']) for b in texts)>=16 else 1/4)
-    tokens, cuts, done, model = tokens or TextRows(learn).tokens, cuts_of(blocks), [], pruned
-    with contextlib.nullcontext(folder) if folder else tempfile.TemporaryDirectory() as d:
+    learn, held = split_texts(texts, held)
+    tokens, cuts, done, model = TextRows(learn).tokens if tokens is None else tokens, cuts_of(blocks), [], pruned
+    if not tokens>=len(rungs): raise ReplaceMeError(f"tokens is {tokens}: {len(rungs)} rungs need one or more each.")
+    says = topk_targets(dense, k)
+    with common_folder(folder) as d:
         for i,rung in enumerate(rungs):
-            model, t = climb(model, cuts, rung, learn, held, tokens//len(rungs), topk_targets(dense, k), rank, seed=seed+i, desc=f'recover: {rung}',
-                             keep_path=Path(d)/f'dense-top{k}', folder=Path(d)/f'{i}-{rung}' if folder else None, trainer={**_RATES[rung], **trainer, **special.get(rung, {})})
+            model, t = climb(model, cuts, rung, learn, held, tokens//len(rungs), says, rank, seed=seed+i, desc=f'recover: {rung}',
+                             keep_path=d/f'dense-top{k}', folder=d/f'{i}-{rung}', trainer={**_RATES[rung], **trainer, **special.get(rung, {})})
             done.append(Rung(rung, t.tokens, t.parameters, t.before, t.after, t.seconds, t.history))
     return model, done
 

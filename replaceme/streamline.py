@@ -6,9 +6,8 @@
 __all__ = ['NETWORKS', 'place_network', 'train_network', 'Streamlined', 'streamline']
 
 # %% ../nbs/18_streamline.ipynb #fc55e513
-import contextlib, tempfile
+import contextlib
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -18,7 +17,6 @@ from .blocks import *
 from .stats import *
 from .merge import *
 from .unmerged import *
-from .search import hold_out
 from .baselines import *
 from .train import *
 
@@ -44,11 +42,9 @@ def _layer_name(model, i): # 'model.layers.3.'
     layer = layers_of(model)[i]
     return next(n for n,m in model.named_modules() if m is layer)+'.'
 
-# %% ../nbs/18_streamline.ipynb #d533083c
-def train_network(dense, small, block, at, names, loss, texts, tokens, keep_path=None, folder=None, seed=0, weights='none', **trainer)->Trained:
+# %% ../nbs/18_streamline.ipynb #2abb6ba1
+def train_network(dense, small, block, at, names, loss, learn, held, tokens, keep_path=None, folder=None, seed=0, weights='none', **trainer)->Trained:
     "Train the network that `place_network` has put in, in place"
-    held_share = 1/16 if sum(len(b['attention_mask']) for b in texts)>=16 else 1/4
-    learn, held = hold_out(texts, held_share)
     kw = dict(seed=seed, folder=folder, trainer=trainer, keep_path=keep_path)
     if loss!='mse': return fit_weights(small, names, loss, learn, held, tokens, desc=f'network for {block}', **kw)
     ids = {id(p) for n,p in small.named_parameters() if n in set(names)}
@@ -67,12 +63,13 @@ class Streamlined(OneBlock):
     @property
     def history(self): return self.training.history if self.training else []
 
-# %% ../nbs/18_streamline.ipynb #9d47abac
+# %% ../nbs/18_streamline.ipynb #451d3f2f
 def streamline(model, batches,
                n, # layers to save
                network='layer', # layer, ffn, swiglu or none
                loss='mse', # of hidden states, or lm: of the next token
                texts=None, # batches to train on; those of the choice by default
+               held=None, # batches to judge by; by default the last of `texts`, which are then not trained on
                tokens=None, # train on so many; by default once on each
                seed=0, folder=None, # see `fit_weights`
                block=None, # the layers the network stands for (`n` for none, else one more); by default those with the smallest cosine distance
@@ -88,10 +85,10 @@ def streamline(model, batches,
     block = block or nearest_block(D)
     if network=='none': return checked_cut(model, [block]), Streamlined([*range(*block)], n_tokens(batches), D, 'cosine', 'none', loss)
     small, at, names = place_network(model, block, network, seed)
-    texts = batches if texts is None else texts
-    tokens = n_tokens(texts) if tokens is None else tokens
-    keep = tokens>n_tokens(texts) and loss=='mse' # the dense model is asked once, however often the texts are read
-    with tempfile.TemporaryDirectory() if keep and folder is None else contextlib.nullcontext(folder) as d:
-        done = train_network(model, small, block, at, names, loss, texts, tokens, Path(d)/'states' if keep else None, folder, seed, **trainer)
+    learn, held = split_texts(batches if texts is None else texts, held)
+    tokens = n_tokens(learn) if tokens is None else tokens
+    keep = tokens>n_tokens(learn) and loss=='mse' # the dense model is asked once, however often the texts are read
+    with common_folder() if keep else contextlib.nullcontext() as d:
+        done = train_network(model, small, block, at, names, loss, learn, held, tokens, d and d/'states', folder, seed, **trainer)
     gone = range(block.start+(network=='layer'), block.end)
     return small, Streamlined([*gone], n_tokens(batches), D, 'cosine', network, loss, done.tokens, done)

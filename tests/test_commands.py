@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from replaceme.arch import layers_of
+from replaceme.blocks import Block
 from replaceme.compare import CompareConfig
 from replaceme.core import ReplaceMeError, cache_dir
+from replaceme.merge import cut
 from replaceme.models import gguf_folder, load_model, package_gguf, tiny_model, tiny_tokenizer
-from replaceme.pipeline import Config, analyse, prune, read_config, recipe_of, run
+from replaceme.pipeline import Config, EvaluateConfig, analyse, evaluate, prune, read_config, recipe_of, run
 from replaceme.search import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -128,7 +130,8 @@ def test_every_way_ends_as_a_checkpoint(place, monkeypatch, keys):
     shutil.rmtree(path)
 
 
-def test_evaluate_model_with_a_task_folder(place):
+def test_evaluate_model_with_a_task_folder(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path))
     folder = place / "tasks"
     folder.mkdir()
     (folder / "q.jsonl").write_text("".join(json.dumps(dict(q="say", a=["aa", "bb"], y=i % 2)) + "\n" for i in range(4)))
@@ -141,12 +144,61 @@ def test_evaluate_model_with_a_task_folder(place):
     assert float(row.split()[-1]) == 0.5  # the same answer to every question is right half of the time
 
 
+@pytest.fixture
+def small(place):
+    "The checkpoint without two layers"
+    if not (place / "small").exists():
+        cut(tiny_model("llama", layers=6), [Block(2, 4)]).save_pretrained(place / "small")
+        tiny_tokenizer().save_pretrained(place / "small")
+    return place / "small"
+
+
+def test_compare_two_models(place, small, tmp_path, monkeypatch):
+    "By flag and by YAML; the second time nothing but the seconds is measured"
+    monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path / "cache"))
+    p = call(place, "evaluate_model", "--compare", "./tiny", "./small", "--eval_size", "2", "--eval_length", "32")
+    assert "tiny" in p.stdout.splitlines()[0] and "small" in p.stdout.splitlines()[0]
+    for word in ("perplexity (python-docs)", "KL (nats/token)", "same top token (%)", "first token, batch 1 (ms)", "tokens per second, batch 4", "66.7%", "Why is the sky blue?"):
+        assert word in p.stdout
+    (kept,) = (tmp_path / "cache/scores").iterdir()
+    (place / "pair.yaml").write_text("compare: [./tiny, ./small]\neval_size: 2\neval_length: 32\nprompt: null\n")
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("replaceme.sidebyside.piece_divergence", lambda *a: pytest.fail("computed again"))
+    r = evaluate(read_config("pair.yaml", cls=EvaluateConfig))
+    assert r.divergence.kl == json.loads(kept.read_text())["result"]["kl"] and r.answers == []
+    row = next(l for l in p.stdout.splitlines() if l.startswith("perplexity"))
+    assert [f"{v.value:.2f}" for v in r.divergence.perplexities()] == row.split()[2:4]
+
+
+def test_scores_of_one_model_are_kept(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(place)
+    cfg = lambda **kw: read_config(cls=EvaluateConfig, model_path="./tiny", eval_size=2, eval_length=32, **kw)
+    first = evaluate(cfg(cache=False))
+    assert not (tmp_path / "cache/scores").exists()
+    assert evaluate(cfg()) == first
+    monkeypatch.setattr("replaceme.sidebyside.perplexity", lambda *a: pytest.fail("computed again"))
+    assert evaluate(cfg()) == first
+
+
+def test_what_cannot_be_compared(place, small, tmp_path):
+    tiny_model("llama", layers=2, vocab=300).save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    for args, said in ((("--compare", "./tiny", tmp_path / "other"), "vocabularies of 320 and of 300 tokens"),
+                       (("--compare", "./tiny"), "expected 2 arguments"),
+                       (("--compare", "./tiny", "./small", "--model", "./tiny"), "compare names the models")):
+        p = call(place, "evaluate_model", *args, "--eval_size", "2", "--eval_length", "32", ok=False)
+        assert p.returncode == 2 and said in p.stderr.splitlines()[-1] and "Traceback" not in p.stderr
+    p = call(place, "run_replaceme", "--config", "c.yaml", "--compare", "a", "b", ok=False)
+    assert "unknown argument '--compare'" in p.stderr  # an option that would do nothing
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_every_key(command):
     p = subprocess.run([BIN / command, "--help"], capture_output=True, text=True, env={**os.environ, "COLUMNS": "400"})
     assert p.returncode == 0
     said = " ".join(p.stdout.split())
-    for f in dataclasses.fields(Config):
+    for f in dataclasses.fields(dict(evaluate_model=EvaluateConfig, compare_methods=CompareConfig).get(command, Config)):
         assert f"--{f.name} VALUE" in said and f"{f.metadata['help']} (default: " in said
 
 

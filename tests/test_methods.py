@@ -17,7 +17,6 @@ from replaceme.evaluate import batch_loss
 from replaceme.models import load_model, tiny_model, tiny_tokenizer, tiny_vision
 from replaceme.pipeline import PEERS, Config, calibration_texts, make_config, prune, read_config, run, training_batches
 from replaceme.report import PAPERS, report_html
-from replaceme.search import hold_out
 from replaceme.streamline import place_network
 
 IDS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -239,7 +238,7 @@ def test_streamline_by_the_loss_of_the_next_token(place):
     model, tok = load_model(place / "tiny")
     k = keys(place, "streamline", train_loss="lm", **TRAIN)
     small, r = prune(model, tok, **k)
-    held = hold_out(training_batches(model, tok, make_config(**k)), 1 / 16)[1]
+    held = training_batches(model, tok, make_config(**k))[1]
     start = place_network(model, Block(*r["distance"]["block"]))[0]
     assert r["training"]["loss"] == "lm" and r["training"]["before"] == pytest.approx(batch_loss(start, held), rel=1e-4)
     assert r["training"]["after"] == pytest.approx(batch_loss(small, held), rel=1e-4) and r["training"]["after"] < r["training"]["before"]

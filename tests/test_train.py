@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from replaceme.activations import capture
 from replaceme.arch import layers_of
@@ -18,11 +18,11 @@ from replaceme.blocks import Block
 from replaceme.core import ReplaceMeError, ReplaceMeWarning
 from replaceme.evaluate import outputs
 from replaceme.merge import cut, save_checkpoint
-from replaceme.models import tiny_model
+from replaceme.models import tiny_model, tiny_tokenizer
 from replaceme.recover import RUNGS, cuts_of, recover, rung_names
 from replaceme.search import Recipe, fit_blocks
 from replaceme.streamline import NETWORKS, streamline
-from replaceme.train import Pupil, TextRows, fit_weights, frozen, kd_loss, own, pad_rows, state_targets, topk_targets
+from replaceme.train import Pupil, TextRows, fit_weights, frozen, held_loss, kd_loss, own, pad_rows, topk_targets
 from replaceme.unmerged import with_linear
 
 
@@ -46,7 +46,7 @@ from test_train import texts
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 import replaceme.train as t
-from replaceme.models import tiny_model
+from replaceme.models import tiny_model, tiny_tokenizer
 from replaceme.merge import cut, keep_layers
 from replaceme.blocks import Block
 o = json.loads(sys.argv[1])
@@ -67,7 +67,8 @@ model = keep_layers(small, [1]) if o['kind']=='mse' else small
 inner = [n.replace('layers.1.', 'layers.0.') for n in names] if o['kind']=='mse' else names
 targets = dict(mse=t.state_targets(dense, 1, 4), kd=t.topk_targets(dense, 16), lm=None)[o['kind']]
 t.fit_weights(model, inner, o['kind'], texts(40, count=True), texts(4, seed=1, count=True), 40*30, targets, keep_path=o.get('keep'), folder=o.get('folder'), trainer=o['trainer'])
-if t.main_process(): save_file({n: p.detach().clone() for n,p in small.named_parameters() if n in names}, o['out'])
+rank = os.environ.get('RANK', '0')
+save_file({n: p.detach().clone() for n,p in small.named_parameters() if n in names}, o['out'] + ('' if rank=='0' else rank))
 """
 
 
@@ -118,6 +119,8 @@ def test_two_processes_are_as_one(script, tmp_path, kind):
     for n, p in one.items():
         assert (p - start[n]).abs().max() > 1e-3  # it did move
         assert (p - two[n]).abs().max() < 1e-4, n
+    for n, p in load_file(str(tmp_path / "two") + "1").items():  # both processes hold the same, best weights
+        assert torch.equal(p, two[n]), n
 
 
 def test_accumulated_steps_are_as_one_batch(script, tmp_path):
@@ -175,13 +178,14 @@ def test_small_networks_are_saved_with_their_code(network, tmp_path):
     torch.testing.assert_close(outputs(again, texts(1)[0]), outputs(small, texts(1)[0]), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_learns_in_float32(dtype):
-    dense = tiny_model("llama", layers=6).to(dtype)
+def test_half_precision_learns_in_float32():
+    dense = tiny_model("llama", layers=6).bfloat16()
     small = cut(dense, [Block(2, 4)])
     model, rungs = recover(dense, small, [Block(2, 4)], texts(30), ["fold", "cut"], tokens=2400, learning_rate=1e-3)
-    assert all(p.dtype == dtype for p in model.parameters())
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
     assert rungs[-1].loss_after < rungs[0].loss_before
+    with pytest.raises(ReplaceMeError, match="float16 loses small gradients"):
+        recover(dense.half(), cut(dense.half(), [Block(2, 4)]), [Block(2, 4)], texts(4), ["fold"])
 
 
 @pytest.mark.parametrize("rungs", [["lora"], ["fold", "qlora"]])
@@ -270,3 +274,134 @@ def test_another_training_in_the_folder_is_refused(tmp_path):
         streamline(dense, texts(2), 1, **{**kw, "texts": texts(12, seed=5)})
     with pytest.raises(ReplaceMeError, match="another trainer"):
         streamline(dense, texts(2), 1, **{**kw, "learning_rate": 1e-3})
+
+
+# The whole recipe with two rungs; it waits at step 3 of the second training to be killed.
+RUN = """
+import sys, time
+import replaceme.train as t
+from transformers import TrainerCallback
+class Wait(TrainerCallback):
+    def on_step_end(self, args, state, control, **kw):
+        if state.global_step==3: print('HERE', flush=True); time.sleep(600)
+make, calls = t.make_trainer, []
+def waiting(*a, **k):
+    trainer = make(*a, **k)
+    calls.append(1)
+    if sys.argv[1]=='stop' and len(calls)==2: trainer.add_callback(Wait())
+    return trainer
+t.make_trainer = waiting
+import replaceme.pipeline as p
+p.run(p.read_config('c.yaml', train_path=sys.argv[2], save_path=sys.argv[3]))
+"""
+
+
+def test_a_killed_run_goes_on_from_its_train_path(tmp_path):
+    model = tiny_model("llama", layers=6)
+    model.generation_config.pad_token_id = 0
+    model.save_pretrained(tmp_path / "tiny")
+    tiny_tokenizer().save_pretrained(tmp_path / "tiny")
+    (tmp_path / "texts.txt").write_text("The map stands in for the layers that went, and learns what they would have said. " * 60)
+    (tmp_path / "c.yaml").write_text("{model_path: ./tiny, dataset: texts.txt, dataset_size: 16, max_length: 32, layers_to_skip: 2, method: lstsq, recover: [fold, cut], "
+                                     "train_tokens: 1600, trainer: {learning_rate: 1e-2, eval_steps: 2}, eval_dataset: null}")
+
+    def go(stop, folder, out):
+        p = subprocess.Popen([sys.executable, "-c", RUN, stop, folder, out], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        if stop == "stop":
+            assert p.stdout.readline() == "HERE\n", p.stderr.read()
+            p.send_signal(signal.SIGKILL)
+            return p.wait()
+        _, err = p.communicate()
+        assert p.returncode == 0, err[-3000:]
+        return load_file(tmp_path / out / "model.safetensors"), json.loads((tmp_path / out / "replaceme.json").read_text())
+
+    whole, said = go("run", "a", "one")
+    go("stop", "b", "two")
+    assert not (tmp_path / "two").exists() and (tmp_path / "b").exists()
+    again, also = go("run", "b", "two")
+    assert [r["name"] for r in also["recovery"]] == ["fold", "cut"]
+    assert also["recovery"][1]["loss_after"] < also["recovery"][0]["loss_before"]
+    assert [r["loss_after"] for r in said["recovery"]] == [r["loss_after"] for r in also["recovery"]]
+    for n, p in whole.items():
+        assert torch.equal(p, again[n]), n
+
+
+def test_the_folder_is_of_one_training(tmp_path):
+    "Another block, dense model, number of tokens of its distribution or text is another training, and other targets"
+    dense, kw = tiny_model("llama", layers=7), dict(texts=texts(12), learning_rate=1e-2)
+    streamline(dense, texts(2), 1, block=Block(2, 4), folder=tmp_path / "s", **kw)
+    with pytest.raises(ReplaceMeError, match="another"):
+        streamline(dense, texts(2), 3, block=Block(2, 6), folder=tmp_path / "s", **kw)
+    with pytest.raises(ReplaceMeError, match="another"):
+        streamline(tiny_model("llama", layers=7, seed=3), texts(2), 1, block=Block(2, 4), folder=tmp_path / "s", **kw)
+    small, b = cut(dense, [Block(2, 4)]), [Block(2, 4)]
+    recover(dense, small, b, texts(12), ["fold"], folder=tmp_path / "r", k=8)
+    for args in [(dense, small, b, texts(12, seed=7)), (tiny_model("llama", layers=7, seed=3), small, b, texts(12))]:
+        with pytest.raises(ReplaceMeError, match="another"):
+            recover(*args, ["fold"], folder=tmp_path / "r", k=8)
+    with pytest.raises(ReplaceMeError, match="another texts"):  # nor are the kept targets taken for another rung's
+        recover(dense, small, b, texts(12, seed=7), ["layer"], folder=tmp_path / "r", k=8)
+
+
+def test_a_torn_checkpoint_is_passed_over(tmp_path):
+    dense, kw = tiny_model("llama", layers=5), dict(texts=texts(12), learning_rate=1e-2, folder=tmp_path / "run")
+    a, _ = streamline(dense, texts(2), 1, **kw)
+    last = max((tmp_path / "run").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    (last / "trainer_state.json").unlink()
+    b, _ = streamline(dense, texts(2), 1, **kw)
+    for p, q in zip(a.parameters(), b.parameters()):
+        torch.testing.assert_close(p, q)
+
+
+def test_modes_gradients_and_random_numbers_are_left_alone():
+    "A model in training mode with dropout is judged and taught without it, and handed back as it was"
+    dense = tiny_model("gpt2", layers=5, attn_pdrop=.3, resid_pdrop=.3, embd_pdrop=.3)
+    small = cut(dense, [Block(2, 4)])
+    _, (quiet,) = recover(dense, small, [Block(2, 4)], texts(12), ["layer"], seed=2**40)
+    dense.train(), small.train()
+    state = torch.get_rng_state()
+    model, (r,) = recover(dense, small, [Block(2, 4)], texts(12), ["layer"], seed=2**40)
+    assert r.loss_before == quiet.loss_before and torch.equal(torch.get_rng_state(), state)
+    assert dense.training and small.training and all(m.training for m in dense.modules())
+    assert all(p.requires_grad for p in [*dense.parameters(), *model.parameters()])
+
+
+def test_tokens_are_those_that_were_trained_on():
+    dense = tiny_model("llama", layers=5)
+    for kw, said in [(dict(), 320), (dict(gradient_accumulation_steps=8), 320)]:
+        _, (r,) = recover(dense, cut(dense, [Block(2, 3)]), [Block(2, 3)], texts(2, 16, ragged=False) + texts(1, 16, ragged=False), ["fold"], tokens=320,
+                          held=texts(1, seed=4), **kw)
+        assert r.trained == said or abs(r.trained - said) <= 32
+
+
+def test_the_held_out_loss_is_a_mean_over_terms():
+    dense = tiny_model("llama", layers=5)
+    g, held = torch.Generator().manual_seed(3), []
+    for n in (4, 4, 4, 4, 60):
+        held.append(dict(input_ids=torch.randint(320, (1, n), generator=g), attention_mask=torch.ones(1, n, dtype=torch.long)))
+    small = own(cut(dense, [Block(2, 3)]), names := rung_names(cut(dense, [Block(2, 3)]), [2], "fold"))
+    done = [fit_weights(own(cut(dense, [Block(2, 3)]), names), names, "lm", texts(4), held, 64, trainer=dict(per_device_eval_batch_size=b)) for b in (1, 4)]
+    ce = [small(**b).logits[0, :-1].double().log_softmax(-1).gather(1, b["input_ids"][0, 1:, None]).sum() for b in held]
+    true = -sum(ce).item() / (4 * 3 + 59)
+    assert abs(held_loss(small, "lm", held) - true) < 1e-4
+    for d in done:
+        assert abs(d.before - true) < 1e-3
+
+
+def test_norms_do_not_decay():
+    from replaceme.train import kd_loss, make_trainer, training_arguments
+    dense = tiny_model("qwen3", layers=4)
+    names = rung_names(cut(dense, [Block(2, 3)]), [2], "layer")
+    t = make_trainer(Pupil(cut(dense, [Block(2, 3)]), names, kd_loss), training_arguments("kd", "/tmp", 1, 0, {}), TextRows(texts(2)), TextRows(texts(2)), "", 10, 1)
+    decays = {n.split("weights.")[1] for n in t.get_decay_parameter_names(t.model)}
+    assert decays and not any("norm" in n for n in decays) and len(decays) < len(names)
+
+
+def test_qlora_speaks_of_the_model_it_returns():
+    dense = tiny_model("llama", layers=5, d=64)
+    small = with_linear(cut(dense, [Block(2, 4)]), 1, torch.eye(64))
+    held = texts(2, seed=5)
+    model, (r,) = recover(dense, small, [Block(2, 4)], texts(24), ["qlora"], tokens=1500, held=held, learning_rate=5e-3)
+    for m, said in [(small, r.loss_before), (model, r.loss_after)]:
+        assert abs(held_loss(m, "kd", held, topk_targets(dense)) - said) < 1e-4
+    assert r.loss_after < r.loss_before and rung_names(model, [2], "fold") == ["model.layers.1.replaceme_map.weight"]

@@ -1,0 +1,124 @@
+"""The rendered site: no broken link, nothing from the network, and every page opened in a browser at desktop and phone width."""
+import functools
+import html
+import http.server
+import json
+import re
+import shutil
+import subprocess
+import threading
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urldefrag, urlparse
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "_docs"
+PAGES = sorted(p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.html")) if DOCS.is_dir() else []
+pytestmark = pytest.mark.skipif(not PAGES, reason="the site is not built: run make docs")
+
+
+class Page(HTMLParser):
+    "What a page links to, what it loads, and the anchors it has"
+
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.loads, self.ids = [], [], set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        a = dict(attrs)
+        self.ids |= {a[k] for k in ("id", "name") if a.get(k)}
+        if tag == "a" and a.get("href"):
+            self.links.append(a["href"])
+        if tag in ("img", "script", "source", "iframe") and a.get("src"):
+            self.loads.append(a["src"])
+        if tag == "link" and a.get("href") and a.get("rel") in ("stylesheet", "icon", "preload"):
+            self.loads.append(a["href"])
+
+
+@functools.cache
+def read(name):
+    return Page((DOCS / name).read_text(encoding="utf-8"))
+
+
+def target(page, url):
+    "The file that a local address names, and the anchor in it; None for another host"
+    if urlparse(url).scheme:
+        return None
+    url, anchor = urldefrag(url)
+    path = (DOCS / page).parent / unquote(url.split("?")[0]) if url else DOCS / page
+    return (path / "index.html" if path.is_dir() else path).resolve(), anchor
+
+
+def test_there_is_a_page_for_every_notebook():
+    notebooks = {p.stem.split("_", 1)[1] if re.match(r"\d\d_", p.stem) else p.stem for p in ROOT.glob("nbs/**/*.ipynb") if ".ipynb_checkpoints" not in p.parts}
+    assert notebooks == {Path(p).stem for p in PAGES}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_pictures(page):
+    for url in read(page).links:
+        if (t := target(page, url)) is None:
+            assert urlparse(url).scheme in ("http", "https", "mailto") and (urlparse(url).netloc or urlparse(url).path)
+            continue
+        path, anchor = t
+        assert path.exists(), f"{url} leads nowhere"
+        if anchor and path.suffix == ".html" and path.is_relative_to(DOCS.resolve()):
+            assert unquote(anchor) in read(path.relative_to(DOCS.resolve()).as_posix()).ids, f"{url} has no such place"
+    for url in read(page).loads:
+        assert url.startswith("data:") or (t := target(page, url)) and t[0].exists(), f"{url} is not there, or comes from the network"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_formulas_need_no_network(page):
+    text = (DOCS / page).read_text(encoding="utf-8")
+    spans = re.findall(r'<span class="math (?:inline|display)">(.*?)</span>', text, re.S)
+    assert all(s.startswith("<math") and not re.search(r"\\[a-zA-Z]", html.unescape(s)) for s in spans)
+
+
+# Opens one page after the other in a frame and says how wide each is and which of its pictures are missing.
+PROBE = """<!doctype html><pre id=out></pre><iframe id=f style="width:WIDTHpx;height:900px;border:0"></iframe><script>
+const pages = PAGES, out = {}, f = document.getElementById('f'); let i = 0;
+f.onload = () => setTimeout(() => {
+  const d = f.contentDocument;
+  out[pages[i]] = {title: d.title, wide: d.documentElement.scrollWidth, missing: [...d.images].filter(m => m.complete && !m.naturalWidth).map(m => m.src)};
+  if (++i < pages.length) f.src = pages[i]; else document.getElementById('out').textContent = JSON.stringify(out);
+}, 150);
+f.src = pages[0];
+</script>"""
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    def do_GET(self):
+        if not self.path.startswith("/probe-"):
+            return super().do_GET()
+        body = PROBE.replace("PAGES", json.dumps(PAGES)).replace("WIDTH", self.path.split("-")[1]).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
+@pytest.mark.parametrize("width", [1200, 390])
+def test_every_page_opens(width, tmp_path):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(DOCS))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        p = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", f"--user-data-dir={tmp_path}",
+                            f"--window-size={max(width, 500)},1000", "--enable-logging=stderr", "--virtual-time-budget=120000", "--dump-dom",
+                            f"http://127.0.0.1:{server.server_port}/probe-{width}"], capture_output=True, text=True, timeout=300)
+        server.shutdown()
+    found = re.search(r'<pre id="out">(.*?)</pre>', p.stdout, re.S)
+    assert found and found[1], p.stderr[-2000:]
+    out = json.loads(html.unescape(found[1]))
+    assert set(out) == set(PAGES)
+    assert not [line for line in p.stderr.splitlines() if "CONSOLE" in line]
+    for page, said in out.items():
+        assert said["title"] and not said["missing"], page
+        assert said["wide"] <= width, f"{page} is {said['wide']} pixels wide"
