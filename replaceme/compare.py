@@ -500,7 +500,7 @@ def csv(self:Comparison)->str:
     w.writerows(flat)
     return buf.getvalue()
 
-# %% ../nbs/23_compare.ipynb #a5c4f5e5
+# %% ../nbs/23_compare.ipynb #2e25b001
 def front(points)->list: # of (x, y), from left to right
     "The points that no other one beats in both, smaller being better"
     best, out = math.inf, []
@@ -526,17 +526,24 @@ def _styled(names)->dict: # {name: (marker, colour, dash)}
     "A look for each method that can be told apart in grey too"
     return {n: _STYLES[i%len(_STYLES)] for i,n in enumerate(names)}
 
+def _cap(found): # a model that is broken would press all others together
+    "Perplexities above it are drawn at the upper edge, with their number"
+    return 10*float(np.median([ppl(l.loss) for l in found]))
+
 def _panel(ax, found, x, dense):
     "Perplexity against `x`, a marker and a line for each method"
+    cap = _cap(found)
+    for l in found:
+        if (v := ppl(l.loss))>cap: ax.annotate(f'{v:,.0f}', (x(l), cap), xytext=(0, -6), textcoords='offset points', ha='center', va='top', fontsize='x-small', color=_INK)
     for name,(marker,color,dash) in _styled(dict.fromkeys(l.name for l in found)).items():
-        pts = [(x(l), ppl(l.loss)) for l in found if l.name==name]
+        pts = [(x(l), min(ppl(l.loss), cap)) for l in found if l.name==name]
         ax.plot(*zip(*pts), marker=marker, ms=11 if marker in '*Pp' else 8, mec='white', mew=.6, color=color, ls=dash, lw=1.2, label=name, zorder=3)
     ax.axhline(dense, color=_INK, lw=1, ls=(0, (6, 3)), zorder=2, label=f'dense {dense:.2f}')
-    _log(ax.yaxis, [dense, *(ppl(l.loss) for l in found)])
+    _log(ax.yaxis, [dense, *(min(ppl(l.loss), cap) for l in found)])
     ax.grid(color=_LINE, lw=.6)
     ax.set_axisbelow(True)
 
-# %% ../nbs/23_compare.ipynb #e6cd4587
+# %% ../nbs/23_compare.ipynb #da577ed8
 def _seconds(l): return max(l.mean('seconds'), 1e-3)
 def _millions(l): return l.mean('parameters')/1e6
 
@@ -549,10 +556,11 @@ def plot(self:Comparison):
     for ax,x,label in ((left, _millions, 'parameters kept (M)'), (right, _seconds, 'seconds to prune')):
         _axes(ax, None, label, 'perplexity' if ax is left else '')
         _panel(ax, found, x, dense)
-    _step(left, front([(_millions(l), ppl(l.loss)) for l in found]), label='front: none smaller is better')
+    cap = _cap(found)
+    _step(left, front([(_millions(l), min(ppl(l.loss), cap)) for l in found]), label='front: none smaller is better')
     for n in dict.fromkeys(l.n for l in found):
         here = [l for l in found if l.n==n]
-        line = front([(_seconds(l), ppl(l.loss)) for l in here])
+        line = front([(_seconds(l), min(ppl(l.loss), cap)) for l in here])
         _step(right, line)
         _note(right, n, line[0], (-8, 0), 'data', 'right')
         _note(left, n, (np.median([_millions(l) for l in here]), 1), (0, 4), left.get_xaxis_transform(), 'center')
