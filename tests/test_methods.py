@@ -271,14 +271,21 @@ def test_the_dense_model_teaches_and_does_not_learn(place):
 
 
 def test_texts_to_train_on(place):
-    "As many as the tokens need, or as many as are asked for, the first of the same data set"
+    "As many as the tokens need, or as many as are asked for, the first of the same data set; those that judge lie behind them and behind the fit's"
     model, tok = load_model(place / "tiny")
     ids = lambda bs: [ids[mask.bool()].tolist() for b in bs for ids, mask in zip(b["input_ids"], b["attention_mask"])]
     k = dict(dataset=str(place / "texts.jsonl"), dataset_size=4, max_length=48, recover="cut")
-    whole = ids(training_batches(model, tok, make_config(**k)))
-    assert len(whole) == 16  # all there are, though 131072 tokens are more
-    assert ids(training_batches(model, tok, make_config(**k, train_tokens=48 * 5))) == whole[:5]
-    assert ids(training_batches(model, tok, make_config(**k, train_tokens=48 * 5, train_size=9))) == whole[:9]
+    both = lambda **more: [ids(bs) for bs in training_batches(model, tok, make_config(**{**k, **more}))]
+    whole, held = both()
+    assert len(whole) == 15 and len(held) == 1  # all there are, though 131072 tokens are more
+    every = whole + held
+    few, judge = both(train_tokens=48 * 5)
+    assert few == every[:len(few)] and .95 * 240 <= sum(map(len, few)) < 2 * 240  # the texts are shorter than 48 tokens, so it takes more than five
+    assert judge == every[len(few):len(few) + 1]
+    nine, judge = both(train_tokens=48 * 5, train_size=9)
+    assert nine == every[:9] and judge == every[9:10]
+    _, judge = both(train_tokens=48 * 5, train_size=3, dataset_size=10)
+    assert judge == every[10:11]  # the fit has seen the ten before it
 
 
 def test_a_training_goes_on_from_its_folder(place, tmp_path):
