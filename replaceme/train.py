@@ -192,7 +192,7 @@ def mse_loss(weights='none'): # inv_norm: a token counts one over the norm of it
         return (e*w).sum()/w.mean()
     return loss
 
-# %% ../nbs/17_train.ipynb #52dd6e1e
+# %% ../nbs/17_train.ipynb #6d1d6551
 class _Within(nn.Module):
     def __init__(self, model): super().__init__(); self.model = model
     def forward(self, f, *args): return f(self.model, *args)
@@ -202,7 +202,7 @@ def frozen(model):
     "Evaluation mode, and no parameter asks for a gradient; all as before outside"
     asked, modes = [p for p in model.parameters() if p.requires_grad], [(m, m.training) for m in model.modules()]
     for p in asked: p.requires_grad_(False)
-    for m,mode in modes: m.training = mode and hasattr(getattr(m, 'weight', None), 'quant_state') # bitsandbytes packs 4 bit weights in evaluation mode, and has no gradients then
+    for m,_ in modes: m.training = hasattr(getattr(m, 'weight', None), 'quant_state') # in evaluation mode bitsandbytes packs 4 bit weights on the CPU, and has no gradients then
     try: yield model
     finally:
         for p in asked: p.requires_grad_(True)
