@@ -42,15 +42,15 @@ def _layer_name(model, i): # 'model.layers.3.'
     layer = layers_of(model)[i]
     return next(n for n,m in model.named_modules() if m is layer)+'.'
 
-# %% ../nbs/18_streamline.ipynb #2abb6ba1
-def train_network(dense, small, block, at, names, loss, learn, held, tokens, keep_path=None, folder=None, seed=0, weights='none', **trainer)->Trained:
+# %% ../nbs/18_streamline.ipynb #343d08b3
+def train_network(dense, small, block, at, names, loss, learn, held, tokens, keep_path=None, folder=None, seed=0, **trainer)->Trained:
     "Train the network that `place_network` has put in, in place"
     kw = dict(seed=seed, folder=folder, trainer=trainer, keep_path=keep_path)
     if loss!='mse': return fit_weights(small, names, loss, learn, held, tokens, desc=f'network for {block}', **kw)
     ids = {id(p) for n,p in small.named_parameters() if n in set(names)}
     one = keep_layers(small, [at])
     inner = [n for n,p in one.named_parameters() if id(p) in ids]
-    return fit_weights(one, inner, 'mse', learn, held, tokens, state_targets(dense, at, block.end), weights, desc=f'network for {block}', **kw)
+    return fit_weights(one, inner, 'mse', learn, held, tokens, state_targets(dense, at, block.end), desc=f'network for {block}', **kw)
 
 @dataclass
 class Streamlined(OneBlock):

@@ -165,7 +165,7 @@ def kd_loss(model, batch, targets)->Tensor:
     at = batch['labels'][batch['attention_mask'].bool()].ne(-100).to(logits.device) # of the real tokens, those with a term
     return kd_terms(logits, *[targets[k].to(logits.device)[at] for k in ('logp', 'ids')]).sum()
 
-# %% ../nbs/17_train.ipynb #9e174ffe
+# %% ../nbs/17_train.ipynb #c94d23ff
 def layers_on(some, # a model of the trained layers alone
               batch, x, # `(T,d)`, the states that enter the first of them
              )->Tensor: # `(T,d)`, those that leave the last
@@ -182,15 +182,10 @@ def layers_on(some, # a model of the trained layers alone
         except _Stop: pass
     return out[0][mask.to(out[0].device)]
 
-def mse_loss(weights='none'): # inv_norm: a token counts one over the norm of its target
-    "A loss: the sum of the mean squared errors of hidden states"
-    def loss(some, batch, targets):
-        y = targets['y'].to(input_device(some)).float()
-        e = (layers_on(some, batch, targets['x'])-y).square().mean(-1)
-        if weights=='none': return e.sum()
-        w = 1/y.norm(dim=-1).clamp(min=1e-6)
-        return (e*w).sum()/w.mean()
-    return loss
+def mse_loss(some, batch, targets)->Tensor:
+    "Sum of the mean squared errors of hidden states"
+    y = targets['y'].to(input_device(some)).float()
+    return (layers_on(some, batch, targets['x'])-y).square().mean(-1).sum()
 
 # %% ../nbs/17_train.ipynb #6d1d6551
 class _Within(nn.Module):
@@ -389,12 +384,12 @@ def main_process()->bool:
     "Is this the first of the processes that a launcher started, or the only one?"
     return int(os.environ.get('RANK', 0))==0
 
-# %% ../nbs/17_train.ipynb #7fa628ba
+# %% ../nbs/17_train.ipynb #7c39720d
 LOSSES = ('mse', 'lm', 'kd')
 
-def _pupil(model, names, kind, parts, weights, says, world):
+def _pupil(model, names, kind, parts, says, world):
     "A pupil whose held-out loss is the mean over all terms, however the texts fall into batches"
-    loss, held = dict(mse=mse_loss(weights), lm=lm_loss, kd=kd_loss)[kind], parts[1]
+    loss, held = dict(mse=mse_loss, lm=lm_loss, kd=kd_loss)[kind], parts[1]
     terms = held.tokens - (len(held) if kind!='mse' else 0)
     return Pupil(model, names, loss, says, len(held)/terms/world)
 
@@ -404,7 +399,6 @@ def fit_weights(model, # a pruned model, or the trained layers alone for mse; th
                 texts, held, # batches to train on, and to judge by
                 tokens, # train on so many, in as many epochs as that takes
                 targets=None, # what the dense model says, from `state_targets` or `topk_targets`
-                weights='none', # of the tokens, for mse
                 keep_path=None, # folder in which the targets are kept; None asks the dense model in every step
                 folder=None, # for the checkpoints, which an interrupted call goes on from; None is a temporary one
                 seed=0, desc='training', trainer=None)->Trained:
@@ -418,11 +412,11 @@ def fit_weights(model, # a pruned model, or the trained layers alone for mse; th
         for c in (_calm(), _kept_seeds(seed%2**32), frozen(model)): stack.enter_context(c)
         steps, per_step = steps_for(tokens, learn, training_arguments(kind, path, 1, seed, trainer))
         args = training_arguments(kind, path, steps, seed, trainer)
-        ident = _identity(model, names, kind, parts, steps, trainer, seed, {**(targets.about if targets else {}), 'weights': weights})
+        ident = _identity(model, names, kind, parts, steps, trainer, seed, targets and targets.about)
         resume = _go_on(path, ident)
         if keep_path is not None and targets is not None:
             with args.main_process_first(): targets = keep(targets, parts, keep_path)
-        pupil = _pupil(model, names, kind, parts, weights, targets, args.world_size)
+        pupil = _pupil(model, names, kind, parts, targets, args.world_size)
         return _train(make_trainer(pupil, args, *parts, desc, round(steps*per_step), per_step), pupil, path, ident, resume)
 
 def _train(t, pupil, path, ident, resume):
@@ -456,9 +450,9 @@ def _write_back(pupil):
         ps[n].data.copy_(w)
 
 @torch.no_grad()
-def held_loss(model, kind, held, targets=None, weights='none')->float:
+def held_loss(model, kind, held, targets=None)->float:
     "The loss of a model on batches, the mean over all terms"
     rows = TextRows(held)
-    with frozen(model): pupil = _pupil(model, [], kind, [rows, rows], weights, targets, 1)
+    pupil = _pupil(model, [], kind, [rows, rows], targets, 1)
     with frozen(model): sums = [pupil.total(b['item'], {k: v for k,v in b.items() if k!='item'}).item() for i in range(len(rows)) for b in [pad_rows([rows[i]], kind!='mse')]]
     return sum(sums)/(rows.tokens - (len(rows) if kind!='mse' else 0))
