@@ -7,7 +7,7 @@ __all__ = ['BASELINES', 'Removed', 'checked_cut', 'distances', 'nearest_block', 
            'lowest', 'shortgpt', 'collapsed', 'matching', 'check_plain', 'collapse', 'first_texts', 'states_cosine',
            'Merges', 'laco', 'rotation', 'magnitudes', 'patch_of', 'Patch', 'linearpatch']
 
-# %% ../nbs/16_baselines.ipynb #87206611
+# %% ../nbs/16_baselines.ipynb #5ba6ec04
 import math, warnings
 from dataclasses import dataclass, field
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .core import *
+from .plots import *
 from .arch import *
 from .activations import *
 from .distance import *
@@ -27,7 +28,7 @@ from .merge import _assign, _values
 from .unmerged import *
 from .evaluate import *
 
-# %% ../nbs/16_baselines.ipynb #61e0ff4d
+# %% ../nbs/16_baselines.ipynb #464a2013
 @dataclass
 class Removed:
     "What a method took out, in the dense model's numbers"
@@ -36,10 +37,6 @@ class Removed:
 
     @property
     def blocks(self): return joined((i, i+1) for i in self.removed)
-
-def _axes(ax):
-    import matplotlib.pyplot as plt
-    return ax or plt.subplots(figsize=(6,3))[1]
 
 # %% ../nbs/16_baselines.ipynb #27c2b702
 def checked_cut(model, blocks): # -> a model that shares its tensors with `model`
@@ -51,7 +48,7 @@ def checked_cut(model, blocks): # -> a model that shares its tensors with `model
     check_cut(model, blocks, small)
     return small
 
-# %% ../nbs/16_baselines.ipynb #8be56b09
+# %% ../nbs/16_baselines.ipynb #c01de596
 def distances(model, batches,
               n, # layers of a block
               metric='angular', # a name in `METRICS`
@@ -72,13 +69,11 @@ class OneBlock(Removed):
     distances:dict # `{Block: distance}`; empty where none were measured
     metric:str
 
-    def plot(self, ax=None, **kw):
-        "Distance of every candidate; the one that went is filled"
-        ax, starts = _axes(ax), [b.start for b in self.distances]
-        line, = ax.plot(starts, self.distances.values(), **{'marker': 'o', 'mfc': 'w', **kw})
-        if (s := self.removed[0]) in starts: ax.plot(s, self.distances[self.blocks[0]], 'o', color=line.get_color())
-        ax.set(xlabel=f'first removed layer (of {len(self.removed)})', ylabel=f'{self.metric} distance')
-        return ax
+    def plot(self, ax=None):
+        "Distance of every candidate, the nearest marked"
+        if not self.distances: raise ReplaceMeError("nothing was measured: these layers were not chosen by a distance.")
+        D, b = {b.start: d for b,d in self.distances.items()}, nearest_block(self.distances)
+        return plot_profile([D.get(s, math.nan) for s in range(1, max(D)+1)], len(b), tuple(b), self.metric, ax)
 
 # %% ../nbs/16_baselines.ipynb #fec812c6
 def uidl(model, batches,
@@ -112,19 +107,16 @@ def influences(model, batches)->Tensor: # `(L,)`, float64
             n += len(mask); bar.update(n_tokens([batch]))
     return 1-cos/n_tokens(batches)
 
-# %% ../nbs/16_baselines.ipynb #09c5f49d
+# %% ../nbs/16_baselines.ipynb #ee32c2ed
 @dataclass
 class Influences(Removed):
     "The layers that went and the influence of all"
     influence:list # one number for each layer of the dense model
     passed:list = field(default_factory=list) # layers among the lowest that had to stay
 
-    def plot(self, ax=None, **kw):
+    def plot(self, ax=None):
         "Influence of every layer; those that went are dark"
-        ax = _axes(ax)
-        ax.bar(range(len(self.influence)), self.influence, **{'color': ['.2' if l in self.removed else '.75' for l in range(len(self.influence))], **kw})
-        ax.set(xlabel='layer (dark: removed)', ylabel='block influence', yscale='log' if min(self.influence)>0 else 'linear')
-        return ax
+        return plot_influence(self.influence, self.blocks, ax)
 
 def lowest(BI, # one number for each layer
            n)->tuple: # (the `n` layers with the lowest influence that may go, those among the lowest that may not)
@@ -199,22 +191,22 @@ def states_cosine(X, Y, # what two models make of each batch, `(B,S,d)`, as from
     texts = [(x[m], y[m]) for xs,ys,b in zip(X, Y, batches) for x,y,m in zip(xs, ys, b['attention_mask'].bool())]
     return sum(torch.cosine_similarity(x.flatten().double(), y.flatten().double(), dim=0).item() for x,y in texts)/len(texts)
 
-# %% ../nbs/16_baselines.ipynb #e0c5717a
+# %% ../nbs/16_baselines.ipynb #7f4c8c05
 @dataclass
 class Merges(Removed):
     "The collapses that were tried, and those that stayed"
     threshold:float
     tries:list # of dicts: `layer`, `takes`, both in the dense model's numbers, `cosine`, `accepted`
 
-    def plot(self, ax=None, **kw):
+    def plot(self, ax=None):
         "Cosine of every try in their order; those that stayed are filled"
-        ax = _axes(ax)
+        ax = styled_axes(ax, (6.4,3), 'layer that takes others', 'cosine of the last states')
         for yes in (True, False):
             at = [(i, t['cosine']) for i,t in enumerate(self.tries) if t['accepted']==yes]
-            ax.plot(*zip(*at) if at else ([], []), 'o', **{'color': 'k', 'mfc': 'k' if yes else 'w', 'label': 'accepted' if yes else 'refused', **kw})
-        ax.axhline(self.threshold, color='.6', ls='--')
-        ax.set(xlabel='layer that takes others', ylabel='cosine of the last states', xticks=range(len(self.tries)))
-        ax.set_xticklabels([t['layer'] for t in self.tries], fontsize=7, rotation=90); ax.legend()
+            ax.plot(*zip(*at) if at else ([], []), ls='none', marker='o', mec=MARK, mfc=MARK if yes else 'none', label='accepted' if yes else 'refused')
+        ax.axhline(self.threshold, color=INK, lw=1, ls='--')
+        ax.set_xticks(range(len(self.tries)), [t['layer'] for t in self.tries], fontsize=7, rotation=90)
+        styled_legend(ax)
         return ax
 
 # %% ../nbs/16_baselines.ipynb #4f25fb43
@@ -323,18 +315,18 @@ def patch_of(H, # `(d,d)`, orthonormal
     r = torch.where(before>0, after/before, 1.)
     return (H*r)@H.T, r
 
-# %% ../nbs/16_baselines.ipynb #f4c62946
+# %% ../nbs/16_baselines.ipynb #b107bafd
 @dataclass
 class Patch(OneBlock):
     "A block, the distances it was chosen by, and the ratios of the patch in its place"
     r:Tensor # `(d,)`, float64
     hadamard:bool # was the basis a Hadamard matrix, or the paper's idea with another one?
 
-    def plot(self, ax=None, **kw):
+    def plot(self, ax=None):
         "How the ratios of the channels are distributed"
-        ax = _axes(ax)
-        ax.hist(self.r.tolist(), **{'bins': 40, 'color': '.5', **kw}); ax.axvline(1, color='k', lw=.8)
-        ax.set(xlabel=f'activation behind {self.blocks[0]} over that before it', ylabel='channels')
+        ax = styled_axes(ax, (6.4,3), f'activation behind {self.blocks[0]} over that before it', 'channels')
+        ax.hist(self.r.tolist(), bins=40, color=ACCENT)
+        ax.axvline(1, color=INK, lw=1, ls='--')
         return ax
 
 def linearpatch(model, batches,

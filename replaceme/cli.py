@@ -56,7 +56,7 @@ def parse(name, doc, argv, aliases,
     cfg = read_config(args.config, defaults, cls, **{**flags, **(forced or {})})
     return cfg, Path(args.config).expanduser().read_text(encoding='utf-8') if args.config else None
 
-# %% ../nbs/24_cli.ipynb #1f60eb96
+# %% ../nbs/24_cli.ipynb #bd2f9d2f
 def _line(message, *a, **kw): print('warning:', message, file=sys.stderr)
 
 def _hush():
@@ -84,6 +84,7 @@ def command(aliases=None, # extra flags: {alias: key}
 
 def _fail(name, e):
     print(f'{name}: error: {e}', file=sys.stderr)
+    if (page := getattr(e, 'page', None)): print(f'help: {page}', file=sys.stderr)
     return 2
 
 # %% ../nbs/24_cli.ipynb #4cee1afc

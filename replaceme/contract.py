@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['TOLERANCE', 'Contract', 'saved_and_loaded', 'written', 'caches_agree', 'blocks_to_try', 'contract']
 
-# %% ../nbs/15_contract.ipynb #3dd56662
+# %% ../nbs/15_contract.ipynb #1c3326cb
 import tempfile
 from dataclasses import dataclass, field
 
 import torch, transformers
 
 from .core import *
+from .plots import *
 from .arch import *
 from .blocks import *
 from .merge import *
 from .evaluate import *
 
-# %% ../nbs/15_contract.ipynb #a2329776
+# %% ../nbs/15_contract.ipynb #39b730fc
 @dataclass
 class Contract:
     "What was found out about a model"
@@ -27,6 +28,13 @@ class Contract:
     checks:dict = field(default_factory=dict) # the largest relative error of each statement
 
     def __repr__(self): return f"{self.outcome}: {self.reason or ', '.join(f'{k} {v:.0e}' if isinstance(v, float) else f'{k} {v}' for k,v in self.checks.items())}"
+
+    def plot(self, ax=None):
+        "The relative error of each statement; left of the dashed line it is rounding"
+        rows = [(k, max(v, 1e-10)) for k,v in self.checks.items() if isinstance(v, float)]
+        ax = plot_bars(rows, 'largest relative error', ax, log=True, fmt='.0e')
+        ax.axvline(TOLERANCE, color=INK, lw=1, ls='--')
+        return ax
 
 TOLERANCE = 1e-4 # relative error that counts as rounding in float32
 

@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .core import *
+from .plots import *
 
 # %% ../nbs/05_distance.ipynb #ae1b8675
 def _cos(x, y):
@@ -67,7 +68,7 @@ def pair_distances(H:Tensor, # states `(L+1,B,d)`: what enters each layer, and w
     "The distance of every pair of depths, for every row"
     return torch.cat(list(_pair_chunks(H, metric)), dim=-1)
 
-# %% ../nbs/05_distance.ipynb #d91a367b
+# %% ../nbs/05_distance.ipynb #634e05d9
 class Profile:
     "Mean distance of every pair of depths over texts or tokens, and the norms that betray a sink, as running sums"
     def __init__(self, n_layers, # decoder layers `L`
@@ -104,6 +105,13 @@ class Profile:
     def of_length(self, n)->list: # entry `i` is the distance of the block `[i+1, i+1+n)`
         "Distances of all blocks of `n` layers that leave a layer before them"
         return self.mean.diagonal(n)[1:].tolist()
+
+    def plot(self, n=None, # layers of a block; None draws all lengths
+             ax=None, **kw): # `block`, `sinks`, `avoided` of the plots
+        "The distance across every block, or across those of `n` layers"
+        rows, sinks = {k: self.of_length(k) for k in range(1, self.n_layers)}, find_sinks(self)
+        kw = dict(metric=self.metric, ax=ax, sinks=sinks, **kw)
+        return plot_heatmap(rows, **kw) if n is None else plot_profile(rows, n, **kw)
 
 # %% ../nbs/05_distance.ipynb #0473551c
 SINK = 20 # a token is a sink where its norm is more than so many times the median of its text

@@ -20,9 +20,10 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from .core import *
+from .plots import *
 from .arch import judging, stack_config, run, input_device, sees
 
-# %% ../nbs/13_evaluate.ipynb #2234700c
+# %% ../nbs/13_evaluate.ipynb #c3dbecad
 @dataclass(repr=False)
 class Perplexity:
     "How surprised a model is by a text"
@@ -30,9 +31,14 @@ class Perplexity:
     loss:float # nats per predicted token
     tokens:int # predicted tokens
     stderr:float|None=None # standard error of the loss over the pieces; None where there is one piece only
+    losses:list|None=None # nats per token of each piece
     def __repr__(self):
         pm = f' ± {self.stderr:.3f}' if self.stderr is not None else ''
         return f'perplexity {self.value:.2f} ({self.loss:.3f}{pm} nats/token over {self.tokens} tokens)'
+
+    def plot(self, ax=None):
+        "The loss of each piece"
+        return plot_pieces({f'perplexity {self.value:.2f}': self.losses or [self.loss]}, 'loss (nats/token)', ax)
 
 # %% ../nbs/13_evaluate.ipynb #536e4379
 def _ids(tokenizer, text,
@@ -118,7 +124,7 @@ def agreement(dense, # a model, or its `last_states`
     refs = dense if isinstance(dense, list) else last_states(dense, batches)
     return state_cosines(last_states(model, batches), refs).mean().item()
 
-# %% ../nbs/13_evaluate.ipynb #c16d4669
+# %% ../nbs/13_evaluate.ipynb #487d6957
 def perplexity(model, tokenizer,
                text, # a text, or a list of texts that are strung together
                length=512, # tokens in a piece
@@ -136,7 +142,7 @@ def perplexity(model, tokenizer,
     _check_finite(losses)
     loss = statistics.fmean(losses)
     stderr = statistics.stdev(losses)/math.sqrt(len(losses)) if len(losses)>1 else None
-    return Perplexity(math.exp(min(loss, 700)), loss, ids[:,1:].numel(), stderr)
+    return Perplexity(math.exp(min(loss, 700)), loss, ids[:,1:].numel(), stderr, losses)
 
 # %% ../nbs/13_evaluate.ipynb #940b7aea
 DEFAULT_TASKS = dict(winogrande=5, boolq=0, race=0, openbookqa=0, piqa=0, sciq=0, lambada_openai=0)

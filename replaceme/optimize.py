@@ -16,6 +16,7 @@ from torch.nn.functional import cosine_similarity
 from tqdm.auto import tqdm
 
 from .core import *
+from .plots import *
 from .data import *
 from .shards import *
 from .solve import *
@@ -117,7 +118,7 @@ def parametrise(rows:Rows,
     if V.shape!=rows.E.shape: raise ReplaceMeError(f"start has shape {tuple(V.shape)}, these rows need {tuple(rows.E.shape)}.")
     return _STRUCTURES[structure](V, rank=rank, start=start, seed=seed)
 
-# %% ../nbs/10_optimize.ipynb #af273820
+# %% ../nbs/10_optimize.ipynb #639c0181
 @dataclass
 class Solved:
     "A map found by iteration, and how it got there"
@@ -135,12 +136,9 @@ class Solved:
 
     def plot(self, ax=None, **kw):
         "The held-out cosine, or the loss where nothing was held out, over the steps"
-        import matplotlib.pyplot as plt
-        ax = ax or plt.subplots(figsize=(5,3))[1]
         what = 'held' if 'held' in self.history[0] else 'loss'
-        ax.plot([h['step'] for h in self.history], [h[what] for h in self.history], **{'marker': 'o', 'label': self.solver, **kw})
-        ax.set(xlabel=dict(adam='epoch', irls='sweep').get(self.solver, 'iteration'), ylabel='held-out mean cosine' if what=='held' else f'{self.loss.name} loss')
-        return ax
+        return plot_history(self.history, {what: self.solver}, dict(adam='epoch', irls='sweep').get(self.solver, 'iteration'),
+                            'held-out mean cosine' if what=='held' else f'{self.loss.name} loss', ax, **kw)
 
 def _note(history, step, loss, V, held, accurate):
     "One more line of history"

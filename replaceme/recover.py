@@ -14,6 +14,7 @@ import torch, transformers
 from torch import nn
 
 from .core import *
+from .plots import *
 from .arch import *
 from .models import placement, _quantization
 from .blocks import *
@@ -89,7 +90,7 @@ def train_adapters(model, texts, held, tokens, targets, quantise, rank=16, seed=
     warnings.warn(f"qlora did not lower the loss on the held-out texts ({done.before:.4g} before, {done.after:.4g} after): the weights stay as they were.", ReplaceMeWarning, stacklevel=3)
     return model, replace(done, after=done.before)
 
-# %% ../nbs/19_recover.ipynb #aac38a89
+# %% ../nbs/19_recover.ipynb #316a37bc
 @dataclass
 class Rung:
     "One training and what it brought"
@@ -100,6 +101,10 @@ class Rung:
     loss_after:float
     seconds:float
     history:list = field(default_factory=list)
+
+    def plot(self, ax=None):
+        "Divergence from the dense model in training, and on the held-out texts"
+        return plot_history(self.history, dict(loss='training', eval_loss='held-out'), ylabel='divergence (nats/token)', ax=ax)
 
 def check_rungs(rungs)->list:
     "A list of names out of `RUNGS`, each once, from the one that trains least to the one that trains most"

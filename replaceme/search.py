@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .core import *
+from .plots import *
 from .arch import *
 from .models import fingerprint
 from .activations import *
@@ -218,7 +219,7 @@ def outcome(dense, model, batches, desc='held-out loss')->float: # lower is bett
     "What a pruned model is judged by: its loss on texts; of an image encoder how far its last states are from the dense one's"
     return 1-agreement(dense, model, batches) if sees(model) else batch_loss(model, batches, desc)
 
-# %% ../nbs/14_search.ipynb #4bc1c5c8
+# %% ../nbs/14_search.ipynb #57d208e7
 @dataclass
 class Pruned:
     "A pruned model and how it came about"
@@ -227,6 +228,10 @@ class Pruned:
     fits:list # of `Fit`, one a block
     refits:list = field(default_factory=list) # what was done to layers behind the cuts
     choice:list = field(default_factory=list) # candidates compared, with what they were judged by
+
+    def plot(self, ax=None):
+        "What each candidate was judged by, or, of one that was not compared, the first fit"
+        return plot_choice(self.choice, ax) if self.choice else self.fits[0].plot(ax)
 
 def _refit_behind(dense, before, model, batches, at, b, n, fit, r):
     "Refit the first `n` layers behind block `b` of `model`, in place"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .core import *
+from .plots import *
 from .stats import *
 
 # %% ../nbs/09_solve.ipynb #0e0670b6
@@ -47,7 +48,7 @@ def fit_error(g:Gram,
     err = (D*(g.XtX@D)).sum() - 2*(D*g.XtR).sum() + g.RtR
     return (err.clamp(min=0)/_energy(g)).item()
 
-# %% ../nbs/09_solve.ipynb #699bbb6e
+# %% ../nbs/09_solve.ipynb #1385f1f6
 def _affine(g): return g.affine
 
 def _kind(g):
@@ -74,6 +75,11 @@ class Fit:
         what = {'wide ': self.kind=='wide', 'affine ': self.affine, f'{self.structure} ': self.structure!='full', f'{self.rank} ': self.rank}
         return (f"Fit({''.join(k for k,v in what.items() if v)}{'x'.join(map(str, self.T.shape))}, {self.tokens} tokens, "
                 f"relative squared error {self.error:.4f}, plain removal {self.removal_error:.4f})")
+
+    def plot(self, ax=None):
+        "The held-out error over the ridge, where one was sought; otherwise the error beside that of plain removal"
+        if self.curve: return plot_ridge(self.curve, ax)
+        return plot_bars([('plain removal', self.removal_error), (f'{self.kind} map', self.error)], 'relative squared error', ax)
 
 def _fit(g, D, **kwargs): # the change `D` and what it is called
     V = g.E+D

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from .core import *
+from .plots import *
 from .arch import *
 from .activations import *
 from .distance import *
@@ -180,7 +181,7 @@ def _gently(batches, profile, n):
         for i in range(len(batch['attention_mask'])): yield {k: v[i:i+1] for k,v in batch.items()}
     yield from batches[alone:]
 
-# %% ../nbs/07_stats.ipynb #3224de79
+# %% ../nbs/07_stats.ipynb #33e17c32
 def free_memory(device)->int: # bytes
     "Memory still free where the sums will live"
     if device.type in ('cpu', 'mps', 'meta'): return psutil.virtual_memory().available
@@ -199,6 +200,12 @@ class Measured:
 
     @property
     def block(self): return self.ranked[0][1]
+
+    def plot(self, ax=None):
+        "The distance of every candidate, the nearest marked and those that were passed over crossed"
+        n, D = len(self.block), {b.start: d for d,b in [*self.ranked, *self.avoided]}
+        rows = [D.get(s, float('nan')) for s in range(1, max(D)+1)] if self.profile is None else self.profile.of_length(n)
+        return plot_profile(rows, n, tuple(self.block), self.profile.metric if self.profile else 'distance', ax, self.sinks, [b for _,b in self.avoided])
 
 # %% ../nbs/07_stats.ipynb #3ceeaf36
 def rank(profile, # Profile, or the distances of the candidates' length from start 1 on

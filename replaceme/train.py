@@ -20,6 +20,7 @@ from torch.func import functional_call
 from tqdm.auto import tqdm
 
 from .core import *
+from .plots import *
 from .arch import *
 from .arch import _Stop
 from .models import fingerprint
@@ -351,7 +352,7 @@ def _calm():
     finally:
         for l,level in zip(logs, levels): l.setLevel(level)
 
-# %% ../nbs/17_train.ipynb #94a336ef
+# %% ../nbs/17_train.ipynb #640a9960
 @dataclass
 class Trained:
     "What a training did"
@@ -361,15 +362,9 @@ class Trained:
     seconds:float # of this call
     parameters:int # trained
     history:list # of dicts: `step`, `loss` or `eval_loss`
-    def plot(self, ax=None, **kw):
+    def plot(self, ax=None):
         "Loss in training, and on the held-out texts"
-        import matplotlib.pyplot as plt
-        ax = ax or plt.subplots(figsize=(6,3))[1]
-        for k,style in (('loss', '-'), ('eval_loss', 'o--')):
-            at = [(h['step'], h[k]) for h in self.history if k in h]
-            if at: ax.plot(*zip(*at), style, **{'color': 'k' if k=='eval_loss' else '.6', 'label': 'held-out' if k=='eval_loss' else 'training', **kw})
-        ax.set(xlabel='step', ylabel='loss'); ax.legend()
-        return ax
+        return plot_history(self.history, dict(loss='training', eval_loss='held-out'), ax=ax)
 
 def own(model, names):
     "Give a model its own copies of parameters that it may share with others, in place"

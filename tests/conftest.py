@@ -16,3 +16,16 @@ def data_dir():
     if not folder.is_dir():
         pytest.skip("no test data: set REPLACEME_DATA to the folder that holds wikitext2_valid.txt")
     return folder
+
+
+@pytest.fixture(scope="session")
+def save_tiny():
+    "Writes the checkpoint of a tiny Llama of six layers, with its tokenizer, into `folder/tiny`, and returns the folder"
+    def save(folder):
+        from replaceme.models import tiny_model, tiny_tokenizer
+        model = tiny_model("llama", layers=6)
+        model.generation_config.pad_token_id = 0
+        model.save_pretrained(folder / "tiny")
+        tiny_tokenizer().save_pretrained(folder / "tiny")
+        return folder
+    return save

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from replaceme import cli
+from replaceme.core import help_page
 from replaceme.models import tiny_model, tiny_tokenizer
 
 TEXTS = ["The map stands in for the layers that went, line %d of many. " % i * 3 for i in range(20)]
@@ -300,4 +301,4 @@ def test_as_a_user_sees_it(place):
     p = subprocess.run([exe, "--config", "c.yaml"], capture_output=True, text=True)
     assert (p.returncode, p.stdout) == (2, "")
     assert p.stderr == ("run_replaceme: error: config c.yaml: unknown key 'layers_to_skp'. Did you mean 'layers_to_skip'? "
-                        "The known keys are listed by --help.\n")
+                        f"The known keys are listed by --help.\nhelp: {help_page('pipeline')}\n")

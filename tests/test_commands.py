@@ -39,13 +39,9 @@ print(model.config.num_hidden_layers, tok.decode(a[0]))
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(tmp_path_factory, save_tiny):
     "A tiny checkpoint, texts, and a config that works"
-    folder = tmp_path_factory.mktemp("place")
-    model = tiny_model("llama", layers=6)
-    model.generation_config.pad_token_id = 0
-    model.save_pretrained(folder / "tiny")
-    tiny_tokenizer().save_pretrained(folder / "tiny")
+    folder = save_tiny(tmp_path_factory.mktemp("place"))
     (folder / "texts.txt").write_text("The map stands in for the layers that went. " * 40)
     (folder / "c.yaml").write_text("# mine\nmodel_path: ./tiny\ndataset: texts.txt\nmax_length: 64\nlayers_to_skip: 2\n"
                                    "eval_size: 2\neval_length: 32\nsave_path: out\ntoken: hf_secret\n")

@@ -14,11 +14,12 @@ import yaml
 import replaceme.compare as module
 from replaceme.arch import layers_of
 from replaceme.compare import (Bench, CompareConfig, Comparison, ahead, ahead_text, check_place, compare, difference, entry, front, lines, paired, plans,
-                               read_comparison, resampled, row_config, text_losses, with_differences, write_whole)
-from replaceme.core import ReplaceMeError, ReplaceMeWarning
+                               read_comparison, row_config, text_losses, with_differences)
+from replaceme.core import ReplaceMeError, ReplaceMeWarning, write_whole
 from replaceme.evaluate import perplexity, task_samples, task_stability
 from replaceme.models import tiny_model, tiny_tokenizer
 from replaceme.pipeline import eval_text, make_config, prune, read_config
+from replaceme.sidebyside import drawn_means
 
 ROOT = Path(__file__).parents[1]
 FEW = dict(methods=["remove", dict(name="least squares", method="lstsq")], layers=[1, 2], max_length=48, dataset_size=8, eval_size=4, eval_length=32)
@@ -66,7 +67,7 @@ def test_interval_is_paired_and_seeded():
 
 def test_many_pieces_are_drawn_in_parts():
     d = np.arange(30_000.)
-    means = resampled(d, resamples=300)
+    means = drawn_means(d[:, None], np.random.default_rng(0), 300)[:, 0]
     assert means.shape == (300,)
     assert means.std() == pytest.approx(d.std()/math.sqrt(len(d)), rel=.15) and means.mean() == pytest.approx(d.mean(), rel=.01)
 
@@ -450,7 +451,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 
     def full(*args):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(module.os, "replace", full)
+    monkeypatch.setattr("replaceme.core.os.replace", full)
     with pytest.raises(ReplaceMeError, match="disk ran full"):
         write_whole(tmp_path/"a.txt", "new")
     assert [f.name for f in tmp_path.iterdir()] == ["a.txt"] and (tmp_path/"a.txt").read_text() == "old"

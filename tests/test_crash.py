@@ -8,7 +8,6 @@ import time
 
 import pytest
 
-from replaceme.models import tiny_model, tiny_tokenizer
 
 # Runs the real recipe, but stops and waits to be killed when the named function of the pipeline is reached.
 SCRIPT = """
@@ -25,11 +24,8 @@ p.run(p.read_config('c.yaml'))
 
 
 @pytest.fixture
-def place(tmp_path):
-    model = tiny_model("llama", layers=6)
-    model.generation_config.pad_token_id = 0
-    model.save_pretrained(tmp_path / "tiny")
-    tiny_tokenizer().save_pretrained(tmp_path / "tiny")
+def place(tmp_path, save_tiny):
+    save_tiny(tmp_path)
     (tmp_path / "texts.txt").write_text("The map stands in for the layers that went. " * 40)
     (tmp_path / "c.yaml").write_text("{model_path: ./tiny, dataset: texts.txt, max_length: 64, layers_to_skip: 2, "
                                      "eval_dataset: null, save_path: out}")

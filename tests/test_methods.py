@@ -14,7 +14,7 @@ from replaceme.blocks import Block
 from replaceme.core import ReplaceMeError
 from replaceme.data import batches
 from replaceme.evaluate import batch_loss
-from replaceme.models import load_model, tiny_model, tiny_tokenizer, tiny_vision
+from replaceme.models import load_model, tiny_model, tiny_vision
 from replaceme.pipeline import PEERS, Config, calibration_texts, make_config, prune, read_config, run, training_batches
 from replaceme.report import PAPERS, report_html
 from replaceme.streamline import place_network
@@ -24,13 +24,9 @@ OWN = {"laco": dict(threshold=-1.0)}  # what a method needs on random weights
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(tmp_path_factory, save_tiny):
     "A tiny checkpoint and texts of unequal length"
-    folder = tmp_path_factory.mktemp("methods")
-    model = tiny_model("llama", layers=6)
-    model.generation_config.pad_token_id = 0
-    model.save_pretrained(folder / "tiny")
-    tiny_tokenizer().save_pretrained(folder / "tiny")
+    folder = save_tiny(tmp_path_factory.mktemp("methods"))
     lines = [("line %d of many, about the layers that went and what stands in for them" % i)[: 12 + 5 * (i % 9)] for i in range(16)]
     (folder / "texts.jsonl").write_text("".join(json.dumps(dict(text=t)) + "\n" for t in lines))
     return folder

@@ -11,9 +11,9 @@ import matplotlib.figure
 import pytest
 import yaml
 
-from replaceme.report import (choice_rows, front_matter, model_card, passed_over, plot_heatmap, plot_profile, plot_ridge,
-                              report_html, result_rows, results_table, save_plots, sink_notes, story, suggestions, text_table,
-                              training_rows, write_report)
+from replaceme.plots import plot_heatmap, plot_profile, plot_ridge
+from replaceme.report import (choice_rows, front_matter, model_card, passed_over, report_html, result_rows, results_table, save_plots, sink_notes, story,
+                              suggestions, text_table, training_rows, write_report)
 
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)>&lt;'
 

@@ -16,6 +16,7 @@ from replaceme.core import ReplaceMeError, ReplaceMeWarning, cache_dir
 from replaceme.evaluate import cut_pieces, eval_tasks, perplexity, stability, task_samples
 from replaceme.merge import cut
 from replaceme.models import load_model, tiny_model, tiny_tokenizer, tiny_vision
+from replaceme.pipeline import prune
 
 TEXT = "Removing layers is only worth it if what remains still works. " * 12
 WORDS = ["red", "blue", "sky", "moon", "cow", "door", "tea"]
@@ -445,3 +446,27 @@ def test_only_what_is_asked_for(pair, tok):
         s.side_by_side(pair[0], tiny_vision("vit"), tok)
     with pytest.raises(ReplaceMeError, match="vocabularies"):
         s.side_by_side(pair[0], tiny_model(vocab=300), tok)
+
+
+# the states behind the cut
+
+@pytest.mark.parametrize("keys, blocks", [(dict(method="lstsq"), None), (dict(method="auto", merge=False), None), (dict(method="lstsq", blocks=[[1, 2], [3, 5]]), [(1, 2), (3, 5)])], ids=str)
+def test_state_errors_are_those_of_the_hidden_states(tmp_path, keys, blocks):
+    "Against what transformers hands out: the state that each layer reads, in float64, of each model by itself"
+    (tmp_path / "t.txt").write_text("The map stands in for the layers that went. " * 60)
+    dense = tiny_model(layers=7)
+    small, result = prune(dense, tiny_tokenizer(), None if blocks else 2, dataset=str(tmp_path / "t.txt"), dataset_size=8, max_length=48, **keys)
+    ids = torch.randint(3, 250, (3, 20), generator=torch.Generator().manual_seed(0))
+    errs = s.state_errors(dense, small, result["blocks"], ids)
+    gone = [l for a, b in result["blocks"] for l in range(a, b)]
+    kept = [l for l in range(7) if l not in gone]
+    with torch.no_grad():
+        h, g = [m(ids, output_hidden_states=True).hidden_states for m in (dense, small)]
+    assert list(errs) == [l for l in [*kept, 7] if l > result["blocks"][0][0]]
+    for i, l in enumerate(kept):
+        if l in errs:
+            ref = (g[i].double() - h[l].double()).norm(dim=-1) / h[l].double().norm(dim=-1)
+            assert torch.allclose(errs[l], ref, rtol=1e-5, atol=1e-7) and ref.max() > 1e-3
+    pic = s.error_picture(errs, ids, tiny_tokenizer())
+    assert json.loads(json.dumps(pic)) == pic and pic["tokens"] == 60 and len(pic["words"]) == 20
+    assert pic["grid"][0][0] == pytest.approx(errs[min(errs)][:, 0].mean().item(), abs=1e-6)

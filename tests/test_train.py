@@ -18,7 +18,7 @@ from replaceme.blocks import Block
 from replaceme.core import ReplaceMeError, ReplaceMeWarning
 from replaceme.evaluate import outputs
 from replaceme.merge import cut, save_checkpoint
-from replaceme.models import tiny_model, tiny_tokenizer
+from replaceme.models import tiny_model
 from replaceme.recover import RUNGS, cuts_of, recover, rung_names
 from replaceme.search import Recipe, fit_blocks
 from replaceme.streamline import NETWORKS, streamline
@@ -46,7 +46,7 @@ from test_train import texts
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 import replaceme.train as t
-from replaceme.models import tiny_model, tiny_tokenizer
+from replaceme.models import tiny_model
 from replaceme.merge import cut, keep_layers
 from replaceme.blocks import Block
 o = json.loads(sys.argv[1])
@@ -296,11 +296,8 @@ p.run(p.read_config('c.yaml', train_path=sys.argv[2], save_path=sys.argv[3]))
 """
 
 
-def test_a_killed_run_goes_on_from_its_train_path(tmp_path):
-    model = tiny_model("llama", layers=6)
-    model.generation_config.pad_token_id = 0
-    model.save_pretrained(tmp_path / "tiny")
-    tiny_tokenizer().save_pretrained(tmp_path / "tiny")
+def test_a_killed_run_goes_on_from_its_train_path(tmp_path, save_tiny):
+    save_tiny(tmp_path)
     (tmp_path / "texts.txt").write_text("The map stands in for the layers that went, and learns what they would have said. " * 60)
     (tmp_path / "c.yaml").write_text("{model_path: ./tiny, dataset: texts.txt, dataset_size: 16, max_length: 32, layers_to_skip: 2, method: lstsq, recover: [fold, cut], "
                                      "train_tokens: 1600, trainer: {learning_rate: 1e-2, eval_steps: 2}, eval_dataset: null}")

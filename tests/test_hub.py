@@ -1,0 +1,84 @@
+"""push_to_hub: asked for before the work begins, uploaded when it is done, and a failure never costs the folder."""
+import json
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+from replaceme.core import ReplaceMeError, ReplaceMeWarning
+from replaceme.pipeline import make_config, run
+
+
+class Hub:
+    "Stands in for the hub's interface and notes what it was asked"
+    said, fails, known = [], None, True
+
+    def __init__(self, token=None):
+        self.token = token
+
+    def whoami(self, token=None):
+        Hub.said.append(("whoami", token))
+        if not Hub.known:
+            raise OSError("401 Unauthorized")
+        return dict(name="me")
+
+    def create_repo(self, name, private, exist_ok):
+        Hub.said.append(("create", self.token, name, private, exist_ok))
+        return type("Url", (), dict(repo_id="me/" + name.split("/")[-1]))()
+
+    def upload_folder(self, folder_path, repo_id, commit_message):
+        if Hub.fails:
+            raise Hub.fails
+        Hub.said.append(("upload", repo_id, sorted(p.name for p in Path(folder_path).iterdir())))
+        return type("Commit", (), dict(commit_url="https://hub/commit"))()
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, save_tiny):
+    Hub.said, Hub.fails, Hub.known = [], None, True
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    return save_tiny(tmp_path)
+
+
+def config(place, **keys):
+    return make_config(**{**dict(model_path=str(place / "tiny"), layers_to_skip=2, method="lstsq", dataset="python-docs", dataset_size=8, max_length=32, eval_size=2, eval_length=32,
+                                 prompt=None, save_path=str(place / "out"), push_to_hub="me/small", token="hf_secret"), **keys})
+
+
+def test_the_finished_folder_is_uploaded(place):
+    _, path = run(config(place))
+    (who, create, upload) = Hub.said
+    assert who == ("whoami", "hf_secret") and create == ("create", "hf_secret", "me/small", True, True)
+    assert upload[1] == "me/small" and {"model.safetensors", "config.json", "README.md", "report.html", "replaceme.json"} <= set(upload[2])
+    assert json.loads((path / "replaceme.json").read_text())["config"]["push_to_hub"] == "me/small"
+    assert not any(b"hf_secret" in f.read_bytes() for f in path.iterdir())
+
+
+def test_a_failed_upload_keeps_the_folder(place):
+    Hub.fails = ConnectionError("no route")
+    with pytest.warns(ReplaceMeWarning, match=r"could not be pushed to me/small \(ConnectionError: no route\): push it with `hf upload me/small"):
+        _, path = run(config(place))
+    assert (path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_nothing_begins_without_a_hub(place, monkeypatch, offline):
+    "Neither offline nor for somebody the hub does not know; and nothing is loaded before that is known"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    Hub.known = False
+    monkeypatch.setattr("replaceme.pipeline.load", lambda *a, **k: pytest.fail("the model was loaded"))
+    with pytest.raises(ReplaceMeError, match="HF_HUB_OFFLINE is set" if offline else "does not say who you are"):
+        run(config(place))
+    assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["me/a b", "a/b/c", "me/", ""])
+def test_names_no_hub_would_take(name):
+    with pytest.raises(ReplaceMeError, match="push_to_hub is"):
+        make_config(push_to_hub=name)
+
+
+def test_nothing_is_pushed_unasked(place):
+    run(config(place, push_to_hub=None))
+    assert Hub.said == []
