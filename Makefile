@@ -51,13 +51,12 @@ docs: export ## render the documentation into _docs
 	@PATH="$$PATH:$(CURDIR)/.ci/bin" nbdev_docs # the stand-in comes last: a real Quarto wins
 	@echo "_docs/index.html"
 
-export: install-dev ## write library, sidebar and README from the notebooks
+export: install-dev ## write library and README from the notebooks
 	@echo "== library and README from the notebooks"
 	@$(PY) .ci/badges
 	@nbdev_export
 	@nbdev_clean
 	@$(PY) -c "from nbdev.quarto import refresh_quarto_yml; refresh_quarto_yml()"
-	@nbdev_sidebar
 	@PATH="$(CURDIR)/.ci/bin:$$PATH" nbdev_readme # the stand-in comes first: the same README wherever it is made
 
 clean: ## remove what was generated; .venv, .cache and pruned models stay

@@ -6,8 +6,8 @@
 __all__ = ['parse', 'command', 'run_replaceme', 'run_uidl', 'run_streamline', 'get_lt_with_lstsq', 'get_lt_with_solvers',
            'get_distance_analysis', 'evaluate_model', 'compare_methods']
 
-# %% ../nbs/24_cli.ipynb #6384d583
-import argparse, functools, json, os, sys, warnings
+# %% ../nbs/24_cli.ipynb #bd2f9d2f
+import argparse, functools, json, logging, os, sys, warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -56,13 +56,14 @@ def parse(name, doc, argv, aliases,
     cfg = read_config(args.config, defaults, cls, **{**flags, **(forced or {})})
     return cfg, Path(args.config).expanduser().read_text(encoding='utf-8') if args.config else None
 
-# %% ../nbs/24_cli.ipynb #bd2f9d2f
+# %% ../nbs/24_cli.ipynb #e67952eb
 def _line(message, *a, **kw): print('warning:', message, file=sys.stderr)
 
 def _hush():
     "At the command line only: other libraries' notes and loading bars do not belong between ours"
-    from transformers.utils import logging
-    logging.set_verbosity_error(); logging.disable_progress_bar()
+    from transformers.utils import logging as said
+    said.set_verbosity_error(); said.disable_progress_bar()
+    logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
     warnings.simplefilter('ignore'); warnings.simplefilter('always', ReplaceMeWarning)
     warnings.showwarning = _line
     import matplotlib; matplotlib.use('agg')

@@ -656,7 +656,7 @@ def _pictures(result):
         yield _picture(lambda ax: plot_heatmap(prof, ax=ax, **kw), (4.8,3.6), 'Distance by start and length',
                        'All lengths at once, dark is near. Rings: best start for each length. Square: what is gone.' + hatched)
 
-# %% ../nbs/20_report.ipynb #1e2ec4d3
+# %% ../nbs/20_report.ipynb #a4aa62f1
 def _where(result):
     "The block, in words and pictures"
     if not blocks_of(result): return
@@ -702,8 +702,9 @@ def _words(errors):
     words = errors.get('words') or []
     if not words: return
     seen = sorted(e for _,e in words)
-    top = seen[int(.95*(len(seen)-1))] or 1 # one token a hundred times as long as the others would leave them pale
-    return P(*(Span(w, title=f'{e:.3f}', style=f'background:rgba(179,71,11,{.65*min(1, e/top):.2f})') for w,e in words), cls='say words')
+    low, top = seen[len(seen)//20], seen[-1-len(seen)//20] # a few tokens far from the others would leave these alike
+    shade = lambda e: .65*min(1, max(0, (e-low)/((top-low) or 1)))
+    return P(*(Span(w, title=f'{e:.3f}', style=f'background:rgba(179,71,11,{shade(e):.2f})') for w,e in words), cls='say words')
 
 def _errors(result):
     "What becomes of the error behind the cut"
@@ -713,7 +714,7 @@ def _errors(result):
     return _section('Where the error goes', P(f"How far the state is off that each layer behind the cut reads, {errors['tokens']:,} tokens of the evaluation text: the first row is "
                                               "the error of what stands in for the removed layers, the last what the model makes of it."),
                     _picture(lambda ax: plot_errors(errors, ax), (4.8, 1.2+.2*len(errors['layers'])), 'Error by layer and place', 'By layer and place in the text. The first token often carries the attention sink.'),
-                    P(f'Token by token, as {behind} reads it: the darker, the further off.', cls='soft small'), _words(errors))
+                    P(f'The beginning of that text as {behind} reads it: the darker a token, the further off.', cls='soft small') if errors.get('words') else None, _words(errors))
 
 # %% ../nbs/20_report.ipynb #198978b1
 def _training(result):

@@ -184,7 +184,8 @@ def test_what_cannot_be_compared(place, small, tmp_path):
                        (("--compare", "./tiny"), "expected 2 arguments"),
                        (("--compare", "./tiny", "./small", "--model", "./tiny"), "compare names the models")):
         p = call(place, "evaluate_model", *args, "--eval_size", "2", "--eval_length", "32", ok=False)
-        assert p.returncode == 2 and said in p.stderr.splitlines()[-1] and "Traceback" not in p.stderr
+        *_, error, page = p.stderr.splitlines()
+        assert p.returncode == 2 and said in error and page.startswith("help: https://") and "Traceback" not in p.stderr
     p = call(place, "run_replaceme", "--config", "c.yaml", "--compare", "a", "b", ok=False)
     assert "unknown argument '--compare'" in p.stderr  # an option that would do nothing
 

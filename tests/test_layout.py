@@ -33,6 +33,14 @@ def test_each_module_has_its_notebook():
         assert py.name in ("__init__.py", "_modidx.py") or (py.parent / made[1]).is_file(), py.name
 
 
+def test_every_notebook_stands_in_the_sidebar():
+    names = re.findall(r"- (\S+\.ipynb)$", (ROOT / "nbs/sidebar.yml").read_text(encoding="utf-8"), re.M)
+    there = [p.relative_to(ROOT / "nbs").as_posix() for p in ROOT.glob("nbs/**/*.ipynb") if ".ipynb_checkpoints" not in p.parts]
+    assert sorted(names) == sorted(there)
+    rooms = [n for n in names if n[:2].isdigit()]
+    assert rooms == sorted(rooms)  # the way of the data
+
+
 def kept_files():
     git = subprocess.run(["git", "-C", ROOT, "ls-files", "-coz", "--exclude-standard"], capture_output=True, text=True)
     if git.returncode:

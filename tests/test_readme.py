@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LINES = [line.split(" #")[0].strip() for block in re.findall(r"^``` ?sh\n(.*?)^```", README, re.M | re.S) for line in block.splitlines()]
 TYPED = [line for line in LINES if line] + re.findall(r"`(make \w+)`", README)
-TEXT = ["--dataset", "python-docs", "--dataset_size", "8", "--max_length", "64", "--eval_size", "2", "--eval_length", "64", "--prompt", "null"]
+TEXT = ["--dataset", "python-docs", "--dataset_size", "40", "--max_length", "64", "--eval_size", "2", "--eval_length", "64", "--prompt", "null"]
 SMALL = ["--eval_size", "2", "--eval_length", "64", "--prompt", "null", "--cache", "false"]
 
 
@@ -33,7 +33,7 @@ def call(place, *words, **env):
 
 def test_run_replaceme(place):
     words = next(shlex.split(t) for t in TYPED if t.startswith("run_replaceme"))
-    out = call(place, *words, *TEXT, "--top_k", "1", "--select", "distance", "--refit", "0", "--layers", "6", "--save_path", "pruned/smollm2-135m-minus6")
+    out = call(place, *words, *TEXT, "--dataset_shares", "null", "--select", "distance", "--refit", "0", "--layers", "6", "--save_path", "pruned/smollm2-135m-minus6")
     assert "report   pruned/smollm2-135m-minus6/report.html" in out
 
 
@@ -43,7 +43,7 @@ def test_evaluate_model(place):
     if not (place / words[-1]).exists():
         test_run_replaceme(place)
     out = call(place, *words, *SMALL)
-    assert all(w in out for w in ("parameters", "perplexity", "tokens/s", "KV cache"))
+    assert all(w in out for w in ("parameters", "perplexity", "tokens per second", "KV cache"))
 
 
 def test_compare_methods(place):

@@ -388,11 +388,11 @@ def test_written_whole_or_not_at_all(monkeypatch):
 
     def fails(a, b):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(s.os, "replace", fails)
+    monkeypatch.setattr(os, "replace", fails)
     with pytest.warns(ReplaceMeWarning, match="could not be kept"):
         assert s.cached("x", {}, lambda: dict(n=1)) == dict(n=1)
     assert kept() == []
-    monkeypatch.setattr(s.os, "replace", lambda a, b: (json.loads(a.read_text()), real(a, b)))  # complete when it gets its name
+    monkeypatch.setattr(os, "replace", lambda a, b: (json.loads(a.read_text()), real(a, b)))  # complete when it gets its name
     assert s.cached("x", {}, lambda: dict(n=2)) == dict(n=2) and len(kept()) == 1
     with pytest.raises(ZeroDivisionError):
         s.cached("y", {}, lambda: 1/0)
