@@ -963,15 +963,18 @@ def analyse(cfg): # -> (Profile, files written)
     collect(model, mask_tokens(bs, cfg.mask, cfg.seed) if cfg.mask else bs, [], {}, profile, desc='profile')
     return profile, write_profile(profile, out, cfg.layers_to_skip, model=fingerprint(model), data=_data_key(cfg))
 
-# %% ../nbs/22_pipeline.ipynb #08fa44b7
+# %% ../nbs/22_pipeline.ipynb #66b68a82
 @dataclass
 class EvaluateConfig(Config):
     "The YAML schema of an evaluation: `Config`, and which two models to compare"
     compare:list|None = key(None, "two models, the dense one first, to be scored side by side instead of model_path: [DENSE, PRUNED]", nargs=2)
     cache:bool = key(True, "keep scores by the content of model, text and tasks, and use those that were kept; seconds are always measured")
+    speed:bool = key(True, "of compare: time to the first token and tokens per second, too")
 
     def __post_init__(self):
-        if self.compare is None: return
+        if self.compare is None:
+            if not self.speed: raise ReplaceMeError("speed is false, but nothing is timed where one model is scored; leave it out, or give compare.")
+            return
         if len(self.compare)!=2 or not all(isinstance(m, str) and m for m in self.compare):
             raise ReplaceMeError(f"compare is {self.compare!r}: give two models, the dense one first, such as [HuggingFaceTB/SmolLM2-135M-Instruct, ./pruned].")
         if self.model_path is not None: raise ReplaceMeError(f"model_path is {self.model_path!r}, but compare names the models; leave it out.")
@@ -991,7 +994,7 @@ def evaluate(cfg)->dict: # or a `SideBySide`
     if cfg.tasks is not None: res['tasks'] = {t: r['scores'] for t,r in kept_tasks(model, tokenizer, cfg.tasks, cfg.limit, None, cfg.batch_size, cache).items()}
     return dict(model=str(cfg.model_path), text=cfg.eval_dataset, **res)
 
-# %% ../nbs/22_pipeline.ipynb #9168517e
+# %% ../nbs/22_pipeline.ipynb #c41e339e
 def load_pair(cfg)->tuple: # (dense model, other model, tokenizer)
     "The two models of `compare`"
     a, b = [load(dataclasses.replace(cfg, compare=None, model_path=m)) for m in cfg.compare]
@@ -1008,7 +1011,7 @@ def evaluate_pair(cfg)->SideBySide:
     names = [model_name(dict(model=m)) for m in cfg.compare]
     return side_by_side(dense, model, tokenizer, eval_text(cfg, tokenizer, dense), cfg.tasks, cfg.limit, [] if cfg.prompt is None else [cfg.prompt],
                         cfg.eval_length, cfg.eval_size, batch_size=cfg.batch_size, names=names if names[0]!=names[1] else ('dense', 'pruned'),
-                        text_name=cfg.eval_dataset and no_path(cfg.eval_dataset), cache=cfg.cache, seed=cfg.seed)
+                        text_name=cfg.eval_dataset and no_path(cfg.eval_dataset), speed=cfg.speed, cache=cfg.cache, seed=cfg.seed)
 
 # %% ../nbs/22_pipeline.ipynb #cb77aa7f
 def scores_table(scores)->str:

@@ -419,7 +419,7 @@ $$ {formula} $$
 
 _PLAIN = "Layers {layers} were removed ({block}, {metric} distance {value}), with the method `{method}` on {data}."
 
-# %% ../nbs/20_report.ipynb #2b114d67
+# %% ../nbs/20_report.ipynb #4d38b3cc
 def _chosen_text(result):
     "Why these blocks"
     keys, metric, value = _choice_keys(result), _get(result, 'distance', 'metric') or '', _num(_get(result, 'distance', 'value'), '.4f')
@@ -431,7 +431,7 @@ def _details(result):
     "What is to be said of the fit beyond its formula"
     kinds, chosen = _kind_words(result), _get(result, 'ridge', 'chosen')
     fit = f"The fit: {', '.join(kinds)}." if kinds else None
-    ridge = f'A ridge of {chosen:g} was chosen by the error on held-out tokens.' if isinstance(chosen, (int, float)) else None
+    ridge = 'The ridge was chosen by the error on held-out tokens.' if isinstance(chosen, (int, float)) else None
     return [*filter(None, [fit, ridge]), *sink_notes(result)]
 
 _FOLDED = "The map is folded into {the} output projection, so the model is an ordinary checkpoint with fewer layers and no new parameters"

@@ -244,7 +244,7 @@ def split_texts(texts, held=None)->tuple: # (batches to train on, batches to jud
     if n<2: raise ReplaceMeError(f"{n} text: training needs two or more, one of them to judge by; give more texts.")
     return hold_out(texts, 1/16 if n>=16 else 1/4)
 
-# %% ../nbs/17_train.ipynb #f08464d2
+# %% ../nbs/17_train.ipynb #f399483c
 _OWN = dict(mse=dict(learning_rate=2e-4, max_grad_norm=5.), lm=dict(learning_rate=2e-4, max_grad_norm=1., adam_beta2=.95),
             kd=dict(learning_rate=2e-4, max_grad_norm=1., adam_beta2=.95))
 _OURS = ('output_dir', 'max_steps', 'num_train_epochs', 'seed', 'data_seed', 'label_names', 'remove_unused_columns', 'load_best_model_at_end', 'metric_for_best_model',
@@ -256,6 +256,7 @@ _NUMBERS = ('learning_rate', 'weight_decay', 'max_grad_norm', 'warmup_steps')
 
 def check_trainer(trainer)->dict:
     "Raise unless these are arguments of transformers' TrainingArguments that may be given"
+    if not trainer: return {} # who trains nothing need not wait for the import
     from transformers import TrainingArguments
     known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
     for k,v in (trainer or {}).items():

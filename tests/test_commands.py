@@ -157,11 +157,11 @@ def test_compare_two_models(place, small, tmp_path, monkeypatch):
     for word in ("perplexity (python-docs)", "KL (nats/token)", "same top token (%)", "first token, batch 1 (ms)", "tokens per second, batch 4", "66.7%", "Why is the sky blue?"):
         assert word in p.stdout
     (kept,) = (tmp_path / "cache/scores").iterdir()
-    (place / "pair.yaml").write_text("compare: [./tiny, ./small]\neval_size: 2\neval_length: 32\nprompt: null\n")
+    (place / "pair.yaml").write_text("compare: [./tiny, ./small]\neval_size: 2\neval_length: 32\nprompt: null\nspeed: false\n")
     monkeypatch.chdir(place)
     monkeypatch.setattr("replaceme.sidebyside.piece_divergence", lambda *a: pytest.fail("computed again"))
     r = evaluate(read_config("pair.yaml", cls=EvaluateConfig))
-    assert r.divergence.kl == json.loads(kept.read_text())["result"]["kl"] and r.answers == []
+    assert r.divergence.kl == json.loads(kept.read_text())["result"]["kl"] and r.answers == [] and r.speeds is None
     row = next(l for l in p.stdout.splitlines() if l.startswith("perplexity"))
     assert [f"{v.value:.2f}" for v in r.divergence.perplexities()] == row.split()[2:4]
 
