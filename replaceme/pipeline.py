@@ -994,10 +994,10 @@ def evaluate(cfg)->dict: # or a `SideBySide`
     if cfg.tasks is not None: res['tasks'] = {t: r['scores'] for t,r in kept_tasks(model, tokenizer, cfg.tasks, cfg.limit, None, cfg.batch_size, cache).items()}
     return dict(model=str(cfg.model_path), text=cfg.eval_dataset, **res)
 
-# %% ../nbs/22_pipeline.ipynb #c41e339e
+# %% ../nbs/22_pipeline.ipynb #c66e974b
 def load_pair(cfg)->tuple: # (dense model, other model, tokenizer)
     "The two models of `compare`"
-    a, b = [load(dataclasses.replace(cfg, compare=None, model_path=m)) for m in cfg.compare]
+    a, b = [load(dataclasses.replace(cfg, compare=None, speed=True, model_path=m)) for m in cfg.compare]
     check_pair(a[0], b[0])
     if not sees(a[0]) and a[1].get_vocab()!=b[1].get_vocab():
         raise ReplaceMeError(f"compare: the tokenizers of {cfg.compare[0]} and {cfg.compare[1]} have different vocabularies ({len(a[1])} and {len(b[1])} tokens): "
