@@ -88,7 +88,7 @@ def _fail(name, e):
     if (page := getattr(e, 'page', None)): print(f'help: {page}', file=sys.stderr)
     return 2
 
-# %% ../nbs/24_cli.ipynb #4cee1afc
+# %% ../nbs/24_cli.ipynb #b9ae9c99
 def _oneline(text): return ' '.join(text.split())
 
 _ALIASES = dict(model='model_path', layers='layers_to_skip')
@@ -107,6 +107,7 @@ def _run(cfg, yaml_text):
     else: print('model   ', path)
     print('report  ', path/'report.html')
     if (path/'profile.png').exists(): print('profile ', path/'profile.png')
+    if result.get('pushed'): print('pushed  ', result['pushed'])
 
 def _only(cfg, method, command):
     "Raise when a config that is for another method comes to a command of one method"

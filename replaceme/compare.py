@@ -69,7 +69,7 @@ def entry(e)->tuple: # (name, {key of Config: value})
         if k in _NEVER: raise ReplaceMeError(f"methods: {name}: {k} is not for an entry: {_NEVER[k]}.")
     return name, keys
 
-# %% ../nbs/23_compare.ipynb #2943e2b7
+# %% ../nbs/23_compare.ipynb #c5819978
 def _layers(n): return f'{n} layer' + 's'*(n>1)
 
 @dataclass
@@ -85,7 +85,7 @@ def row_config(cfg, plan)->Config:
     "The config of one row, checked"
     shared = {k: getattr(cfg, k) for k in SHARED}
     try: return make_config(**shared, **plan.keys, layers_to_skip=plan.n, seed=plan.seed)
-    except ReplaceMeError as e: raise ReplaceMeError(f"methods: {plan.name} with {_layers(plan.n)}: {e}") from None
+    except ReplaceMeError as e: raise ReplaceMeError(f"methods: {plan.name} with {_layers(plan.n)}: {e}", page=e.page) from None
 
 def plans(cfg)->list: # of `Plan`, in the order of seeds, numbers of layers, methods
     "The rows of a comparison"

@@ -16,7 +16,7 @@ import psutil, torch
 
 from ._modidx import d as _index
 
-# %% ../nbs/00_core.ipynb #77775577
+# %% ../nbs/00_core.ipynb #b7e8ac6f
 _TUTORIALS = dict(
     your_architecture='arch merge unmerged contract', choose_the_block='distance blocks stats search', which_solver='solve optimize shards',
     your_data='data', which_method='baselines streamline recover compare', evaluate_and_publish='evaluate sidebyside report', many_machines='models train')
@@ -30,9 +30,9 @@ def help_page(module # such as `arch`
 
 class ReplaceMeError(ValueError):
     "What was wrong, which value, and what to do about it, in one line; `page` is where to read more, and stands below a traceback as its note"
-    def __init__(self, *args):
+    def __init__(self, *args, page=None): # of an error that this one repeats; by default that of the module that raises
         super().__init__(*args)
-        self.page = help_page(sys._getframe(1).f_globals.get('__name__', ''))
+        self.page = page or help_page(sys._getframe(1).f_globals.get('__name__', ''))
         self.__notes__ = [f'Help: {self.page}']
 
 class ReplaceMeWarning(UserWarning):

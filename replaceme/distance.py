@@ -68,7 +68,7 @@ def pair_distances(H:Tensor, # states `(L+1,B,d)`: what enters each layer, and w
     "The distance of every pair of depths, for every row"
     return torch.cat(list(_pair_chunks(H, metric)), dim=-1)
 
-# %% ../nbs/05_distance.ipynb #634e05d9
+# %% ../nbs/05_distance.ipynb #4ca21e1f
 class Profile:
     "Mean distance of every pair of depths over texts or tokens, and the norms that betray a sink, as running sums"
     def __init__(self, n_layers, # decoder layers `L`
@@ -109,8 +109,8 @@ class Profile:
     def plot(self, n=None, # layers of a block; None draws all lengths
              ax=None, **kw): # `block`, `sinks`, `avoided` of the plots
         "The distance across every block, or across those of `n` layers"
-        rows, sinks = {k: self.of_length(k) for k in range(1, self.n_layers)}, find_sinks(self)
-        kw = dict(metric=self.metric, ax=ax, sinks=sinks, **kw)
+        rows = {k: self.of_length(k) for k in range(1, self.n_layers)}
+        kw = {**dict(metric=self.metric, ax=ax, sinks=find_sinks(self)), **kw}
         return plot_heatmap(rows, **kw) if n is None else plot_profile(rows, n, **kw)
 
 # %% ../nbs/05_distance.ipynb #0473551c

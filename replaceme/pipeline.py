@@ -9,8 +9,8 @@ __all__ = ['PEERS', 'CHOICES', 'key', 'Config', 'read_yaml', 'make_config', 'che
            'picture_batches', 'n_removed', 'prove', 'check_blocks', 'ways_out', 'Calibrated', 'calibrate',
            'peer_distance', 'peer_facts', 'climb_rungs', 'training_facts', 'make_result', 'prune', 'output_path',
            'load', 'eval_text', 'score', 'top_classes', 'save_transform', 'write_provenance', 'reload', 'check_run',
-           'check_loaded', 'check_hub', 'push_folder', 'run', 'profile_files', 'write_profile', 'profile_table',
-           'analyse', 'EvaluateConfig', 'evaluate', 'load_pair', 'evaluate_pair', 'scores_table']
+           'check_loaded', 'check_hub', 'push_folder', 'for_others', 'run', 'profile_files', 'write_profile',
+           'profile_table', 'analyse', 'EvaluateConfig', 'evaluate', 'load_pair', 'evaluate_pair', 'scores_table']
 
 # %% ../nbs/22_pipeline.ipynb #07f461fe
 import contextlib, dataclasses, gc, json, math, os, platform, re, tempfile, warnings
@@ -217,7 +217,7 @@ def check_config(cfg):
     if isinstance(cfg.dataset, list) or cfg.dataset_shares is not None: mixture(cfg.dataset, cfg.dataset_shares)
     check_together(cfg)
 
-# %% ../nbs/22_pipeline.ipynb #00f3f3d1
+# %% ../nbs/22_pipeline.ipynb #22212752
 def structure_of(cfg)->tuple: # (structure, rank)
     "The structure of the map, in one word whatever words the config used"
     named = [w for w,on in dict(diag=cfg.diag, two_vectors=cfg.two_vectors, thri=cfg.thri, structure=cfg.structure not in (None, 'full')).items() if on]
@@ -333,9 +333,9 @@ def read_config(path=None, # YAML file; None for defaults only
         try: text = Path(path).expanduser().read_text(encoding='utf-8')
         except (OSError, UnicodeDecodeError) as e: raise ReplaceMeError(f"config {path} cannot be read: {getattr(e, 'strerror', None) or e}.")
     try: return make_config(cls, **{**(defaults or {}), **read_yaml(text), **overrides})
-    except ReplaceMeError as e: raise ReplaceMeError(f"config {path}: {e}" if path else str(e)) from None
+    except ReplaceMeError as e: raise ReplaceMeError(f"config {path}: {e}" if path else str(e), page=e.page) from None
 
-# %% ../nbs/22_pipeline.ipynb #7fa1b1d2
+# %% ../nbs/22_pipeline.ipynb #3ba7d0bb
 class Result(dict):
     "What a run did and what it cost, as saved in `replaceme.json`; `.plot()` shows the profile"
     @property
@@ -346,9 +346,10 @@ class Result(dict):
         "The distance of every candidate start, with the chosen block"
         d, peer = self['distance'], self.get('peer') or {}
         if 'influence' in peer: return plot_influence(peer['influence'], blocks_of(self), ax)
-        block = Block(*(d.get('block') or self.block))
-        if str(len(block)) not in d['profile']: raise ReplaceMeError(f"there is no profile of blocks of {len(self.block)} layers: the blocks were not chosen by one.")
-        return plot_profile(d['profile'], len(block), tuple(block), d['metric'], ax=ax, sinks=d.get('sinks'), avoided=d.get('avoided'))
+        blocks = as_blocks(d.get('block')) or blocks_of(self)
+        n = blocks[0][1]-blocks[0][0]
+        if str(n) not in d['profile']: raise ReplaceMeError(f"there is no profile of blocks of {n} layers: the blocks were not chosen by one.")
+        return plot_profile(d['profile'], n, blocks, d['metric'], ax=ax, sinks=d.get('sinks'), avoided=d.get('avoided'))
 
 def versions()->dict:
     "The versions a result depends on"
@@ -784,7 +785,7 @@ def _add_errors(result, dense, pruned, tokenizer, cfg, text, pieces=8, length=12
     ids = cut_pieces(tokenizer, text, min(length, cfg.eval_length), min(pieces, cfg.eval_size))
     result['errors'] = error_picture(state_errors(dense, pruned, result['blocks'], ids), ids, tokenizer)
 
-# %% ../nbs/22_pipeline.ipynb #b8f01308
+# %% ../nbs/22_pipeline.ipynb #3ae76993
 def save_transform(folder, done):
     "Write the maps alone, as safetensors that say where they belong: `T`, or `T0`, `T1`, ... of several blocks"
     names = ['T'] if len(done.fits)==1 else [f'T{i}' for i in range(len(done.fits))]
@@ -794,14 +795,15 @@ def save_transform(folder, done):
     meta = dict(format='replaceme map 1', map=f.kind, use=use, blocks=json.dumps([list(b) for b in done.blocks]), **(one if len(names)==1 else {}))
     save_file({k: f.T.contiguous().cpu() for k,f in zip(names, done.fits)}, str(Path(folder)/'transform.safetensors'), metadata=meta)
 
-def write_provenance(folder, result, yaml_text=None, token=None):
+def write_provenance(folder, result, yaml_text=None, token=None,
+                     name=None): # that the card tells to load
     "Write what stands beside the weights: `replaceme.json`, the YAML, the plots, the report and the model card"
     folder = Path(folder)
     text = yaml_text if yaml_text is not None else yaml.safe_dump(result['config'], sort_keys=False)
     text = re.sub(r'(?m)^(\s*[\'"]?token[\'"]?\s*:).*$', r'\1 null # not kept', text)
     if token: text = text.replace(token, '***')
     (folder/'replaceme.yaml').write_text(text, encoding='utf-8')
-    (folder/'README.md').write_text(model_card(result, plots=save_plots(folder, result)), encoding='utf-8')
+    (folder/'README.md').write_text(model_card(result, name, save_plots(folder, result)), encoding='utf-8')
     write_report(folder, result)
     (folder/'replaceme.json').write_text(json.dumps(result, indent=1), encoding='utf-8')
 
@@ -854,26 +856,46 @@ def check_loaded(cfg, path, model, tokenizer):
     try: cfg.prompt is None or prompt_ids(tokenizer, cfg.prompt)
     except Exception as e: raise ReplaceMeError(f"prompt: the tokenizer's chat template refuses it ({e}): set prompt to null.") from e
 
-# %% ../nbs/22_pipeline.ipynb #617d0ca0
+# %% ../nbs/22_pipeline.ipynb #eecf1674
 def check_hub(cfg):
-    "Raise unless there is a hub, and somebody to push as"
+    "Raise unless there is a hub, and a repository there that may be written; it is made here, empty"
     from huggingface_hub import HfApi, constants
-    if constants.HF_HUB_OFFLINE: raise ReplaceMeError(f"push_to_hub is {cfg.push_to_hub}, but HF_HUB_OFFLINE is set: unset it, or leave push_to_hub out.")
-    try: HfApi().whoami(token=cfg.token)
+    name = cfg.push_to_hub
+    if constants.HF_HUB_OFFLINE: raise ReplaceMeError(f"push_to_hub is {name}, but HF_HUB_OFFLINE is set: unset it, or leave push_to_hub out.")
+    if name==cfg.model_path: raise ReplaceMeError(f"push_to_hub is {name}, which is the dense model: choose another name.")
+    api = HfApi(token=cfg.token)
+    try:
+        api.whoami()
+        files = api.list_repo_files(api.create_repo(name, private=cfg.private, exist_ok=True).repo_id)
     except Exception as e:
-        raise ReplaceMeError(f"push_to_hub is {cfg.push_to_hub}, but the hub does not say who you are ({type(e).__name__}): give a token with write access, or run `hf auth login`.") from e
+        raise ReplaceMeError(f"push_to_hub is {name}, but the hub lets nobody write there ({type(e).__name__}: {e}): give a token with write access, or run `hf auth login`.") from e
+    if 'replaceme.json' not in files and set(files)-{'.gitattributes', 'README.md', 'LICENSE'}:
+        raise ReplaceMeError(f"push_to_hub: {name} holds something that was not written by replaceme: choose another name.")
 
 def push_folder(folder, cfg): # -> the address of the upload, or None
-    "Upload a finished folder; a failure is a warning, since the folder is there"
+    "Upload a finished folder in the place of what is there; a failure is a warning, since the folder is there"
     from huggingface_hub import HfApi
     api, name = HfApi(token=cfg.token), cfg.push_to_hub
     try:
         name = api.create_repo(name, private=cfg.private, exist_ok=True).repo_id
-        return api.upload_folder(folder_path=str(folder), repo_id=name, commit_message='Pruned with replaceme').commit_url
+        return str(api.upload_folder(folder_path=str(folder), repo_id=name, commit_message='Pruned with replaceme', delete_patterns='*').commit_url)
     except Exception as e:
         warnings.warn(f"{folder} was saved but could not be pushed to {cfg.push_to_hub} ({type(e).__name__}: {e}): push it with `hf upload {name} {folder}`.", ReplaceMeWarning)
 
-# %% ../nbs/22_pipeline.ipynb #647e836a
+# %% ../nbs/22_pipeline.ipynb #70f7a6ea
+def for_others(result)->dict:
+    "A result without paths and without the words of the evaluation text"
+    res = {k: no_path(v) if k in ('model', 'config', 'calibration') else v for k,v in result.items()}
+    if 'errors' in res: res['errors'] = {k: v for k,v in res['errors'].items() if k!='words'}
+    if 'perplexity' in res: res['perplexity'] = {**res['perplexity'], 'text': no_path(res['perplexity']['text'])}
+    return Result(res)
+
+# %% ../nbs/22_pipeline.ipynb #a20e88c0
+def _try_errors(result, *args):
+    "The errors behind the cut; they adorn the report, so that a failure costs nothing else"
+    try: _add_errors(result, *args)
+    except Exception as e: warnings.warn(f"the report goes without the errors behind the cut: {type(e).__name__}: {e}", ReplaceMeWarning)
+
 def _score_after(model, tokenizer, cfg, text, before, result):
     "The scores of the pruned model; a failure is noted and the model kept"
     try: _add_scores(result, cfg, before, score(model, tokenizer, cfg, text))
@@ -900,14 +922,15 @@ def run(cfg, yaml_text=None)->tuple: # (Result, Path of the folder)
     if not main_process(): return result, path # of several processes that train together, the first one saves
     with stages('score'): before = score(model, tokenizer, cfg, text)
     _finish(result, cfg, stages, loaded, model, done.model)
-    with stages('score'): _add_errors(result, model, done.model, tokenizer, cfg, text)
+    with stages('score'): _try_errors(result, model, done.model, tokenizer, cfg, text)
     del model; gc.collect()
     with new_folder(path) as tmp:
         pruned = _write(tmp, cfg, done, tokenizer, stages)
         with stages('score'): _score_after(pruned, tokenizer, cfg, text, before, result)
         result.update(seconds=dict(stages.seconds), peak_memory=peak_memory())
-        write_provenance(tmp, result, yaml_text, cfg.token)
-    if cfg.push_to_hub: push_folder(path, cfg)
+        if cfg.push_to_hub: write_provenance(tmp, for_others(result), None, cfg.token, cfg.push_to_hub)
+        else: write_provenance(tmp, result, yaml_text, cfg.token)
+    if cfg.push_to_hub: result['pushed'] = push_folder(path, cfg)
     return result, path
 
 # %% ../nbs/22_pipeline.ipynb #643f4a90

@@ -79,10 +79,10 @@ def _shade(ax, starts, n, sinks):
     for i,s in enumerate(held):
         ax.axvspan(s-.5, s+.5, color=LINE, lw=0, zorder=0, label=None if i else sink_label(sinks))
 
-# %% ../nbs/00_plots.ipynb #a5438fcb
+# %% ../nbs/00_plots.ipynb #8ead7a68
 def plot_profile(distances, # for start = 1, 2, ..., or a whole profile {n: distances}
                  n, # length of the block
-                 block=None, # the chosen one, `(start, end)`; by default the one with the smallest distance
+                 block=None, # the chosen one, `(start, end)`; by default the one with the smallest distance that holds no sink layer
                  metric='angular',
                  ax=None,
                  sinks=None, # layers that make or take away the attention sink: {layer: share} or a list
@@ -92,9 +92,9 @@ def plot_profile(distances, # for start = 1, 2, ..., or a whole profile {n: dist
     ax = styled_axes(ax, (6.4,3.4), f'first removed layer (of {n})', UNITS.get(metric, metric))
     out = {s-1 for s,e in as_blocks(avoided) if e-s==n}
     order = sorted((i for i in range(len(d)) if math.isfinite(d[i])), key=d.__getitem__)
-    chosen = [s-1 for s,e in as_blocks(block) if e-s==n] or ([] if block else [i for i in order if i not in out][:1])
-    ax.plot(range(1, len(d)+1), d, color=ACCENT, lw=1.5, marker='.', ms=5, zorder=2)
     held = {i for i in range(len(d)) if holds((i+1, i+1+n), sinks)}
+    chosen = [s-1 for s,e in as_blocks(block) if e-s==n] or ([] if block else [i for i in order if i not in out|held or len(held)==len(d)][:1])
+    ax.plot(range(1, len(d)+1), d, color=ACCENT, lw=1.5, marker='.', ms=5, zorder=2)
     never = out if any(i in held for i in chosen) else out|held # not runners-up
     def mark(i, what, **kw):
         ax.plot(i+1, d[i], ls='none', mec=MARK, label=what and f'{what} [{i+1},{i+1+n}): {d[i]:.4f}', zorder=3, **kw)

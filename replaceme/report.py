@@ -656,7 +656,7 @@ def _pictures(result):
         yield _picture(lambda ax: plot_heatmap(prof, ax=ax, **kw), (4.8,3.6), 'Distance by start and length',
                        'All lengths at once, dark is near. Rings: best start for each length. Square: what is gone.' + hatched)
 
-# %% ../nbs/20_report.ipynb #a4aa62f1
+# %% ../nbs/20_report.ipynb #7c7638c3
 def _where(result):
     "The block, in words and pictures"
     if not blocks_of(result): return
@@ -710,9 +710,10 @@ def _errors(result):
     "What becomes of the error behind the cut"
     errors = result.get('errors')
     if not errors: return
-    behind = errors['layers'][0]
-    return _section('Where the error goes', P(f"How far the state is off that each layer behind the cut reads, {errors['tokens']:,} tokens of the evaluation text: the first row is "
-                                              "the error of what stands in for the removed layers, the last what the model makes of it."),
+    behind, several = errors['layers'][0], len(blocks_of(result))>1
+    first = 'of all that was changed before it' if was_trained(result) or collapses(result) else f"of what stands in for the {'first block' if several else 'removed layers'}"
+    return _section('Where the error goes', P(f"How far the state is off that each layer behind the {'first ' if several else ''}cut reads, {errors['tokens']:,} tokens of the evaluation text: "
+                                              f"the first row is the error {first}, the last what the model makes of it."),
                     _picture(lambda ax: plot_errors(errors, ax), (4.8, 1.2+.2*len(errors['layers'])), 'Error by layer and place', 'By layer and place in the text. The first token often carries the attention sink.'),
                     P(f'The beginning of that text as {behind} reads it: the darker a token, the further off.', cls='soft small') if errors.get('words') else None, _words(errors))
 
@@ -776,7 +777,7 @@ def report_html(result)->str:
     page = ft('html', head, Body(Main(*(b for b in body if b is not None))), lang='en')
     return '<!doctype html>\n' + to_xml(page, indent=False) + '\n'
 
-# %% ../nbs/20_report.ipynb #4ad07d87
+# %% ../nbs/20_report.ipynb #ab6af0ee
 def write_report(folder, result, # as saved in `replaceme.json`
                 )->Path: # folder/report.html
     "Write the page, one file without any other"
@@ -794,7 +795,8 @@ def save_plots(folder, result)->list: # names of the files, for the card
     if ridge_rows(ridge): draw['ridge.png'] = lambda ax: plot_ridge(ridge, ax)
     if (errors := result.get('errors')): draw['errors.png'] = lambda ax: plot_errors(errors, ax)
     for name, f in draw.items():
-        fig = matplotlib.figure.Figure(figsize=(6.4,3.6), layout='constrained')
+        height = max(3.6, 1.4+.22*len(result['errors']['layers'])) if name=='errors.png' else 3.6
+        fig = matplotlib.figure.Figure(figsize=(6.4, height), layout='constrained')
         f(fig.subplots())
         fig.savefig(Path(folder)/name, dpi=150, facecolor='white')
     return list(draw)

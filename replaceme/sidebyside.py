@@ -36,13 +36,13 @@ from .evaluate import _answer, _check_finite, _check_limit, _expand, _lm_eval, _
 from .plots import *
 from .report import *
 
-# %% ../nbs/21_sidebyside.ipynb #4139f73a
+# %% ../nbs/21_sidebyside.ipynb #e1d9f519
 def _kept(n, blocks): return [l for l in range(n) if not any(b.holds(l) for b in blocks)]
 
 def _read_states(model, ids, at): # {layer: (S,d)}, float64
     "What the layers `at` read of one piece; the number of layers stands for the end"
     found = {}
-    tap(model, dict(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None]), lambda i,x: found.update({i: x.reshape(len(ids), -1).double().cpu()}) if i in at else None)
+    tap(model, dict(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None]), lambda i,x: found.update({i: x.reshape(len(ids), -1).cpu().double()}) if i in at else None)
     return found
 
 def state_errors(dense, model, # that came out of `dense`
@@ -60,11 +60,20 @@ def state_errors(dense, model, # that came out of `dense`
             for l,i in ours.items(): errs[l].append((g[i]-h[l]).norm(dim=-1)/h[l].norm(dim=-1).clamp(min=1e-12))
     return {l: torch.stack(e) for l,e in errs.items()}
 
-# %% ../nbs/21_sidebyside.ipynb #f5e01abc
+# %% ../nbs/21_sidebyside.ipynb #17326338
 def _places(S): # (first, last) from 1: 1, 2, 3-4, 5-8, ...
     ends = [1]
     while ends[-1]<S: ends.append(min(2*ends[-1], S))
     return list(zip([1, *[e+1 for e in ends[:-1]]], ends))
+
+def _words(tokenizer, ids): # as they stand in the text, with their spaces; a character of several tokens stands at its last
+    done, words = '', []
+    for k in range(1, len(ids)+1):
+        text = tokenizer.decode(ids[:k])
+        whole = not text.endswith('\ufffd')
+        words.append(text[len(done):] if whole else '')
+        if whole: done = text
+    return words
 
 def error_picture(errs, # from `state_errors`
                   ids, tokenizer,
@@ -73,7 +82,7 @@ def error_picture(errs, # from `state_errors`
     "The errors by layer and place, and the first tokens with the error that the first layer behind the cut reads"
     end, places = max(errs), _places(ids.shape[1])
     first = errs[min(errs)]
-    words = [tokenizer.decode([i]) for i in ids[0,:shown].tolist()]
+    words = _words(tokenizer, ids[0,:shown].tolist())
     return dict(layers=['the end' if l==end else f'layer {l}' for l in errs], places=[list(p) for p in places], tokens=ids.numel(),
                 grid=[[round(e[:,a-1:b].mean().item(), 6) for a,b in places] for e in errs.values()],
                 words=[[w, round(x, 4)] for w,x in zip(words, first[0,:shown].tolist())])

@@ -1,12 +1,13 @@
 """Where to read more: each error names a page, and each page is one that the site has."""
-import ast
 import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from replaceme.core import ReplaceMeError, _TUTORIALS, help_page
 from replaceme.data import load_texts
+from replaceme.pipeline import read_config
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(p.stem for p in (ROOT / "replaceme").glob("[a-z]*.py"))
@@ -31,9 +32,11 @@ def test_an_error_says_where_to_read_more():
     assert e.value.page.endswith("/tutorials/your_data.html") and e.value.__notes__ == [f"Help: {e.value.page}"]
 
 
-def test_errors_are_raised_where_they_are_made():
-    "The page follows from the module that makes the error: none is made in a room that only others know"
-    for m in MODULES:
-        tree = ast.parse((ROOT / f"replaceme/{m}.py").read_text(encoding="utf-8"))
-        made = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "ReplaceMeError"]
-        assert not made or help_page(m) != help_page("nowhere"), m
+@pytest.mark.parametrize("keys, page", [(dict(dataset=["self"], dataset_shares=[1, 2]), "your_data"), (dict(tasks={"piqa": {"shots": 2}}), "evaluate_and_publish"),
+                                        (dict(trainer={"lr": 1}, recover="cut"), "many_machines"), (dict(recover="rope"), "which_method"), (dict(layers_to_skp=1), "pipeline")])
+def test_a_wrapped_error_keeps_its_page(tmp_path, keys, page):
+    "A config's error is told by its file, and helped by the page of the stage that found it"
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(keys))
+    with pytest.raises(ReplaceMeError, match="config .*c.yaml: ") as e:
+        read_config(tmp_path / "c.yaml")
+    assert Path(e.value.page).stem == page and e.value.__notes__ == [f"Help: {e.value.page}"]

@@ -11,31 +11,34 @@ from replaceme.pipeline import make_config, run
 
 class Hub:
     "Stands in for the hub's interface and notes what it was asked"
-    said, fails, known = [], None, True
+    said, fails, known, files = [], None, True, [".gitattributes"]
 
     def __init__(self, token=None):
         self.token = token
 
-    def whoami(self, token=None):
-        Hub.said.append(("whoami", token))
-        if not Hub.known:
-            raise OSError("401 Unauthorized")
+    def whoami(self):
+        Hub.said.append(("whoami", self.token))
         return dict(name="me")
+
+    def list_repo_files(self, name):
+        return Hub.files
 
     def create_repo(self, name, private, exist_ok):
         Hub.said.append(("create", self.token, name, private, exist_ok))
+        if not Hub.known:
+            raise OSError("403 Forbidden")
         return type("Url", (), dict(repo_id="me/" + name.split("/")[-1]))()
 
-    def upload_folder(self, folder_path, repo_id, commit_message):
+    def upload_folder(self, folder_path, repo_id, commit_message, delete_patterns):
         if Hub.fails:
             raise Hub.fails
-        Hub.said.append(("upload", repo_id, sorted(p.name for p in Path(folder_path).iterdir())))
+        Hub.said.append(("upload", repo_id, delete_patterns, sorted(p.name for p in Path(folder_path).iterdir())))
         return type("Commit", (), dict(commit_url="https://hub/commit"))()
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch, save_tiny):
-    Hub.said, Hub.fails, Hub.known = [], None, True
+    Hub.said, Hub.fails, Hub.known, Hub.files = [], None, True, [".gitattributes"]
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     return save_tiny(tmp_path)
@@ -47,12 +50,21 @@ def config(place, **keys):
 
 
 def test_the_finished_folder_is_uploaded(place):
-    _, path = run(config(place))
-    (who, create, upload) = Hub.said
-    assert who == ("whoami", "hf_secret") and create == ("create", "hf_secret", "me/small", True, True)
-    assert upload[1] == "me/small" and {"model.safetensors", "config.json", "README.md", "report.html", "replaceme.json"} <= set(upload[2])
-    assert json.loads((path / "replaceme.json").read_text())["config"]["push_to_hub"] == "me/small"
-    assert not any(b"hf_secret" in f.read_bytes() for f in path.iterdir())
+    result, path = run(config(place), "model_path: %s/tiny" % place)
+    who, create, again, upload = Hub.said
+    assert who == ("whoami", "hf_secret") and create == again == ("create", "hf_secret", "me/small", True, True)
+    assert upload[1:3] == ("me/small", "*") and {"model.safetensors", "config.json", "README.md", "report.html", "replaceme.json"} <= set(upload[3])
+    assert json.loads((path / "replaceme.json").read_text())["config"]["push_to_hub"] == "me/small" and result["pushed"] == "https://hub/commit"
+    assert "from_pretrained('me/small')" in (path / "README.md").read_text()
+    for f in path.iterdir():  # neither the token nor where things lie on this machine
+        assert b"hf_secret" not in f.read_bytes() and str(place).encode() not in f.read_bytes(), f.name
+    assert "words" not in json.loads((path / "replaceme.json").read_text())["errors"]
+
+
+def test_what_stays_here_keeps_its_paths(place):
+    _, path = run(config(place, push_to_hub=None))
+    r = json.loads((path / "replaceme.json").read_text())
+    assert r["config"]["model_path"] == str(place / "tiny") and len(r["errors"]["words"]) == 32
 
 
 def test_a_failed_upload_keeps_the_folder(place):
@@ -68,9 +80,24 @@ def test_nothing_begins_without_a_hub(place, monkeypatch, offline):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
     Hub.known = False
     monkeypatch.setattr("replaceme.pipeline.load", lambda *a, **k: pytest.fail("the model was loaded"))
-    with pytest.raises(ReplaceMeError, match="HF_HUB_OFFLINE is set" if offline else "does not say who you are"):
+    with pytest.raises(ReplaceMeError, match="HF_HUB_OFFLINE is set" if offline else "lets nobody write there"):
         run(config(place))
     assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize("files, ok", [([".gitattributes", "README.md"], True), (["replaceme.json", "model.safetensors"], True), (["model.safetensors"], False)])
+def test_what_somebody_else_wrote_is_left_alone(place, files, ok):
+    "A repository that is empty or our own may be written over, another not; nor may the dense model's"
+    Hub.files = files
+    if ok:
+        run(config(place))
+        assert Hub.said[-1][0] == "upload"
+        return
+    with pytest.raises(ReplaceMeError, match="was not written by replaceme"):
+        run(config(place))
+    with pytest.raises(ReplaceMeError, match="which is the dense model"):
+        run(config(place, model_path="me/small"))
+    assert not any(s[0] == "upload" for s in Hub.said)
 
 
 @pytest.mark.parametrize("name", ["me/a b", "a/b/c", "me/", ""])

@@ -9,13 +9,20 @@ import pytest
 import torch
 
 import replaceme
-from replaceme.blocks import Block
+from replaceme.blocks import Block, candidates
 from replaceme.contract import contract
+from replaceme.distance import Profile
 from replaceme.evaluate import perplexity
 from replaceme.merge import cut
 from replaceme.models import tiny_model, tiny_tokenizer
-from replaceme.pipeline import prune
-from replaceme.sidebyside import divergence, memory_of, side_by_side
+from replaceme.optimize import Loss, Solved
+from replaceme.pipeline import Result, prune
+from replaceme.recover import Rung
+from replaceme.search import Pruned
+from replaceme.sidebyside import Speed, Speeds, divergence, memory_of, side_by_side
+from replaceme.solve import Fit
+from replaceme.stats import Measured, rank
+from replaceme.train import Trained
 
 matplotlib.use("agg")
 TEXT = "The map stands in for the layers that went. " * 60
@@ -42,7 +49,7 @@ KINDS = ("lstsq", "auto", "uidl", "shortgpt", "linearpatch", "contract", "perple
 def test_results_draw_themselves(found, kind):
     ax = found[kind].plot()
     assert ax.get_xlabel() and (ax.get_ylabel() or len(ax.get_yticklabels()) > 0)
-    assert ax.lines or ax.patches or ax.collections
+    assert ax.lines or ax.patches
     matplotlib.pyplot.close("all")
 
 
@@ -51,8 +58,41 @@ def test_what_is_drawn_is_what_was_measured(found):
     assert ax.lines[0].get_ydata() == pytest.approx(found["perplexity"].losses)
     ax = found["divergence"].plot()
     assert ax.lines[0].get_ydata() == pytest.approx(found["divergence"].kl)
+    ax, checks = found["contract"].plot(), [v for v in found["contract"].checks.values() if isinstance(v, float)]
+    assert len(checks) >= 4 and [b.get_width() for b in ax.patches] == pytest.approx([max(v, 1e-10) for v in checks])
+    shares = [r[3] for r in found["side"].rows() if r[3] is not None]
+    ax = found["side"].plot()
+    assert sorted(x for l in ax.lines if l.get_marker() == "o" for x in l.get_xdata()) == pytest.approx(sorted(shares)) and len(shares) >= 3
     ax = found["memory"].plot()
     assert [b.get_width() for b in ax.patches] == pytest.approx([found["memory"].weights / 1e6, found["memory"].cache / 1e6])
+    matplotlib.pyplot.close("all")
+
+
+def test_the_parts_of_a_result_draw_themselves():
+    "What is handed out on the way: a fit with and without a ridge that was sought, a solver's history, a rung, a pair of speeds, what calibration measured"
+    T = torch.eye(3).double()
+    assert [b.get_width() for b in Fit(T, .2, .7, 9).plot().patches] == [.7, .2]
+    assert Fit(T, .2, .7, 9, curve=dict(values=[.1, 1.], errors=[.5, .4], chosen=1.)).plot().lines[0].get_ydata().tolist() == [.5, .4]
+    assert Solved(T, [dict(step=0, loss=3., held=.1), dict(step=1, loss=2., held=.4)], "irls", Loss("cosine"), 1).plot().lines[0].get_ydata().tolist() == [.1, .4]
+    for r in (Rung("cut", 9, 9, 1., .5, 1., [dict(step=1, loss=.7), dict(step=2, eval_loss=.5)]), Trained(9, 1., .5, 1., 9, [dict(step=1, loss=.7), dict(step=2, eval_loss=.5)])):
+        assert [l.get_ydata().tolist() for l in r.plot().lines] == [[.7], [.5]]
+    speeds = Speeds(Speed(1, [2.], [10., 12.]), Speed(1, [1.], [20., 24.]), (1, 1, 1), (2, 2, 2))
+    assert [b.get_width() for b in speeds.plot().patches] == [11, 22]
+    done = Pruned(None, [Block(1, 2)], [], choice=[dict(block=[1, 2], distance=.1, loss=3., chosen=True), dict(block=[2, 3], distance=.2, loss=2.9)])
+    assert [t.get_text() for t in done.plot().texts] == ["[1,2)", "[2,3)"]
+    profile = Profile(5)
+    profile.add(torch.randn(6, 9, 8, generator=torch.Generator().manual_seed(0)).cumsum(0))
+    ranked, avoided = rank(profile, candidates(5, 2), {1: .9})
+    ax = Measured(profile, ranked, avoided, {1: .9}).plot()
+    assert ax.get_legend_handles_labels()[1][0].startswith(f"chosen {ranked[0][1]}:") and not ranked[0][1].holds(1)
+    ax = profile.plot(2, sinks={1: .9})
+    assert ax.get_legend_handles_labels()[1][0].startswith(f"chosen {ranked[0][1]}:")  # a block that holds a sink is not what would be chosen
+    matplotlib.pyplot.close("all")
+
+
+def test_all_blocks_of_a_result_are_marked():
+    r = Result(block=[1, 3], blocks=[[1, 3], [4, 6]], distance=dict(metric="angular", profile={"2": [.1, .3, .4, .2, .5]}))
+    assert [l.split(":")[0] for l in r.plot().get_legend_handles_labels()[1]] == ["chosen [1,3)", "chosen [4,6)", "next [2,4)"]
     matplotlib.pyplot.close("all")
 
 
