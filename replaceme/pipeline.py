@@ -986,7 +986,7 @@ def analyse(cfg): # -> (Profile, files written)
     collect(model, mask_tokens(bs, cfg.mask, cfg.seed) if cfg.mask else bs, [], {}, profile, desc='profile')
     return profile, write_profile(profile, out, cfg.layers_to_skip, model=fingerprint(model), data=_data_key(cfg))
 
-# %% ../nbs/22_pipeline.ipynb #66b68a82
+# %% ../nbs/22_pipeline.ipynb #763468cf
 @dataclass
 class EvaluateConfig(Config):
     "The YAML schema of an evaluation: `Config`, and which two models to compare"
@@ -995,19 +995,18 @@ class EvaluateConfig(Config):
     speed:bool = key(True, "of compare: time to the first token and tokens per second, too")
 
     def __post_init__(self):
-        if self.compare is None:
-            if not self.speed: raise ReplaceMeError("speed is false, but nothing is timed where one model is scored; leave it out, or give compare.")
-            return
+        if self.compare is None: return
         if len(self.compare)!=2 or not all(isinstance(m, str) and m for m in self.compare):
             raise ReplaceMeError(f"compare is {self.compare!r}: give two models, the dense one first, such as [HuggingFaceTB/SmolLM2-135M-Instruct, ./pruned].")
         if self.model_path is not None: raise ReplaceMeError(f"model_path is {self.model_path!r}, but compare names the models; leave it out.")
 
-# %% ../nbs/22_pipeline.ipynb #596b3d67
+# %% ../nbs/22_pipeline.ipynb #ae44b09d
 def _nothing_to_score(cfg): return cfg.eval_dataset is None and cfg.tasks is None
 
 def evaluate(cfg)->dict: # or a `SideBySide`
     "Score the model of a config, or two side by side; nothing is pruned"
     if getattr(cfg, 'compare', None): return evaluate_pair(cfg)
+    if not getattr(cfg, 'speed', True): raise ReplaceMeError("speed is false, but nothing is timed where one model is scored; leave it out, or give compare.")
     need(cfg, 'model_path')
     if _nothing_to_score(cfg): raise ReplaceMeError("nothing to score: give eval_dataset, tasks or both.")
     model, tokenizer = load(cfg)
@@ -1017,10 +1016,10 @@ def evaluate(cfg)->dict: # or a `SideBySide`
     if cfg.tasks is not None: res['tasks'] = {t: r['scores'] for t,r in kept_tasks(model, tokenizer, cfg.tasks, cfg.limit, None, cfg.batch_size, cache).items()}
     return dict(model=str(cfg.model_path), text=cfg.eval_dataset, **res)
 
-# %% ../nbs/22_pipeline.ipynb #c66e974b
+# %% ../nbs/22_pipeline.ipynb #c41e339e
 def load_pair(cfg)->tuple: # (dense model, other model, tokenizer)
     "The two models of `compare`"
-    a, b = [load(dataclasses.replace(cfg, compare=None, speed=True, model_path=m)) for m in cfg.compare]
+    a, b = [load(dataclasses.replace(cfg, compare=None, model_path=m)) for m in cfg.compare]
     check_pair(a[0], b[0])
     if not sees(a[0]) and a[1].get_vocab()!=b[1].get_vocab():
         raise ReplaceMeError(f"compare: the tokenizers of {cfg.compare[0]} and {cfg.compare[1]} have different vocabularies ({len(a[1])} and {len(b[1])} tokens): "
