@@ -717,7 +717,7 @@ def _errors(result):
                     _picture(lambda ax: plot_errors(errors, ax), (4.8, 1.2+.2*len(errors['layers'])), 'Error by layer and place', 'By layer and place in the text. The first token often carries the attention sink.'),
                     P(f'The beginning of that text as {behind} reads it: the darker a token, the further off.', cls='soft small') if errors.get('words') else None, _words(errors))
 
-# %% ../nbs/20_report.ipynb #198978b1
+# %% ../nbs/20_report.ipynb #9250c77f
 def _training(result):
     "What was trained, and what it brought"
     rows, headers = training_rows(result)
@@ -737,7 +737,7 @@ def _cost(result):
     sec = result.get('seconds') or {}
     most = max(sec.values(), default=0) or 1
     rows = [(k, f'{v:.1f} s', Div(cls='bar', style=f'width:{100*v/most:.0f}%')) for k,v in sec.items()]
-    memory = [P(l.capitalize()) for l in _cost_lines(result) if l.startswith('peak memory')]
+    memory = [P(l[0].upper()+l[1:]) for l in _cost_lines(result) if l.startswith('peak memory')]
     return _section('What it cost', _html_table(rows, cls='bars') if rows else None, *memory)
 
 # %% ../nbs/20_report.ipynb #dac8da30
