@@ -21,7 +21,7 @@ pip = $(call quiet,$(PY) -m pip install -q $(1))
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test runtimes docs export clean install install-dev model converter
+.PHONY: help demo test runtimes docs data export clean install install-dev model converter
 
 help: ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -45,6 +45,9 @@ runtimes: install-dev model .venv/.llama converter ## run a pruned model in llam
 	@$(PY) -m pytest tests/test_runtimes.py -q
 	@echo "== benchmarks/results/runtimes.json"
 	@$(PY) benchmarks/runtimes.py
+
+data: .venv/.library ## get the public texts and questions that the published numbers are about into .cache/data
+	@$(PY) benchmarks/data.py
 
 docs: export ## render the documentation into _docs
 	@echo "== documentation"

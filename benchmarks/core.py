@@ -4,7 +4,7 @@
 
 Prints them and keeps them in benchmarks/results/core.json, from which the README's table is made. Speed is a ratio taken
 in one run, because machines differ; nothing else should run beside it. Needs wikitext2_valid.txt and wikitext2_test.txt
-in $REPLACEME_DATA (default ../shared/data) and the demo model (`make demo` fetches it).
+from `make data` and the demo model (`make demo` fetches it).
 """
 import json
 import os
@@ -17,10 +17,11 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parents[1]
 os.environ.setdefault("REPLACEME_CACHE", str(ROOT / ".cache"))
-DATA = Path(os.environ.get("REPLACEME_DATA") or ROOT / "../shared/data")
+sys.path.insert(0, str(ROOT / "benchmarks"))
 OUT = ROOT / "benchmarks/results/core.json"
 
 import torch  # noqa: E402
+from data import DATA  # noqa: E402
 
 from replaceme.arch import backbone, check_model, fold_points  # noqa: E402
 from replaceme.blocks import Block, candidates  # noqa: E402

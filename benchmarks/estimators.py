@@ -9,7 +9,7 @@ text    calibration on self, wikitext, python-docs and mixtures: two perplexitie
 
 Keeps everything in benchmarks/results/estimators.json, from which the tutorial and the README are made; a section that is
 there already is measured again when it is named. Seconds are of one run in which nothing else ran. Needs wikitext2_valid.txt,
-wikitext2_test.txt and piqa_valid.jsonl in $REPLACEME_DATA (default ../shared/data) and the demo model (`make model`).
+wikitext2_test.txt and piqa_valid.jsonl from `make data` and the demo model (`make model`).
 """
 import json
 import os
@@ -24,10 +24,11 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parents[1]
 os.environ.setdefault("REPLACEME_CACHE", str(ROOT / ".cache"))
-DATA = Path(os.environ.get("REPLACEME_DATA") or ROOT / "../shared/data")
+sys.path.insert(0, str(ROOT / "benchmarks"))
 OUT = ROOT / "benchmarks/results/estimators.json"
 
 import torch  # noqa: E402
+from data import DATA  # noqa: E402
 
 from replaceme.arch import fold_points, judging  # noqa: E402
 from replaceme.blocks import Block, candidates  # noqa: E402

@@ -7,8 +7,8 @@ are converted to GGUF and run by llama.cpp on the same tokens as by transformers
 wikitext2_test.txt, and two prompts continued greedily. What the rounding of q8_0 alone does is measured beside it. Everything is
 kept in benchmarks/results/runtimes.json, from which the tutorial is made.
 
-Needs llama_cpp and the converter (`make runtimes` installs both), wikitext2_valid.txt and wikitext2_test.txt in $REPLACEME_DATA
-(default ../shared/data) and the demo model (`make model`).
+Needs llama_cpp and the converter (`make runtimes` installs both), wikitext2_valid.txt and wikitext2_test.txt from
+`make data` and the demo model (`make model`).
 """
 import copy
 import importlib.util
@@ -26,10 +26,11 @@ from unittest import mock
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).parents[1]
-DATA = Path(os.environ.get("REPLACEME_DATA") or ROOT / "../shared/data")
+sys.path.insert(0, str(ROOT / "benchmarks"))
 OUT = ROOT / "benchmarks/results/runtimes.json"
 
 import torch  # noqa: E402
+from data import DATA  # noqa: E402
 
 from replaceme.arch import judging, layers_of  # noqa: E402
 from replaceme.core import cache_dir  # noqa: E402
@@ -205,7 +206,7 @@ def main(folder=None):
     if wrong := missing():
         sys.exit(wrong)
     if not (DATA / "wikitext2_test.txt").is_file():
-        sys.exit(f"no wikitext2_test.txt in {DATA}: set REPLACEME_DATA to the folder that holds it")
+        sys.exit(f"no wikitext2_test.txt in {DATA}: `make data` fetches it")
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
         pruned = Path(folder) if folder else pruned_smollm2(tmp / "pruned")

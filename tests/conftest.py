@@ -1,5 +1,6 @@
 """What the tests share: no hub, and the texts and questions that known answers are about."""
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 @pytest.fixture(scope="session")
 def data_dir():
     "Folder with wikitext2_valid.txt, wikitext2_test.txt and piqa_valid.jsonl; a test that asks for it skips without it."
-    folder = Path(os.environ.get("REPLACEME_DATA") or ROOT / "../shared/data").resolve()
-    if not folder.is_dir():
-        pytest.skip("no test data: set REPLACEME_DATA to the folder that holds wikitext2_valid.txt")
-    return folder
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from data import DATA
+    if not (DATA / "wikitext2_valid.txt").is_file():
+        pytest.skip(f"no test data in {DATA}: `make data` fetches it")
+    return DATA.resolve()
 
 
 @pytest.fixture(scope="session")
