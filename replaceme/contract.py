@@ -13,6 +13,7 @@ import torch, transformers
 
 from .core import *
 from .plots import *
+from .models import from_checkpoint
 from .arch import *
 from .blocks import *
 from .merge import *
@@ -41,18 +42,17 @@ TOLERANCE = 1e-4 # relative error that counts as rounding in float32
 # %% ../nbs/15_contract.ipynb #ba32ddf0
 def _loaded(model, folder):
     "By the class anybody would use, or, for a family that transformers cannot find by its config, by the model's own"
-    kw = dict(dtype='auto', output_loading_info=True)
-    try: return getattr(transformers, auto_class(model)).from_pretrained(folder, trust_remote_code=False, **kw)
-    except (ValueError, KeyError, OSError): return type(model).from_pretrained(folder, **kw)
+    auto = getattr(transformers, auto_class(model))
+    try: return from_checkpoint(auto, folder, dtype='auto', trust_remote_code=False)
+    except ReplaceMeError: raise
+    except (ValueError, KeyError, OSError): return from_checkpoint(type(model), folder, dtype='auto')
 
 def saved_and_loaded(model):
     "The model as it comes back from disk"
     with tempfile.TemporaryDirectory() as d:
         save_checkpoint(model, d)
-        again, info = _loaded(model, d)
-    wrong = [*info['missing_keys'], *info['unexpected_keys'], *info['mismatched_keys']]
-    if wrong: raise RuntimeError(f"parameters {sorted(map(str, wrong))[:3]} are not what the config builds")
-    return again.eval()
+        try: return _loaded(model, d).eval()
+        except ReplaceMeError as e: raise RuntimeError(str(e)) from e # it is not the model that is to blame
 
 def written(model, batch, cache): # token ids, and the logits behind them
     "What a model writes, the likeliest token each time"

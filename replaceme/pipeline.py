@@ -52,7 +52,8 @@ def key(default, help, nargs=None): # -> a dataclass field; `nargs` values make 
 @dataclass
 class Config:
     "Everything a run depends on; the YAML schema and the flags of the commands"
-    model_path:str|None = key(None, "hub id, checkpoint folder, .gguf file or package:NAME")
+    model_path:str|None = key(None, "hub id, checkpoint folder, adapter, .gguf file or package:NAME")
+    revision:str|None = key(None, "branch, tag or commit of model_path on the hub; not of data sets")
     method:str = key('auto', "auto (the best known), lstsq or cosine (the paper's estimators), remove (no map at all); the peers uidl, shortgpt, laco, linearpatch, streamline (trained)")
     merge:bool = key(True, "fold the map into weights; false keeps it as a linear block of its own, which needs trust_remote_code to load")
     layers_to_skip:int|None = key(None, "number of layers to remove")
@@ -68,7 +69,8 @@ class Config:
     use_4bit:bool = key(False, "calibrate in NF4; the folded and saved weights stay the original ones")
     use_8bit:bool = key(False, "the same in 8 bit integers")
     dtype:str|None = key(None, "dtype of the weights: float32, bfloat16, float16; null keeps the saved one")
-    device_map:str|None = key(None, "accelerate's placement; null uses an accelerator if there is one")
+    device_map:str|int|dict|None = key(None, "auto, a device or {module: device}; null: an accelerator")
+    max_memory:dict|None = key(None, "of each device, with device_map auto: {0: 10GiB, cpu: 60GiB}")
     token:str|None = key(None, "access token for gated models and data on the hub; never written to a result")
     trust_remote_code:bool = key(False, "run code that comes with the model's repository")
     min_distance_layer:int|None = key(None, "the earliest layer, counted from 0, that the removed block may start at")
@@ -705,7 +707,9 @@ def _finish(result, cfg, stages, loaded, model, pruned):
                   peak_memory=peak_memory(), loaded_memory=loaded, config=conf, versions=versions(), seed=cfg.seed)
     return result
 
-_OUTSIDE = {**dict.fromkeys(('model_path', 'use_4bit', 'use_8bit', 'dtype', 'device_map', 'trust_remote_code'), "it is loaded already"),
+_OF_LOADING = ('model_path', 'revision', 'use_4bit', 'use_8bit', 'dtype', 'device_map', 'max_memory',
+               'trust_remote_code')
+_OUTSIDE = {**dict.fromkeys(_OF_LOADING, "it is loaded already"),
             **dict.fromkeys(('eval_dataset', 'eval_column', 'eval_subset', 'eval_split', 'eval_size', 'eval_length', 'tasks', 'limit', 'prompt'),
                             "score the two models with replaceme.evaluate"),
             **dict.fromkeys(('save_path', 'save_transform_only', 'push_to_hub', 'private'), "save it with save_checkpoint")}
@@ -736,10 +740,11 @@ def _bytes(model, pruned_layers):
     size = lambda m: sum(p.numel()*p.element_size() for p in m.parameters())
     return int(1.02*(size(model)-pruned_layers*size(layers[0])))+10_000_000
 
-def load(cfg, quantised=True):
+def load(cfg, quantised=True, # in 4 or 8 bit, if the config says so?
+         keep_quantised=False): # see `load_model`
     "The model and tokenizer of a config"
     return load_model(cfg.model_path, cfg.dtype, cfg.device_map, cfg.use_4bit and quantised, cfg.token, cfg.trust_remote_code,
-                      cfg.use_8bit and quantised)
+                      cfg.use_8bit and quantised, cfg.revision, cfg.max_memory, keep_quantised)
 
 # %% ../nbs/22_pipeline.ipynb #24937c8f
 def eval_text(cfg, tokenizer, model=None):
@@ -813,13 +818,16 @@ def reload(folder, cfg,
            auto='AutoModelForCausalLM', # class that loads it
            own_code=False): # does the checkpoint carry the code of a map of its own?
     "The checkpoint as any user of transformers would load it, proved to be the model that was saved"
-    model, info = getattr(transformers, auto).from_pretrained(folder, dtype='auto', device_map=placement(cfg.device_map), use_safetensors=True, offload_folder=offload_folder(),
-                                                       trust_remote_code=cfg.trust_remote_code or own_code, output_loading_info=True)
-    wrong = [*info['missing_keys'], *info['unexpected_keys'], *info['mismatched_keys']]
+    def other(why): return ReplaceMeError(f"the saved checkpoint does not load as the pruned model ({why}): "
+                                          "nothing was kept. "
+                                          "Its family rebuilds layers by their number; please report it.")
+    place = dict(device_map=placement(cfg.device_map), max_memory=as_memory(cfg.max_memory, cfg.device_map),
+                 offload_folder=offload_folder())
+    try: model = from_checkpoint(getattr(transformers, auto), folder, dtype='auto', use_safetensors=True,
+                                 trust_remote_code=cfg.trust_remote_code or own_code, **place)
+    except ReplaceMeError as e: raise other(e) from e
     err = relative_error(outputs(model.eval(), dummy(model)), ref)
-    if wrong or not err<max(1e-3, 4*torch.finfo(model.dtype).eps):
-        raise ReplaceMeError(f"the saved checkpoint does not load as the pruned model (relative error {err:.1e}; parameters {wrong[:3] or 'complete'}): "
-                             "nothing was kept. Its family rebuilds layers by their number; please report it.")
+    if not err<max(1e-3, 4*torch.finfo(model.dtype).eps): raise other(f"relative error {err:.1e}")
     return model
 
 def _write(tmp, cfg, done, tokenizer, stages):
@@ -1009,7 +1017,7 @@ def evaluate(cfg)->dict: # or a `SideBySide`
     if not getattr(cfg, 'speed', True): raise ReplaceMeError("speed is false, but nothing is timed where one model is scored; leave it out, or give compare.")
     need(cfg, 'model_path')
     if _nothing_to_score(cfg): raise ReplaceMeError("nothing to score: give eval_dataset, tasks or both.")
-    model, tokenizer = load(cfg)
+    model, tokenizer = load(cfg, keep_quantised=True)
     if sees(model): raise ReplaceMeError(f"model_path {cfg.model_path} is an image encoder, which has no perplexity: run_replaceme compares its states before and after.")
     text, cache, res = eval_text(cfg, tokenizer, model), getattr(cfg, 'cache', True), {}
     if text is not None: res['perplexity'] = kept_perplexity(model, tokenizer, text, cfg.eval_length, cfg.eval_size, cache)
@@ -1019,7 +1027,11 @@ def evaluate(cfg)->dict: # or a `SideBySide`
 # %% ../nbs/22_pipeline.ipynb #c41e339e
 def load_pair(cfg)->tuple: # (dense model, other model, tokenizer)
     "The two models of `compare`"
-    a, b = [load(dataclasses.replace(cfg, compare=None, model_path=m)) for m in cfg.compare]
+    if cfg.revision is not None and all(map(is_local, cfg.compare)):
+        raise ReplaceMeError(f"revision is {cfg.revision!r}, but both models of compare are on this machine: "
+                             "leave it out.")
+    one = lambda m: dict(compare=None, model_path=m, revision=None if is_local(m) else cfg.revision)
+    a, b = [load(dataclasses.replace(cfg, **one(m)), keep_quantised=True) for m in cfg.compare]
     check_pair(a[0], b[0])
     if not sees(a[0]) and a[1].get_vocab()!=b[1].get_vocab():
         raise ReplaceMeError(f"compare: the tokenizers of {cfg.compare[0]} and {cfg.compare[1]} have different vocabularies ({len(a[1])} and {len(b[1])} tokens): "

@@ -16,7 +16,7 @@ from torch import nn
 from .core import *
 from .plots import *
 from .arch import *
-from .models import placement, _quantization
+from .models import from_checkpoint, placement, _quantization
 from .blocks import *
 from .merge import *
 from .unmerged import *
@@ -73,8 +73,9 @@ def train_adapters(model, texts, held, tokens, targets, quantise, rank=16, seed=
     with common_folder() as d, frozen(model): # peft freezes what it finds, and some of it is the dense model's
         if quantise:
             save_checkpoint(model, d)
-            base = getattr(transformers, auto_class(model)).from_pretrained(d, dtype=model.dtype, quantization_config=_quantization(model.dtype, 4), device_map=placement(None),
-                                                                            trust_remote_code=is_linear_model(model))
+            kw = dict(dtype=model.dtype, device_map=placement(None), trust_remote_code=is_linear_model(model))
+            auto = getattr(transformers, auto_class(model))
+            base = from_checkpoint(auto, d, quantization_config=_quantization(model.dtype, 4), **kw)
         else: base = shared_copy(model)
         wrapped = with_adapters(base, rank, seed)
         names = [n for n,p in wrapped.named_parameters() if 'lora_' in n]

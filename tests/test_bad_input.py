@@ -195,9 +195,10 @@ def test_fewer_tokens_than_the_width(place, checkpoint, capsys):
 
 
 def test_not_a_decoder(place, capsys):
-    from transformers import BertConfig, BertModel, T5Config, T5Model
-    for cls, cfg, why in ((BertModel, BertConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64, vocab_size=320),
-                           "is not a decoder"),
+    from transformers import BertConfig, BertLMHeadModel, BertModel, T5Config, T5Model
+    bert = BertConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64, vocab_size=320)
+    for cls, cfg, why in ((BertModel, bert, "without a head that predicts tokens"),
+                          (BertLMHeadModel, bert, "is not a decoder"),
                           (T5Model, T5Config(d_model=32, num_layers=2, num_heads=4, d_ff=64, d_kv=8, vocab_size=320),
                            "neither a causal language model nor an image encoder")):
         folder = place / cls.__name__
@@ -290,7 +291,7 @@ def test_odd_places(place, checkpoint, capsys):
     fails(capsys, place, args + ["--save_path", "texts.jsonl/out"], "texts.jsonl, which is a file")
     fails(capsys, place, args + ["--distances_path", "p.csv"], "must end in .json", command=cli.get_distance_analysis)
     fails(capsys, place, args + ["--distances_path", "texts.jsonl/p.json"], "which is a file", command=cli.get_distance_analysis)
-    fails(capsys, place, args + ["--device_map", "warp9"], "could not be loaded")
+    fails(capsys, place, args + ["--device_map", "warp9"], "device_map names 'warp9', which is no place")
     fails(capsys, place, args + ["--seed", str(2**70)], "seed is")
 
 
