@@ -170,7 +170,8 @@ def test_the_language_model_of_a_multimodal_checkpoint_loads_without_the_rest():
     inner = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(dict(model_type="qwen3_5", architectures=["Qwen3_5ForConditionalGeneration"], text_config=inner)))
     edit(folder, add={"model.visual.blocks.0.norm.weight": torch.ones(8)})
-    load_model(folder)
+    _, warned = said(lambda: load_model(folder))
+    assert len(warned) == 1 and "is a Qwen3_5ForConditionalGeneration, of which transformers loads the Qwen3_5ForCausalLM" in warned[0]
     edit(folder, lose=["model.layers.2.mlp.up_proj.weight"])
     refused(folder, "model.layers.2.mlp.up_proj.weight")
 
@@ -235,6 +236,52 @@ def write_gguf(path, lose=None):
         if k != lose:
             w.add_tensor(k, np.random.default_rng(0).standard_normal(s).astype(np.float32))
     w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file(), w.close()
+
+
+OWN = """
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+class OwnConfig(PreTrainedConfig):
+    model_type = "own_thing"
+    def __init__(self, hidden_size=32, vocab_size=320, num_hidden_layers=3, **kw):
+        self.hidden_size, self.vocab_size, self.num_hidden_layers = hidden_size, vocab_size, num_hidden_layers
+        super().__init__(**kw)
+
+class OwnForCausalLM(PreTrainedModel):
+    config_class = OwnConfig
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([nn.Linear(config.hidden_size, config.hidden_size) for _ in range(config.num_hidden_layers)])
+        self.register_buffer("inv_freq", 1/10000**(torch.arange(4)/4), persistent=KEPT)
+        self.post_init()
+    def get_input_embeddings(self): return self.embed
+    def forward(self, input_ids=None, **kw):
+        h = self.embed(input_ids)
+        for l in self.layers: h = h + l(h)
+        return CausalLMOutputWithPast(logits=h@self.embed.weight.T*self.inv_freq.sum())
+"""
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_class_that_comes_with_its_checkpoint(kept):
+    "Its tables are in no checkpoint, and transformers 5 fills them with whatever the memory held"
+    folder = Path(f"own{kept}")
+    folder.mkdir()
+    (folder / "modeling_own.py").write_text(OWN.replace("KEPT", str(kept)))
+    auto = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(dict(model_type="own_thing", architectures=["OwnForCausalLM"], auto_map=auto)))
+    tiny_tokenizer().save_pretrained(folder)
+    weights = {"embed.weight": torch.randn(320, 32)} | {f"layers.{i}.{n}": torch.randn(s) for i in range(3) for n, s in (("weight", (32, 32)), ("bias", (32,)))}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    model, _ = load_model(folder, trust_remote_code=True)
+    assert torch.equal(model.inv_freq, 1 / 10000 ** (torch.arange(4) / 4))
+    refused(folder, "set trust_remote_code to true")
+    edit(folder, ["layers.1.bias"])
+    refused(folder, "would be random: 1 parameter (layers.1.bias)", trust_remote_code=True)
 
 
 def test_the_contract_calls_a_checkpoint_that_loses_weights_wrong(monkeypatch):
@@ -418,8 +465,9 @@ def test_what_cannot_be_turned_back_is_refused_before_anything_is_measured(q, pa
     refused(folder, "is quantised already", part, "give the checkpoint that it was made from")
 
 
-def test_an_fp8_checkpoint_is_turned_back():
-    model = tiny_model(layers=3, d=64)
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_an_fp8_checkpoint_is_turned_back(family):
+    model = tiny_model(family, layers=3, d=64)
     folder = folder_of(model)
     state = {}
     for k, v in load_file(folder / "model.safetensors").items():
