@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from .core import *
 from .models import *
 from .arch import *
+from .data import check_ids
 from .blocks import *
 from .evaluate import *
 from .evaluate import _check_choices, _check_finite
@@ -196,6 +197,7 @@ def eval_pieces(model, tokenizer, cfg)->torch.Tensor: # (pieces, length)
     "The pieces of text that every model is scored on"
     ids = cut_pieces(tokenizer, eval_text(cfg, tokenizer, model), cfg.eval_length, cfg.eval_size)
     check_length(model, ids.shape[1])
+    check_ids(model, ids)
     if len(ids)<2: raise ReplaceMeError(f"eval_dataset {cfg.eval_dataset} gives one piece of {ids.shape[1]} tokens, and an interval needs two: raise eval_size or lower eval_length.")
     return ids
 

@@ -12,6 +12,7 @@ __all__ = ['DEFAULT_TASKS', 'SCORES', 'Perplexity', 'cut_pieces', 'piece_losses'
 import contextlib, copy, functools, io, logging, math, os, random, statistics
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from transformers import GenerationConfig
 from .core import *
 from .plots import *
 from .arch import judging, stack_config, run, input_device, sees
+from .data import bare_ids, check_ids, n_embedded, special_ids
 
 # %% ../nbs/13_evaluate.ipynb #c3dbecad
 @dataclass(repr=False)
@@ -40,30 +42,27 @@ class Perplexity:
         "The loss of each piece"
         return plot_pieces({f'perplexity {self.value:.2f}': self.losses or [self.loss]}, 'loss (nats/token)', ax)
 
-# %% ../nbs/13_evaluate.ipynb #536e4379
-def _ids(tokenizer, text,
-         need): # so many tokens suffice
-    "The tokens of a text, or at least the first `need` of them"
-    for chars in (16*need, len(text)): # 4 characters a token or so; those at the cut may differ
-        ids = tokenizer(text[:chars], add_special_tokens=False, verbose=False)['input_ids']
-        if chars>=len(text) or len(ids)>need+64: return ids
-
 # %% ../nbs/13_evaluate.ipynb #ef6d1ff1
 def cut_pieces(tokenizer,
-               text, # a text, or a list of texts that are strung together
-               length=512, # tokens in a piece
+               text, # a text or a piece, a list of those, strung together, or (pieces, length) ids, cut already
+               length=512, # tokens in a piece, BOS among them
                pieces=24, # at most so many
               )->torch.Tensor: # (pieces, length) token ids
-    "The first pieces of a text, without special tokens; a text shorter than one piece is one shorter piece"
-    ids = []
-    for t in [text] if isinstance(text, str) else text:
-        ids += _ids(tokenizer, t, length*pieces)
-        if len(ids) >= length*pieces: break
-    if min(len(ids), length)<2 or pieces<1:
+    "The first pieces of a text, each begun as the tokenizer begins a text; one shorter piece of a shorter text"
+    if isinstance(text, torch.Tensor): return text
+    before, _ = special_ids(tokenizer)
+    step = max(length-len(before), 1)
+    need = step*max(pieces, 0)
+    def bare(t):
+        ids = list(islice(bare_ids(t, tokenizer), need+len(before)))
+        return ids[len(before):] if ids[:len(before)]==before else ids
+    texts = [text] if isinstance(text, str) else text
+    ids = list(islice(chain.from_iterable(map(bare, texts)), need))
+    rows = [[*before, *ids[i:i+step]] for i in range(0, len(ids)-step+1, step)] or [[*before, *ids]]
+    if min(len(rows[0]), length)<2 or length<=len(before) or pieces<1:
         raise ReplaceMeError(f"perplexity needs two tokens or more to predict one: the text has {len(ids)}, length is "
                              f"{length} and pieces {pieces}. Give a longer text.")
-    n = min(len(ids)//length, pieces)
-    return torch.tensor(ids[:n*length] if n else ids).view(max(n,1), -1)
+    return torch.tensor(rows)
 
 # %% ../nbs/13_evaluate.ipynb #f4027e6a
 def piece_losses(model,
@@ -126,7 +125,7 @@ def agreement(dense, # a model, or its `last_states`
 
 # %% ../nbs/13_evaluate.ipynb #487d6957
 def perplexity(model, tokenizer,
-               text, # a text, or a list of texts that are strung together
+               text, # as for `cut_pieces`
                length=512, # tokens in a piece
                pieces=24, # at most so many
                batch_size=1, # pieces in a forward pass; changes the speed alone
@@ -134,6 +133,7 @@ def perplexity(model, tokenizer,
     "Perplexity of `model` on the first pieces of a text"
     ids = cut_pieces(tokenizer, text, length, pieces)
     check_length(model, ids.shape[1])
+    check_ids(model, ids)
     with judging(model), tqdm(total=len(ids), desc='perplexity', unit='piece', leave=False) as bar:
         losses = []
         for b in ids.split(batch_size):
@@ -297,12 +297,20 @@ def _count_tokens(lm)->dict: # {(context, continuation): tokens}, filled while t
     lm._loglikelihood_tokens = noted
     return counts
 
+def _padding(tokenizer, model):
+    "A copy of the tokenizer whose padding token, if it is to be had, is one that the model has an embedding for"
+    res, kinds = copy.deepcopy(tokenizer), ('pad', 'unk', 'eos', 'bos')
+    ids = {k: getattr(res, f'{k}_token_id', None) for k in kinds}
+    good = [k for k in kinds if ids[k] is not None and ids[k]<n_embedded(model)]
+    if good: res.pad_token = getattr(res, f'{good[0]}_token')
+    return res
+
 def _lm_eval(model, tokenizer, loaded, limit, batch_size, log_samples=False):
     "What lm-eval finds, and how many tokens each continuation has"
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
     with _quiet(), judging(model):
-        lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        lm = HFLM(pretrained=model, tokenizer=_padding(tokenizer, model), batch_size=batch_size)
         counts = _count_tokens(lm)
         return evaluate(lm, loaded, limit=limit, log_samples=log_samples, bootstrap_iters=1000), counts
 
@@ -456,8 +464,7 @@ def _greedy(model, tokenizer, max_new_tokens):
     kept = model.generation_config
     eos = getattr(kept, 'eos_token_id', None)
     eos = tokenizer.eos_token_id if eos is None else eos
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    model.generation_config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=pad)
+    model.generation_config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=0) # any token the model has
     try: yield
     finally: model.generation_config = kept
 
@@ -469,6 +476,7 @@ def continuation(model, tokenizer, prompt,
     "What the model says to a prompt, greedily"
     inp, dev = prompt_ids(tokenizer, prompt, chat), input_device(model)
     ids, mask = inp['input_ids'].to(dev), inp['attention_mask'].to(dev)
+    check_ids(model, ids)
     with judging(model), _greedy(model, tokenizer, max_new_tokens):
         out = model.generate(input_ids=ids, attention_mask=mask)
     return tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)

@@ -27,6 +27,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from .core import *
 from .models import *
 from .arch import *
+from .data import check_ids
 from .activations import *
 from .blocks import *
 from .unmerged import map_output
@@ -153,14 +154,16 @@ def check_vocabularies(dense, model):
     if a!=b: raise ReplaceMeError(f"the two models have vocabularies of {a} and of {b} tokens: what they say of a token cannot be compared. Give a model and its pruned version.")
 
 def divergence(dense, model, tokenizer,
-               text, # a text, a list of texts that are strung together, or (pieces, length) token ids
+               text, # as for `cut_pieces`
                length=512, # tokens in a piece
                pieces=24, # at most so many
               )->Divergence:
     "How the predictions of two models differ on the same pieces of a text"
     check_vocabularies(dense, model)
-    ids = text if isinstance(text, torch.Tensor) else cut_pieces(tokenizer, text, length, pieces)
-    for m in (dense, model): check_length(m, ids.shape[1])
+    ids = cut_pieces(tokenizer, text, length, pieces)
+    for m in (dense, model):
+        check_length(m, ids.shape[1])
+        check_ids(m, ids)
     with judging(dense), judging(model):
         found = [piece_divergence(dense, model, p) for p in tqdm(ids, desc='divergence', unit='piece', leave=False)]
     kl, same, losses, others = map(list, zip(*found))
@@ -182,8 +185,8 @@ class _Clock(StoppingCriteria):
 @contextmanager
 def _steady(model, tokenizer, n):
     "The model's generation config exchanged for one that greedily writes `n` tokens, whatever they are"
-    kept, pad = model.generation_config, tokenizer.pad_token_id
-    model.generation_config = GenerationConfig(max_new_tokens=n, min_new_tokens=n, pad_token_id=0 if pad is None else pad)
+    kept = model.generation_config
+    model.generation_config = GenerationConfig(max_new_tokens=n, min_new_tokens=n, pad_token_id=0) # any token the model has
     try: yield
     finally: model.generation_config = kept
 
@@ -698,7 +701,7 @@ def check_pair(dense, model):
     check_vocabularies(dense, model)
 
 def side_by_side(dense, model, tokenizer, # of both
-                 text=None, # a text, or a list of texts that are strung together; None leaves perplexity and divergence out
+                 text=None, # as for `cut_pieces`; None leaves perplexity and divergence out
                  tasks=None, # as for `eval_tasks`; None leaves them out
                  limit=None, # questions of each task
                  prompts=(), # what both continue

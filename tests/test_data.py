@@ -1,6 +1,7 @@
 """Texts and batches: what a stream, a table and the model itself must keep to, and what bad input says."""
 import gzip
 import io
+import itertools
 import json
 import math
 import random
@@ -90,16 +91,19 @@ def test_batches_keep_order_and_the_ragged_rest():
         assert (b["attention_mask"].diff(dim=1) <= 0).all()
 
 
-def test_the_filling_is_masked_whatever_it_is():
+def test_the_filling_is_masked_and_a_token_of_every_model():
+    "Whatever token the tokenizer names: one that was added to it alone, the usual one, none"
     tok = tiny_tokenizer()
-    masks, pads = [], []
-    for change in (dict(), dict(pad_token=None), dict(eos_token=None)):
-        for k, v in change.items():
+    added = tiny_tokenizer()
+    added.add_special_tokens(dict(pad_token="<new>"))
+    assert added.pad_token_id == 259
+    for change in (added, tok, dict(pad_token=None), dict(eos_token=None)):
+        for k, v in (change.items() if isinstance(change, dict) else ()):
             setattr(tok, k, v)
-        b, = batches(["abc", "abcdef"], tok)
-        masks.append(b["attention_mask"].tolist())
-        pads.append(b["input_ids"][0, -1].item())
-    assert pads == [0, 2, 0] and masks == [[[1] * 3 + [0] * 3, [1] * 6]] * 3
+        b, = batches(["abc", "abcdef"], tok if isinstance(change, dict) else change)
+        assert b["attention_mask"].tolist() == [[1] * 3 + [0] * 3, [1] * 6]
+        assert b["input_ids"][0, 3:].tolist() == [0] * 3
+        tiny_model(layers=1, vocab=259)(**b)
 
 
 @pytest.mark.parametrize("texts, kw, say", [
@@ -233,7 +237,7 @@ def test_a_text_without_end():
             self.chars += n
             return ("lorem ipsum " * (n // 12 + 1))[:n]
     file = Endless()
-    assert len(data.cut_stream(file, TOK, size=64, max_length=512)) == 64
+    assert len(list(itertools.islice(data.cut_stream(file, TOK, max_length=512), 64))) == 64
     assert file.chars < 8 * 64 * 512
 
 

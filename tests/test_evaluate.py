@@ -59,10 +59,10 @@ def folder(tmp_path_factory):
 def reference(model, tok, text, length, pieces):
     "Piece by piece in float64, from the definition"
     model = copy.deepcopy(model).double()
-    ids = tok(text, add_special_tokens=False)["input_ids"]
-    losses = []
+    ids, bos = tok(text, add_special_tokens=False)["input_ids"], tok("")["input_ids"]
+    step, losses = length - len(bos), []
     for i in range(pieces):
-        p = torch.tensor(ids[i*length:(i+1)*length])
+        p = torch.tensor(bos + ids[i*step:(i+1)*step])
         logp = model(p[None]).logits[0].log_softmax(-1)
         losses.append(-logp[:-1].gather(1, p[1:, None]).mean().item())
     return losses
