@@ -42,11 +42,11 @@ from .arch import judging, stack_config
 # %% ../nbs/03_data.ipynb #1c5a7e01
 def spanned(text, tokenizer,
             at=0, # where in the whole the text starts
-           )->list: # of (id, start, end)
-    "The tokens of a text without special tokens, and the characters each stands for; None where the tokenizer cannot tell"
-    known = getattr(tokenizer, 'is_fast', False)
-    found = tokenizer(text, add_special_tokens=False, verbose=False, **dict(return_offsets_mapping=True) if known else {})
-    if not known: return [(i, None, None) for i in found['input_ids']]
+           )->list: # of (id, start, end); None for both where the tokenizer cannot tell
+    "The tokens of a text without special tokens, and the characters each stands for"
+    told = dict(return_offsets_mapping=True) if getattr(tokenizer, 'is_fast', False) else {}
+    found = tokenizer(text, add_special_tokens=False, verbose=False, **told)
+    if not told: return [(i, None, None) for i in found['input_ids']]
     return [(i, a+at, b+at) for i,(a,b) in zip(found['input_ids'], found['offset_mapping'])]
 
 # %% ../nbs/03_data.ipynb #1c5a7e03
@@ -73,7 +73,7 @@ SPARE = 256 # tokens at the end of a window that what follows may change
 
 def stream_ids(text, # a text, or an open file
                tokenizer): # yields ids
-    "The tokens of a text without special tokens, as if it had been tokenized at once, read no farther than needed"
+    "The tokens of a text without special tokens, those of the whole, as far as they are asked for"
     read = reader(text)
     window, told, at = read(4093), 0, 0 # its text, how many of its tokens were told, where it starts
     tokens = spanned(window, tokenizer)
@@ -118,11 +118,11 @@ class Piece(str):
 # %% ../nbs/03_data.ipynb #1c5a7e14
 def bare_ids(text, # or a `Piece`
              tokenizer): # an iterable of ids
-    "The tokens of a text as it stands, without special tokens; those of a piece are the ones that it was cut as"
+    "The tokens of a text without those that the tokenizer adds; of a piece the ones that it was cut as"
     if not isinstance(text, Piece): return stream_ids(text, tokenizer)
     if decoded(text.ids, tokenizer)!=text:
-        raise ReplaceMeError(f"the piece {str(text)[:40]!r} was cut by another tokenizer: read the data set with this one, or make "
-                             "a text of it with str.")
+        raise ReplaceMeError(f"the piece {str(text)[:40]!r} was cut by another tokenizer: read the "
+                             "data set with this one, or make a text of it with str.")
     return text.ids
 
 # %% ../nbs/03_data.ipynb #1c5a7e18
@@ -182,8 +182,9 @@ def n_embedded(model)->int:
 def check_ids(model, ids): # a tensor of token ids
     "Raise unless the model knows all of these tokens"
     n, most = n_embedded(model), int(ids.max()) if ids.numel() else 0
-    if most>=n: raise ReplaceMeError(f"the tokenizer makes token {most} of the text, and the model has embeddings for {n} tokens: take "
-                                     "the tokenizer that belongs to the model, or call model.resize_token_embeddings(len(tokenizer)).")
+    if most>=n: raise ReplaceMeError(f"the tokenizer makes token {most} of the text, and the model has "
+                                     f"embeddings for {n} tokens: take the tokenizer that belongs to the model, or call "
+                                     "model.resize_token_embeddings(len(tokenizer)).")
 
 # %% ../nbs/03_data.ipynb #f50e7149
 def hidden_tokens(real, # positions of a text's real tokens, `(n,)`
@@ -237,14 +238,15 @@ def read_text(files, # paths
         try:
             with open_text(path) as f: yield from cut_stream(f, tokenizer, max_length)
         except UnicodeError as e:
-            raise ReplaceMeError(f"dataset {path} is not UTF-8 text: convert it, or, if it is a table, give it the suffix "
-                                 f"of its format ({', '.join(FORMATS)}).") from e
+            raise ReplaceMeError(f"dataset {path} is not UTF-8 text: convert it, or, if it is a table, "
+                                 f"give it the suffix of its format ({', '.join(FORMATS)}).") from e
         except (OSError, EOFError, lzma.LZMAError) as e:
-            raise ReplaceMeError(f"dataset {path} cannot be read: {getattr(e, 'strerror', None) or e}.") from e
+            said = getattr(e, 'strerror', None) or e
+            raise ReplaceMeError(f"dataset {path} cannot be read: {said}.") from e
 
 # %% ../nbs/03_data.ipynb #c2f9fe4d
 def python_docs(tokenizer, max_length=512): # yields `Piece`s
-    "The pieces of the texts behind Python's own `help`, topic after topic; they vary a little with its version"
+    "The pieces of the texts behind Python's own `help`, topic after topic; its versions differ a little"
     from pydoc_data.topics import topics
     return cut_stream('\n\n'.join(topics[k] for k in sorted(topics)), tokenizer, max_length)
 
@@ -545,7 +547,9 @@ def text_splits(path)->dict: # {split: [path, ...]}
     "Text files by the splits they are named after; all of them are `train` when any is not"
     files, root = text_files(path), Path(path).expanduser()
     known = re.compile(rf"({'|'.join(HELD_OUT)}|train|test)(?![a-z])")
-    def split(f): return next((m[1] for n in f.relative_to(root).parts if (m := known.match(n.lower()))), None)
+    def split(f):
+        found = map(known.match, f.relative_to(root).as_posix().lower().split('/'))
+        return next((m[1] for m in found if m), None)
     named = [split(f) if f!=root else None for f in files]
     if not all(named): return dict(train=files)
     return {s: [f for f,n in zip(files, named) if n==s] for s in sorted({*named})}
@@ -558,7 +562,7 @@ def _of_split(dataset, split): # paths
 
 # %% ../nbs/03_data.ipynb #31811eed
 def kind_of(dataset)->str:
-    "`self`, `python-docs`, `text` for a text file or a folder of them, or `table` for everything that `datasets` opens"
+    "`self`, `python-docs`, `text` for text files, or `table` for everything that `datasets` opens"
     if not isinstance(dataset, (str, Path)): return 'table'
     if dataset in ('self', 'python-docs'): return dataset
     path = Path(dataset).expanduser()
@@ -697,8 +701,8 @@ def load_texts(dataset='self', # see the table at the top; a list is a mixture
     def part(d, kind, n):
         if kind=='table': return read_table(d, tokenizer, column, subset, split, n, token)
         if kind=='self': return own_texts(model, tokenizer, n, max_length, batch_size, seed)
-        files = _of_split(d, split_of(subset, split)[1]) if kind=='text' else []
-        return list(islice(read_text(files, tokenizer, max_length) if files else python_docs(tokenizer, max_length), n))
+        if kind=='python-docs': return list(islice(python_docs(tokenizer, max_length), n))
+        return list(islice(read_text(_of_split(d, split_of(subset, split)[1]), tokenizer, max_length), n))
     parts = mixture(dataset, shares)
     kinds, counts = [kind_of(d) for d,_ in parts], plan(parts, size)
     if 'table' not in kinds: _plain(parts, kinds, column, *split_of(subset, split))

@@ -44,11 +44,11 @@ class Perplexity:
 
 # %% ../nbs/13_evaluate.ipynb #ef6d1ff1
 def cut_pieces(tokenizer,
-               text, # a text or a piece, a list of those, strung together, or (pieces, length) ids, cut already
+               text, # a text, a list of texts or `Piece`s, strung together, or (pieces, length) token ids
                length=512, # tokens in a piece, BOS among them
                pieces=24, # at most so many
               )->torch.Tensor: # (pieces, length) token ids
-    "The first pieces of a text, each begun as the tokenizer begins a text; one shorter piece of a shorter text"
+    "The first pieces of a text, each begun as the tokenizer begins a text; a short text is one shorter piece"
     if isinstance(text, torch.Tensor): return text
     before, _ = special_ids(tokenizer)
     step = max(length-len(before), 1)
@@ -298,7 +298,7 @@ def _count_tokens(lm)->dict: # {(context, continuation): tokens}, filled while t
     return counts
 
 def _padding(tokenizer, model):
-    "A copy of the tokenizer whose padding token, if it is to be had, is one that the model has an embedding for"
+    "A copy of the tokenizer whose padding token, where possible, is one that the model has"
     res, kinds = copy.deepcopy(tokenizer), ('pad', 'unk', 'eos', 'bos')
     ids = {k: getattr(res, f'{k}_token_id', None) for k in kinds}
     good = [k for k in kinds if ids[k] is not None and ids[k]<n_embedded(model)]
@@ -464,7 +464,8 @@ def _greedy(model, tokenizer, max_new_tokens):
     kept = model.generation_config
     eos = getattr(kept, 'eos_token_id', None)
     eos = tokenizer.eos_token_id if eos is None else eos
-    model.generation_config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=0) # any token the model has
+    pad = 0 # any token that the model has
+    model.generation_config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=pad)
     try: yield
     finally: model.generation_config = kept
 

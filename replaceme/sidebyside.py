@@ -186,7 +186,8 @@ class _Clock(StoppingCriteria):
 def _steady(model, tokenizer, n):
     "The model's generation config exchanged for one that greedily writes `n` tokens, whatever they are"
     kept = model.generation_config
-    model.generation_config = GenerationConfig(max_new_tokens=n, min_new_tokens=n, pad_token_id=0) # any token the model has
+    pad = 0 # any token that the model has
+    model.generation_config = GenerationConfig(max_new_tokens=n, min_new_tokens=n, pad_token_id=pad)
     try: yield
     finally: model.generation_config = kept
 
