@@ -182,9 +182,8 @@ def n_embedded(model)->int:
 def check_ids(model, ids): # a tensor of token ids
     "Raise unless the model knows all of these tokens"
     n, most = n_embedded(model), int(ids.max()) if ids.numel() else 0
-    if most>=n: raise ReplaceMeError(f"the tokenizer makes token {most} of the text, and the model has "
-                                     f"embeddings for {n} tokens: take the tokenizer that belongs to the model, or call "
-                                     "model.resize_token_embeddings(len(tokenizer)).")
+    if most>=n: raise ReplaceMeError(f"the tokenizer makes token {most} of the text, and the model has embeddings "
+        f"for {n} tokens: take the model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer)).")
 
 # %% ../nbs/03_data.ipynb #f50e7149
 def hidden_tokens(real, # positions of a text's real tokens, `(n,)`
