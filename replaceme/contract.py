@@ -56,8 +56,8 @@ def saved_and_loaded(model):
 
 def written(model, batch, cache): # token ids, and the logits behind them
     "What a model writes, the likeliest token each time"
-    pad = getattr(stack_config(model), 'pad_token_id', None)
-    return model.generate(**batch, max_new_tokens=8, min_new_tokens=8, do_sample=False, use_cache=cache, pad_token_id=0 if pad is None else pad)
+    kw = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0)
+    return model.generate(**batch, **kw, use_cache=cache)
 
 def caches_agree(model, batch)->bool:
     "Does the model write the same with the KV cache and without?"

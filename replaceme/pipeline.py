@@ -8,7 +8,7 @@ __all__ = ['PEERS', 'CHOICES', 'key', 'Config', 'read_yaml', 'make_config', 'che
            'where', 'calibration_texts', 'calibration_batches', 'training_size', 'training_batches', 'load_pictures',
            'picture_batches', 'n_removed', 'prove', 'check_blocks', 'ways_out', 'Calibrated', 'calibrate',
            'peer_distance', 'peer_facts', 'climb_rungs', 'training_facts', 'make_result', 'prune', 'output_path',
-           'load', 'eval_text', 'score', 'top_classes', 'save_transform', 'write_provenance', 'reload', 'check_run',
+           'load', 'score', 'top_classes', 'eval_text', 'save_transform', 'write_provenance', 'reload', 'check_run',
            'check_loaded', 'check_hub', 'push_folder', 'for_others', 'run', 'profile_files', 'write_profile',
            'profile_table', 'analyse', 'EvaluateConfig', 'evaluate', 'load_pair', 'evaluate_pair', 'scores_table']
 
@@ -16,6 +16,7 @@ __all__ = ['PEERS', 'CHOICES', 'key', 'Config', 'read_yaml', 'make_config', 'che
 import contextlib, dataclasses, gc, json, math, os, platform, re, tempfile, warnings
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version, PackageNotFoundError
+from itertools import chain, islice
 from pathlib import Path
 from typing import get_args
 
@@ -422,6 +423,7 @@ def calibration_batches(model, tokenizer, cfg)->list:
     bs = batches(calibration_texts(model, tokenizer, cfg), tokenizer, cfg.batch_size, cfg.max_length)
     try: check_length(model, max(b['input_ids'].shape[1] for b in bs))
     except ReplaceMeError as e: raise ReplaceMeError(f"max_length is {cfg.max_length}: {e}") from None
+    for b in bs: check_ids(model, b['input_ids'])
     return bs
 
 # %% ../nbs/22_pipeline.ipynb #fe709fa5
@@ -747,16 +749,6 @@ def load(cfg, quantised=True, # in 4 or 8 bit, if the config says so?
                       cfg.use_8bit and quantised, cfg.revision, cfg.max_memory, keep_quantised)
 
 # %% ../nbs/22_pipeline.ipynb #24937c8f
-def eval_text(cfg, tokenizer, model=None):
-    "The text that perplexity is measured on, or None; pieces of one stream are joined as they were, rows of a table by a blank line"
-    name = cfg.eval_dataset
-    if name is None: return None
-    stream = kind_of(name) in ('python-docs', 'text')
-    rows = cfg.eval_size + 1 if stream or name=='self' else 50*cfg.eval_size # rows of a table may be short
-    texts = load_texts(name, tokenizer=tokenizer, model=model, column=cfg.eval_column, subset=cfg.eval_subset, split=cfg.eval_split, size=rows,
-                       max_length=cfg.eval_length, batch_size=cfg.batch_size, seed=cfg.seed+1, token=cfg.token)
-    return ('' if stream else '\n\n').join(texts)
-
 def score(model, tokenizer, cfg, text)->dict: # perplexity, tasks, answer: those that `cfg` asks for
     "What a model is worth"
     if sees(model): return dict(states=last_states(model, text), classes=top_classes(model, text)) if text else {}
@@ -783,11 +775,29 @@ def _add_scores(result, cfg, before, after):
     if 'tasks' in before: result['tasks'] = dict(before=before['tasks'], after=after['tasks'])
     if 'answer' in before: result['generations'] = [dict(prompt=cfg.prompt, before=before['answer'], after=after['answer'])]
 
+# %% ../nbs/22_pipeline.ipynb #1c5a7e31
+def _fill(texts, tokenizer, cfg)->bool:
+    "Do the texts have tokens for all pieces?"
+    n = cfg.eval_size*(cfg.eval_length-len(special_ids(tokenizer)[0]))
+    return sum(1 for _ in islice(chain.from_iterable(bare_ids(t, tokenizer) for t in texts), n))==n
+
+def eval_text(cfg, tokenizer, model=None)->torch.Tensor|None: # (pieces, length) token ids
+    "What perplexity is measured on: pieces of a stream as they were cut, or of rows with blank lines between"
+    if cfg.eval_dataset is None: return None
+    kw = dict(column=cfg.eval_column, subset=cfg.eval_subset, split=cfg.eval_split, token=cfg.token,
+              max_length=cfg.eval_length, batch_size=cfg.batch_size, seed=cfg.seed+1)
+    def read(n): return load_texts(cfg.eval_dataset, tokenizer=tokenizer, model=model, size=n, **kw)
+    texts = read(cfg.eval_size)
+    if len(texts)==cfg.eval_size and not _fill(texts, tokenizer, cfg):
+        texts = read(50*cfg.eval_size) # they may be short
+    text = texts if isinstance(texts[0], Piece) else '\n\n'.join(texts)
+    return cut_pieces(tokenizer, text, cfg.eval_length, cfg.eval_size)
+
 # %% ../nbs/22_pipeline.ipynb #e6ad5aab
 def _add_errors(result, dense, pruned, tokenizer, cfg, text, pieces=8, length=128):
     "How far the states behind the cut are off, on a little of the evaluation text"
     if sees(dense) or text is None: return
-    ids = cut_pieces(tokenizer, text, min(length, cfg.eval_length), min(pieces, cfg.eval_size))
+    ids = text[:pieces,:length]
     result['errors'] = error_picture(state_errors(dense, pruned, result['blocks'], ids), ids, tokenizer)
 
 # %% ../nbs/22_pipeline.ipynb #3ae76993
