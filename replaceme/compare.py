@@ -6,11 +6,11 @@
 __all__ = ['SHARED', 'paired', 'entry', 'Plan', 'row_config', 'plans', 'CompareConfig', 'text_losses', 'rights', 'stabilities',
            'costs', 'tasks_digest', 'data_digest', 'plain_config', 'read_row', 'check_place', 'eval_pieces', 'Bench',
            'write_texts', 'Line', 'ppl', 'lines', 'difference', 'ahead', 'ahead_text', 'with_differences',
-           'task_differences', 'Comparison', 'csv_row', 'front', 'compare_path', 'about', 'write_comparison',
-           'read_comparison', 'check_compare', 'run_rows', 'compare']
+           'task_differences', 'Comparison', 'csv_row', 'front', 'compare_path', 'about', 'read_comparison',
+           'write_comparison', 'check_compare', 'run_rows', 'compare']
 
 # %% ../nbs/23_compare.ipynb #2e25b001
-import dataclasses, gc, io, json, math, os, re, warnings
+import dataclasses, functools, gc, io, json, math, os, re, warnings
 from csv import DictWriter
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -181,16 +181,16 @@ def read_row(path)->dict|None:
     except (OSError, ValueError): return None
     return row if isinstance(row, dict) and 'hash' in row else None
 
-_ROW = re.compile(r'\.?[0-9a-f]{16}\.json(\.partial-\d+)?')
+_ROW = re.compile(r'\.?[0-9a-f]{16}\.json(\.partial-[\w-]+)?')
 
 def check_place(path):
     "Refuse, before any work is done, a folder that is somebody else's"
-    path = Path(path).absolute()
+    path = real_path(path, 'save_path')
     if (path/'replaceme.json').exists(): raise ReplaceMeError(f"save_path {path} holds a pruned model: choose another folder.")
     rows = path/'rows'
     ours = (path/'comparison.json').is_file() or rows.is_dir() and all(_ROW.fullmatch(f.name) for f in rows.iterdir())
     if not ours: check_output(path)
-    elif not all(os.access(p, os.W_OK) for p in (path, rows) if p.exists()): raise ReplaceMeError(f"save_path {path} cannot be written: no permission.")
+    else: prove_writable(rows, 'save_path')
 
 # %% ../nbs/23_compare.ipynb #aad3c648
 def eval_pieces(model, tokenizer, cfg)->torch.Tensor: # (pieces, length)
@@ -224,9 +224,12 @@ class Bench:
     def keep(self, row, plan=None):
         "Write a row, now"
         row = dict(hash=self.key(plan), **row, versions=self.versions)
+        spared(f"the file of {plan or 'the dense model'}", self.write, row)
+        return row
+
+    def write(self, row):
         self.rows_at.mkdir(parents=True, exist_ok=True)
         write_whole(self.rows_at/f"{row['hash']}.json", json.dumps(row))
-        return row
 
 # %% ../nbs/23_compare.ipynb #d1bdad89
 @patch
@@ -558,7 +561,9 @@ def _note(ax, n, at, offset, coords, ha):
 # %% ../nbs/23_compare.ipynb #7e8f714a
 def compare_path(cfg)->Path:
     "Where the comparison goes"
-    return Path(cfg.save_path).expanduser() if cfg.save_path else Path('compared')/model_name(dict(model=cfg.model_path))
+    if cfg.save_path: return Path(cfg.save_path).expanduser()
+    local = Path(str(cfg.model_path)).expanduser().exists() # `.` has no name of its own
+    return Path('compared')/(short_name(cfg.model_path) if local else model_name(dict(model=cfg.model_path)))
 
 def about(bench, cfg)->dict:
     "What the rows have in common, as plain data"
@@ -568,30 +573,33 @@ def about(bench, cfg)->dict:
                 text=no_path(cfg.eval_dataset), pieces=len(bench.ids), length=bench.ids.shape[1], tasks=tasks, seeds=cfg.seeds, device=bench.facts['device'],
                 versions=versions(), config=no_path(conf))
 
-def write_comparison(comparison, path):
-    "Write JSON, Markdown, CSV and the plot"
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    write_whole(path/'comparison.md', comparison.markdown())
-    write_whole(path/'comparison.csv', comparison.csv())
-    if comparison.ok:
-        fig = comparison.plot()
-        for kind in ('png', 'svg'):
-            fig.savefig(buf := io.BytesIO(), format=kind, dpi=150)
-            write_whole(path/f'pareto.{kind}', buf.getvalue())
-    write_whole(path/'comparison.json', json.dumps(dict(about=comparison.about, rows=comparison.rows, ahead=ahead(comparison.rows)), indent=1))
-
 def read_comparison(path)->Comparison: # a folder
     "A comparison that was written before"
     try: d = json.loads((Path(path).expanduser()/'comparison.json').read_text(encoding='utf-8'))
     except OSError as e: raise ReplaceMeError(f"{path} holds no comparison.json: {e.strerror}.") from None
     return Comparison(d['about'], d['rows'])
 
+# %% ../nbs/23_compare.ipynb #bdaa5eb0
+def _picture(comparison, kind):
+    comparison.plot().savefig(buf := io.BytesIO(), format=kind, dpi=150)
+    return buf.getvalue()
+
+def write_comparison(comparison, path):
+    "Write JSON, Markdown, CSV and the plot"
+    path, make = Path(path), {'comparison.md': comparison.markdown, 'comparison.csv': comparison.csv}
+    if comparison.ok: make |= {f'pareto.{k}': functools.partial(_picture, comparison, k) for k in ('png', 'svg')}
+    path.mkdir(parents=True, exist_ok=True)
+    for name in ('comparison.md', 'comparison.csv', 'pareto.png', 'pareto.svg'): (path/name).unlink(missing_ok=True)
+    said = dict(about=comparison.about, rows=comparison.rows, ahead=ahead(comparison.rows))
+    write_whole(path/'comparison.json', json.dumps(said, indent=1))
+    for name,f in make.items(): spared(name, lambda: write_whole(path/name, f()))
+
 # %% ../nbs/23_compare.ipynb #c9b1e7be
 def check_compare(cfg, path):
     "What can be said before the model is loaded"
     need(cfg, 'model_path')
     check_place(path)
+    check_own(cfg, path, made_of(path/'comparison.json'))
     if cfg.tasks is not None: _check_choices(load_tasks(cfg.tasks))
     if cfg.eval_dataset!='self' and cfg.eval_dataset in (cfg.dataset if isinstance(cfg.dataset, list) else [cfg.dataset]):
         warnings.warn(f"all methods are scored on {cfg.eval_dataset}, which they are calibrated on: those that fit more will look too good; set eval_dataset.", ReplaceMeWarning)

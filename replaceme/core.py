@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['help_page', 'ReplaceMeError', 'ReplaceMeWarning', 'nearest', 'said', 'spared', 'cache_dir', 'there', 'real_path',
-           'prove_writable', 'in_use', 'put', 'disk_full', 'new_folder', 'temporary_folder', 'check_output',
-           'write_whole', 'Stages', 'resident_memory', 'peak_memory', 'reset_peak_memory']
+           'prove_writable', 'left_over', 'in_use', 'put_in_place', 'disk_full', 'new_folder', 'temporary_folder',
+           'check_output', 'write_whole', 'Stages', 'resident_memory', 'peak_memory', 'reset_peak_memory']
 
 # %% ../nbs/00_core.ipynb #8278cb14
 import contextlib, errno, glob, os, re, shutil, sys, tempfile, time, uuid, warnings
@@ -50,7 +50,7 @@ def nearest(name, # what was written
 # %% ../nbs/00_core.ipynb #7a83da8a
 def said(e)->str: # one line
     "What an exception says"
-    return f"{type(e).__name__}: {getattr(e, 'strerror', None) or ' '.join(str(e).split())[:300]}"
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
 
 def spared(what, # in words, for the warning
            f, *args): # -> what `f` returns, or None
@@ -91,7 +91,7 @@ def prove_writable(path, # a folder, there or not
             os.fsync(f.fileno())
         if not os.access(folder, os.W_OK): raise PermissionError(errno.EACCES, 'Permission denied')
     except OSError as e:
-        raise ReplaceMeError(f"{key} {path} cannot be written ({said(e)}, in {folder}): "
+        raise ReplaceMeError(f"{key} {path} cannot be written ({e.strerror or e}, in {folder}): "
                              f"choose another place ({key}).") from e
 
 # %% ../nbs/00_core.ipynb #fb92666a
@@ -112,7 +112,7 @@ def _close(fd):
     if fd is not None: os.close(fd)
 
 # %% ../nbs/00_core.ipynb #889f7671
-def _left(path):
+def left_over(path):
     "Was it left by a process that is gone? What is older than the process that has its number now was"
     pid = re.search(r'\.partial-(\d+)', path.name)
     try: return pid is None or psutil.Process(int(pid[1])).create_time()>path.stat().st_mtime
@@ -126,7 +126,7 @@ def in_use(path)->bool:
         except BlockingIOError: return True
         _close(fd)
         if fd is not None: return False
-    return not _left(path)
+    return not left_over(path)
 
 # %% ../nbs/00_core.ipynb #035b91b7
 def _partials(path): return sorted(path.parent.glob(f'.{glob.escape(path.name)}.partial-*'))
@@ -172,7 +172,7 @@ def _swap(new, path, sign):
         raise
     if old.exists(): _discard(old)
 
-def put(new, # a finished folder
+def put_in_place(new, # a finished folder
         path, # its place, in the same folder
         sign=None): # file by which an older result of ours is known; what lacks it is somebody else's
     "Rename a folder into its place and delete what stood there; if that fails, the new one stands beside it"
@@ -214,12 +214,15 @@ def new_folder(path, # where the finished folder shall stand
     "A folder to write into, renamed to `path` when the block ends well and removed when it does not"
     path = real_path(path, 'save_path')
     missing = [p for p in path.parents if not p.exists()]
-    tmp, lock = _begin(path, alone)
+    try: tmp, lock = _begin(path, alone)
+    except OSError as e:
+        raise ReplaceMeError(f"{path} cannot be written ({said(e)}): choose another place "
+                             "(save_path; REPLACEME_CACHE for what is kept).") from e
     try:
         yield tmp
-        if tmp.exists(): put(tmp, path, sign)
+        if tmp.exists(): put_in_place(tmp, path, sign)
     except BaseException as e:
-        if sign and (tmp/sign).exists(): put(tmp, path, sign)
+        if sign and (tmp/sign).exists(): put_in_place(tmp, path, sign)
         if not isinstance(e, Exception) or not disk_full(e): raise
         raise ReplaceMeError(f"the disk ran full while writing {path}: nothing was kept. Free some space or "
                              "choose another place (save_path).") from e

@@ -506,10 +506,11 @@ def own_texts(model, tokenizer, size=64, max_length=512, batch_size=8, seed=0)->
     key = json.dumps([RECIPE, fingerprint(model), first_id(model, tokenizer), vocab, size, max_length, seed])
     folder = cache_dir()/'self'/hashlib.sha256(key.encode()).hexdigest()[:16]
     if not folder.exists():
+        prove_writable(folder, 'REPLACEME_CACHE')
         texts = sample_texts(model, tokenizer, size, max_length, batch_size, seed)
         lines = [json.dumps(dict(text=t, ids=t.ids))+'\n' for t in texts]
-        with new_folder(folder) as tmp: (tmp/'texts.jsonl').write_text(''.join(lines))
-    return [Piece(**json.loads(line)) for line in (folder/'texts.jsonl').read_text().splitlines()]
+        with new_folder(folder) as tmp: (tmp/'texts.jsonl').write_text(''.join(lines), encoding='utf-8')
+    return [Piece(**json.loads(line)) for line in (folder/'texts.jsonl').read_text(encoding='utf-8').splitlines()]
 
 # %% ../nbs/03_data.ipynb #7674ac0b
 TEXT_FILES = '.txt', '.md', '.rst'

@@ -141,11 +141,11 @@ def save_profile(p:Profile, path, **belongs): # e.g. `model=fingerprint(model), 
     rows = {str(n): p.of_length(n) for n in range(1, p.n_layers)}
     d = dict(format='replaceme profile 1', metric=p.metric, tokens=p.tokens, n_layers=p.n_layers, texts=p.texts)
     d |= dict(**belongs, sinks=find_sinks(p), distances=rows)
-    Path(path).write_text(json.dumps(d, indent=1))
+    write_whole(path, json.dumps(d, indent=1))
 
 def read_profile(path)->dict:
     "What a saved profile holds, or why the file is not one"
-    try: d = json.loads(Path(path).expanduser().read_text())
+    try: d = json.loads(Path(path).expanduser().read_text(encoding='utf-8'))
     except OSError as e: raise ReplaceMeError(f"distances_path {path}: {e.strerror or e}. Write one with get_distance_analysis, or leave the key out.")
     except (ValueError, UnicodeDecodeError): d = None
     if not isinstance(d, dict) or not str(d.get('format')).startswith('replaceme profile'):

@@ -9,7 +9,7 @@ __all__ = ['package_gguf', 'left_out', 'untied', 'check_weights', 'fill_tables',
            'merge_adapter', 'load_model', 'causal_types', 'tiny_model', 'tiny_vision', 'tiny_tokenizer', 'fingerprint']
 
 # %% ../nbs/01_models.ipynb #e5c7ec28
-import atexit, dataclasses, hashlib, importlib.util, json, math, os, re, shutil, uuid, warnings
+import atexit, dataclasses, hashlib, importlib.util, json, math, os, re, shutil, tempfile, uuid, warnings
 from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -357,9 +357,13 @@ def as_device_map(device_map):
                          "leave it out.")
 
 # %% ../nbs/01_models.ipynb #60fd7b87
-def offload_folder()->str: # made by transformers when it is needed, removed when Python ends
+def offload_folder()->str: # made by transformers when it is needed, removed when Python ends, or by the next one
     "Where weights go that fit into no memory and are not yet on the disk in the form in which they are used"
-    path = cache_dir()/f'offload-{os.getpid()}-{uuid.uuid4().hex[:8]}'
+    try: cache = cache_dir()
+    except ReplaceMeError: cache = Path(tempfile.gettempdir())
+    for left in cache.glob('offload.partial-*'):
+        if left_over(left): shutil.rmtree(left, ignore_errors=True)
+    path = cache/f'offload.partial-{os.getpid()}-{uuid.uuid4().hex[:8]}'
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     return str(path)
 

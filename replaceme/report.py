@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PAPERS', 'no_path', 'blocks_of', 'model_name', 'text_table', 'markdown_table', 'result_rows', 'passed_over',
            'sink_notes', 'choice_rows', 'choice_note', 'was_trained', 'training_rows', 'training_words',
-           'results_table', 'is_peer', 'collapses', 'peer_words', 'try_rows', 'suggestions', 'shown_config',
-           'front_matter', 'story', 'model_card', 'report_html', 'write_report', 'save_plots']
+           'results_table', 'is_peer', 'collapses', 'peer_words', 'try_rows', 'suggestions', 'shown_config', 'hub_id',
+           'eval_results', 'front_matter', 'story', 'model_card', 'report_html', 'write_report', 'save_plots']
 
 # %% ../nbs/20_report.ipynb #58eeab71
 import html, io, math, re
@@ -376,14 +376,48 @@ def shown_config(result)->dict:
     "The config to show: without secrets, empty keys and this machine's paths"
     return {k: no_path(v) for k,v in (result.get('config') or {}).items() if v is not None and k!='token'}
 
+def hub_id(name)->str|None:
+    "A model's name, if a hub knows models by such names, and nothing here has it"
+    from huggingface_hub.utils import validate_repo_id, HFValidationError
+    name = str(name or '')
+    try: validate_repo_id(name)
+    except HFValidationError: return
+    return None if name.endswith('.gguf') or Path(name).exists() or not name else name
+
+# %% ../nbs/20_report.ipynb #de443205
+def _measured(v): return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+
+def eval_results(result)->list: # of `EvalResult`
+    "What was measured of the pruned model, as a hub reads it"
+    from huggingface_hub import EvalResult
+    p, conf, task = result.get('perplexity') or {}, result.get('config') or {}, 'text-generation'
+    text, value = str(no_path(p.get('text') or 'text')), _get(p, 'after', 'value')
+    args = {k: v for k,v in dict(tokens=p.get('tokens'), piece_length=conf.get('eval_length')).items() if v}
+    where = dict(dataset_type=text, dataset_name=text, dataset_args=args or None)
+    where |= dict(dataset_config=conf.get('eval_subset'), dataset_split=conf.get('eval_split'))
+    found = [EvalResult(task, metric_type='perplexity', metric_value=value, **where)] if _measured(value) else []
+    for t,row in (_get(result, 'tasks', 'after') or {}).items():
+        for m,v in row.items():
+            if m in ('shots', 'samples') or '_stderr' in m or not _measured(v): continue
+            args = {k: row[j] for k,j in dict(num_few_shot='shots', samples='samples').items() if row.get(j) is not None}
+            found.append(EvalResult(task, t, t, m.split(',')[0], v, metric_name=m, dataset_args=args or None))
+    return found
+
+# %% ../nbs/20_report.ipynb #08d21d1c
 def front_matter(result)->str: # YAML between two lines of dashes
     "What a hub reads from a model card"
-    name = str(result.get('model') or '')
-    is_id = re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', name) and not name.endswith('.gguf') and not Path(name).exists()
+    from huggingface_hub import ModelCardData
+    base = result.get('base') or dict(id=hub_id(result.get('model')))
+    alone, images, n = _get(result, 'config', 'save_transform_only'), result.get('kind')=='images', _pair(result, 'n_layers')
     tags = ['replaceme', 'depth-pruning', 'pruned', *([] if was_trained(result) else ['training-free'])]
-    meta = dict(base_model=name if is_id else None, library_name='transformers',
-                pipeline_tag='image-feature-extraction' if result.get('kind')=='images' else 'text-generation', tags=tags)
-    return f"---\n{yaml.safe_dump({k: v for k,v in meta.items() if v}, sort_keys=False)}---\n"
+    kind = base.get('task') or ('image-feature-extraction' if images else 'text-generation')
+    found = eval_results(result)
+    name = dict(model_name=model_name(result) + (f', {n[1]} of {n[0]} layers' if all(n) else '')) if found else {}
+    data = ModelCardData(base_model=base.get('id'), library_name='replaceme' if alone else 'transformers', tags=tags,
+                         pipeline_tag=None if alone else kind, eval_results=found or None, **name,
+                         **{k: base.get(k) for k in ('license', 'license_name', 'license_link')})
+    if base.get('id'): data.base_model_relation = 'adapter' if alone else 'finetune'
+    return f'---\n{data.to_yaml()}\n---\n'
 
 # %% ../nbs/20_report.ipynb #23c1627d
 _LSTSQ, _COSINE = r'\lVert {p} - (B{t} - A{t}) \rVert^2', r'1 - \cos({p}, {y})'
@@ -782,21 +816,25 @@ def write_report(folder, result, # as saved in `replaceme.json`
                 )->Path: # folder/report.html
     "Write the page, one file without any other"
     path = Path(folder)/'report.html'
-    path.write_text(report_html(result), encoding='utf-8')
+    write_whole(path, report_html(result))
     return path
 
+# %% ../nbs/20_report.ipynb #473eef8d
+def _png(draw, height=3.6):
+    fig, png = matplotlib.figure.Figure(figsize=(6.4, height), layout='constrained'), io.BytesIO()
+    draw(fig.subplots())
+    fig.savefig(png, dpi=150, facecolor='white', format='png')
+    return png.getvalue()
+
 def save_plots(folder, result)->list: # names of the files, for the card
-    "Write profile.png, heatmap.png, ridge.png and errors.png, as far as there is something to draw"
-    (prof, kw), ridge = _drawings(result), result.get('ridge')
+    "Write profile.png, heatmap.png, ridge.png and errors.png, as far as there is something to draw, and it can be drawn"
+    (prof, kw), ridge, errors = _drawings(result), result.get('ridge'), result.get('errors')
     n = next((e-s for s,e in kw['block'] if e-s in prof), None)
     draw = {'profile.png': lambda ax: plot_profile(prof, n, ax=ax, **kw)} if n else {}
     if len(prof)>1: draw['heatmap.png'] = lambda ax: plot_heatmap(prof, ax=ax, **kw)
     if (bi := _get(result, 'peer', 'influence')): draw['profile.png'] = lambda ax: plot_influence(bi, kw['block'], ax)
     if ridge_rows(ridge): draw['ridge.png'] = lambda ax: plot_ridge(ridge, ax)
-    if (errors := result.get('errors')): draw['errors.png'] = lambda ax: plot_errors(errors, ax)
-    for name, f in draw.items():
-        height = max(3.6, 1.4+.22*len(result['errors']['layers'])) if name=='errors.png' else 3.6
-        fig = matplotlib.figure.Figure(figsize=(6.4, height), layout='constrained')
-        f(fig.subplots())
-        fig.savefig(Path(folder)/name, dpi=150, facecolor='white')
-    return list(draw)
+    if errors: draw['errors.png'] = lambda ax: plot_errors(errors, ax)
+    height = {'errors.png': max(3.6, 1.4+.22*len(errors['layers']))} if errors else {}
+    def save(name, f): write_whole(Path(folder)/name, _png(f, height.get(name, 3.6))); return name
+    return [p for name,f in draw.items() if (p := spared(f'the plot {name}', save, name, f))]

@@ -111,7 +111,8 @@ def fit_between(dense, model, batches, held, block, at, r:Recipe)->Fit:
         g, h = [collect_between(dense, model, bs, list(points.values()), at, block.end, r.features, f'sums {block}') if bs else None for bs in (batches, held)]
         return solve_sums(g, h, r)
     with contextlib.ExitStack() as stack:
-        folder = Path(r.rows_path).expanduser()/f'{block.start}-{block.end}' if r.rows_path else Path(stack.enter_context(tempfile.TemporaryDirectory()))/'rows'
+        if r.rows_path: folder = Path(r.rows_path).expanduser()/f'{block.start}-{block.end}'
+        else: folder = stack.enter_context(temporary_folder())/'rows'
         rows = write_rows(model, [*batches, *held], block, points, folder, wide=r.map=='wide', belongs=dict(model=fingerprint(model)),
                           dense=dense, at=at, desc=f'rows {block}')
         return solve_rows(rows, r)
@@ -236,7 +237,7 @@ class Pruned:
 def _refit_behind(dense, before, model, batches, at, b, n, fit, r):
     "Refit the first `n` layers behind block `b` of `model`, in place"
     done = []
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         cut = states_at_cut(dense, before, batches, at, b.end, fit, folder)
         for j in tqdm(range(n), desc='layers behind the cut', unit='layer'): done += refit_layer(dense, model, at+j, b.end+j, cut, r.weights)
         del cut

@@ -100,7 +100,7 @@ def _read_head(folder):
     ours = {'X.bin', 'A.bin', 'Y.bin', 'E.bin', 'rows.json'}
     names = {p.name for p in folder.iterdir() if not p.name.startswith('.')} if folder.exists() else set()
     if not names: return {}
-    try: head = json.loads((folder/'rows.json').read_text())
+    try: head = json.loads((folder/'rows.json').read_text(encoding='utf-8'))
     except (OSError, ValueError): head = {}
     if head.get('format')!=FORMAT or names-ours:
         what = sorted(names-ours)[0] if names-ours else 'no readable rows.json'
@@ -109,9 +109,7 @@ def _read_head(folder):
 
 def _write_head(folder, head):
     "Replace `rows.json` in one step"
-    new = folder/'.rows.json'
-    new.write_text(json.dumps(head, indent=1))
-    os.replace(new, folder/'rows.json')
+    write_whole(folder/'rows.json', json.dumps(head, indent=1))
 
 def _flat(o, name=''): # {'belongs.model': ...}
     return {k: v for key,val in o.items() for k,v in _flat(val, f'{name}{key}.').items()} if isinstance(o, dict) and o else {name[:-1]: o}

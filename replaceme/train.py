@@ -102,7 +102,7 @@ def topk_targets(dense,
 class Kept:
     "Targets on disk: `kept(items)` are those of the texts with these numbers"
     def __init__(self, folder, lengths):
-        head, offsets = json.loads((Path(folder)/'kept.json').read_text())['files'], np.cumsum([0, *lengths])
+        head, offsets = json.loads((Path(folder)/'kept.json').read_text(encoding='utf-8'))['files'], np.cumsum([0, *lengths])
         self.spans = [slice(a, b) for a,b in zip(offsets, offsets[1:])]
         self.files = {k: np.memmap(Path(folder)/f'{k}.bin', dtype=dt, mode='r', shape=(offsets[-1], w)) for k,(dt,w) in head.items()}
     def __call__(self, items):
@@ -129,9 +129,10 @@ def keep(targets, # Targets
          folder, batch_size=4)->Kept:
     "Run the dense model over all texts once, unless that was done"
     folder, of = Path(folder), json.loads(json.dumps(dict(targets.about, texts=[p.digest for p in parts])))
-    if (folder/'kept.json').exists(): _same(folder, json.loads((folder/'kept.json').read_text()).get('of', {}), of)
+    if (folder/'kept.json').exists(): _same(folder, json.loads((folder/'kept.json').read_text(encoding='utf-8')).get('of', {}), of)
     else:
-        with new_folder(folder) as tmp: (tmp/'kept.json').write_text(json.dumps(dict(of=of, files=_write_kept(tmp, targets, parts, batch_size))))
+        with new_folder(folder) as tmp:
+            write_whole(tmp/'kept.json', json.dumps(dict(of=of, files=_write_kept(tmp, targets, parts, batch_size))))
     return Kept(folder, [len(r) for p in parts for r in p.rows])
 
 def _same(folder, was, now):
@@ -324,7 +325,7 @@ def _identity(model, names, kind, parts, steps, trainer, seed, about):
 def _go_on(folder, identity): # -> the checkpoint to go on from, or None
     "Refuse a folder of another training"
     note, found = folder/'training.json', sorted(folder.glob('checkpoint-*'), key=lambda p: int(p.name.split('-')[1]))
-    if note.exists(): _same(folder, json.loads(note.read_text()), identity)
+    if note.exists(): _same(folder, json.loads(note.read_text(encoding='utf-8')), identity)
     elif found: raise ReplaceMeError(f"{folder} holds checkpoints that were not written here: choose another folder.")
     whole = [p for p in found if (p/'trainer_state.json').exists()] # which is written last
     return str(whole[-1]) if whole else None
@@ -335,13 +336,11 @@ def common_folder(folder=None):
     import accelerate
     state = accelerate.PartialState(cpu=not torch.accelerator.is_available())
     if folder is not None: yield Path(folder).expanduser().absolute(); return
-    made = [tempfile.mkdtemp() if state.is_main_process else None]
-    if state.num_processes>1: accelerate.utils.broadcast_object_list(made)
-    try:
+    with temporary_folder() if state.is_main_process else contextlib.nullcontext() as tmp:
+        made = [str(tmp)]
+        if state.num_processes>1: accelerate.utils.broadcast_object_list(made)
         yield Path(made[0])
         state.wait_for_everyone()
-    finally:
-        if state.is_main_process: shutil.rmtree(made[0], ignore_errors=True)
 
 @contextlib.contextmanager
 def _calm():
@@ -417,7 +416,7 @@ def fit_weights(model, # a pruned model, or the trained layers alone for mse; th
 
 def _train(t, pupil, path, ident, resume):
     "Begin or go on, and put the best weights into the model"
-    if t.is_world_process_zero(): path.mkdir(parents=True, exist_ok=True); (path/'training.json').write_text(json.dumps(ident))
+    if t.is_world_process_zero(): path.mkdir(parents=True, exist_ok=True); write_whole(path/'training.json', json.dumps(ident))
     if resume and int(resume.split('-')[-1])>=t.args.max_steps: state, seconds = _all_done(pupil, path, resume), 0.
     else: # evaluating before would keep it from sharing the gradients between processes
         seconds = t.train(resume_from_checkpoint=resume).metrics['train_runtime']
