@@ -75,15 +75,17 @@ def there(path)->Path: # the path itself, or the nearest folder above it that is
 def real_path(path, key)->Path: # absolute, behind all links
     "Where a path leads; `key` is what names it"
     try: return Path(os.path.realpath(Path(path).expanduser()))
-    except RuntimeError as e: raise ReplaceMeError(f"{key} {path}: {said(e)}") from None
+    except (RuntimeError, ValueError) as e: # no such user, or no name that this system could give
+        raise ReplaceMeError(f"{key} {path!r} is no path here ({said(e)}).") from None
     except FileNotFoundError:
         raise ReplaceMeError(f"{key} {path} lies in the current folder, which is gone: change to another one.") from None
 
 def prove_writable(path, # a folder, there or not
                    key, # of the configuration, or variable, that names another one
+                   at=None, # where the trial is made, if not there: beside a folder that will be replaced
                   ):
     "Raise unless files can really be written there; nothing stays of the trial"
-    folder = there(real_path(path, key))
+    folder = there(real_path(at or path, key))
     try:
         with tempfile.TemporaryFile(dir=folder) as f:
             f.write(bytes(4096))
@@ -263,7 +265,7 @@ def check_output(path, # the folder a command is about to write
     what = 'a mount point' if os.path.ismount(path) else 'the current folder, or holds it,'
     if os.path.ismount(path) or real_path('.', 'save_path').is_relative_to(path):
         raise ReplaceMeError(f"save_path {path} is {what} and cannot be replaced: give a folder in it.")
-    prove_writable(path.parent, 'save_path')
+    prove_writable(path, 'save_path', path.parent)
     free = shutil.disk_usage(root).free
     if free < need:
         raise ReplaceMeError(f"save_path {path} needs {need/1e9:.2f} GB and {free/1e9:.2f} GB are free: "
