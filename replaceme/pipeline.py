@@ -1004,8 +1004,8 @@ def _unscored(result, e, what):
 def _score_before(model, pruned, tokenizer, cfg, text, result)->tuple: # (scores or None, interruption or None)
     "The scores of the dense model. Whatever goes wrong, the pruned one is finished, and will be saved"
     try: before = score(model, tokenizer, cfg, text)
-    except KeyboardInterrupt as e: return None, e
-    except Exception as e: 
+    except KeyboardInterrupt as e: return None, e.with_traceback(None) # which would hold the dense model
+    except Exception as e:
         _unscored(result, e, "the pruned model is saved, but the dense model")
         return None, None
     _try_errors(result, model, pruned, tokenizer, cfg, text)
