@@ -517,7 +517,7 @@ def test_fewer_texts_than_asked_for_are_mentioned_once(tmp_path):
     with pytest.warns(ReplaceMeWarning) as said:
         texts(path, size=8000)
     assert [str(w.message) for w in said if w.category is ReplaceMeWarning] == [
-        f"dataset {path} has 9 texts, and 8000 were asked for: it is these 9 that count."]
+        f"dataset {path} holds fewer texts than were asked for: 9 of 8000."]
     with warnings.catch_warnings():
         warnings.simplefilter("error", ReplaceMeWarning)
         texts(path, size=9), texts(path, size=None), texts(path, size=8000, most=True)
