@@ -10,10 +10,12 @@ __all__ = ['parse', 'check_config_stays', 'tell', 'command', 'run_replaceme', 'r
 import argparse, contextlib, functools, json, logging, os, sys, warnings
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import torch, yaml
 
 from .core import *
+from .data import exists
 from .train import main_process
 from .pipeline import *
 from .report import *
@@ -35,12 +37,18 @@ def _parser(name, doc, aliases, cls):
     return p
 
 def _value(name, s, cls):
-    "A flag's value, read as YAML would read it; text stays text, and so do several values of one flag"
+    "A flag's value: a path that is there, or what YAML makes of it where the key takes that, or else text"
     if isinstance(s, list): return s
     if s.lower() in ('null', 'none', '~') and s not in CHOICES.get(name, ()): return None
-    text = next(f.type for f in fields(cls) if f.name==name) in (str, str|None)
-    try: return s if text else yaml.safe_load(s)
-    except yaml.YAMLError: raise ReplaceMeError(f"--{name} {s!r} cannot be read.")
+    type_ = next(f.type for f in fields(cls) if f.name==name)
+    kinds = {*(get_args(type_) or (type_,))} - {type(None)}
+    if kinds=={str} or str in kinds and exists(s): return s
+    try: v = yaml.safe_load(s)
+    except yaml.YAMLError:
+        if str in kinds and not s.startswith(('[', '{')): return s
+        raise ReplaceMeError(f"--{name} {s!r} cannot be read: in a list, put quotes around names with signs in them.")
+    if str not in kinds or isinstance(v, tuple(kinds-{str})) or isinstance(v, str) and s.startswith(('"', "'")): return v
+    return v if isinstance(v, int) and float in kinds else s
 
 def parse(name, doc, argv, aliases,
           forced=None, # keys that the command has for itself

@@ -62,7 +62,7 @@ class Config:
     layers_to_skip:int|None = key(None, "number of layers to remove")
     dataset:str|list = key('self', "calibration text: self (sampled from the model), python-docs, a file, a saved folder or a datasets id; a list mixes them")
     dataset_shares:list|None = key(None, "shares of the data sets in a list, such as [1, 2]; equal by default")
-    dataset_column:str|None = key(None, "column with the text or the chat; found by itself when there is only one")
+    dataset_column:str|list|None = key(None, "column with the text or the chat, or a list such as [instruction, input, output], which are joined; found by itself where there is no choice")
     dataset_subset:str|None = key(None, "name of the dataset's configuration; train, test, eval ... name the split, as in the public release")
     dataset_split:str|None = key(None, "split of the dataset, such as train or train[:1%]")
     dataset_size:int|None = key(64, "number of texts; null takes all")
@@ -122,7 +122,7 @@ class Config:
     push_to_hub:str|None = key(None, "repository to upload the finished folder to, such as me/smollm2-24; uses token, or the login of huggingface_hub")
     private:bool = key(True, "a repository that push_to_hub makes is private")
     eval_dataset:str|None = key('python-docs', "text for the perplexity before and after: python-docs, a file, a datasets id; null scores nothing")
-    eval_column:str|None = key(None, "column of eval_dataset")
+    eval_column:str|list|None = key(None, "column or columns of eval_dataset")
     eval_subset:str|None = key(None, "subset of eval_dataset")
     eval_split:str|None = key(None, "split of eval_dataset")
     eval_size:int = key(24, "pieces of that text")
@@ -184,6 +184,7 @@ def make_config(cls=Config, /, # or a class with more keys
                 **keys)->Config:
     "A checked `Config` from `key=value` pairs; unknown keys and wrong types are refused"
     known = {f.name: get_args(f.type) or (f.type,) for f in fields(cls)}
+    keys |= {k: named(keys[k]) for k in ('dataset', 'eval_dataset') if k in keys}
     for k in keys:
         if k not in known: raise ReplaceMeError(f"unknown key {k!r}.{nearest(k, known)} The known keys are listed by --help.")
     cfg = cls(**{k: _typed(k, v, known[k]) for k,v in keys.items()})
@@ -222,7 +223,16 @@ def check_config(cfg):
     if not 0<=cfg.seed<2**63: raise ReplaceMeError(f"seed is {cfg.seed}: it must be a whole number from 0 to 2**63-1.")
     if cfg.tasks is not None: read_tasks(cfg.tasks)
     if isinstance(cfg.dataset, list) or cfg.dataset_shares is not None: mixture(cfg.dataset, cfg.dataset_shares)
+    for column in cfg.dataset_column, cfg.eval_column: as_columns(column)
     check_together(cfg)
+
+# %% ../nbs/22_pipeline.ipynb #2a3d7afa
+def _no_rows(keys):
+    "Refuse rows where only names can stand; in Python they are a data set in memory"
+    for k in 'dataset', 'eval_dataset':
+        v = keys.get(k)
+        if isinstance(v, dict) or isinstance(v, list) and any(isinstance(x, (dict, list)) for x in v):
+            raise ReplaceMeError(f"{k} holds rows, and rows cannot stand in a configuration: save them as .jsonl and give its name.")
 
 # %% ../nbs/22_pipeline.ipynb #22212752
 def structure_of(cfg)->tuple: # (structure, rank)
@@ -339,7 +349,10 @@ def read_config(path=None, # YAML file; None for defaults only
     if path is not None:
         try: text = Path(path).expanduser().read_text(encoding='utf-8')
         except (OSError, UnicodeDecodeError) as e: raise ReplaceMeError(f"config {path} cannot be read: {getattr(e, 'strerror', None) or e}.")
-    try: return make_config(cls, **{**(defaults or {}), **read_yaml(text), **overrides})
+    try:
+        keys = {**(defaults or {}), **read_yaml(text), **overrides}
+        _no_rows(keys)
+        return make_config(cls, **keys)
     except ReplaceMeError as e: raise ReplaceMeError(f"config {path}: {e}" if path else str(e), page=e.page) from None
 
 # %% ../nbs/22_pipeline.ipynb #3ba7d0bb
@@ -415,20 +428,30 @@ def where(model, cfg)->str:
     "Tokens at which distances are measured; the last patch of an image is no summary of it, so there all are"
     return 'all' if sees(model) else cfg.distance_tokens
 
-def calibration_texts(model, tokenizer, cfg)->list:
+def calibration_texts(model, tokenizer, cfg, most=False)->list: # `most`: see `load_texts`
     "The texts that `cfg` asks for"
     return load_texts(cfg.dataset, cfg.dataset_shares, tokenizer=tokenizer, model=model, column=cfg.dataset_column, subset=cfg.dataset_subset,
                       split=cfg.dataset_split, size=cfg.dataset_size, max_length=cfg.max_length, batch_size=cfg.batch_size, seed=cfg.seed,
-                      token=cfg.token)
+                      token=cfg.token, most=most)
 
-def calibration_batches(model, tokenizer, cfg)->list:
+def calibration_batches(model, tokenizer, cfg, most=False)->list:
     "Their batches, short enough for the model's positions"
     if sees(model): return picture_batches(model, tokenizer, cfg, load_pictures(cfg)[0])
-    bs = batches(calibration_texts(model, tokenizer, cfg), tokenizer, cfg.batch_size, cfg.max_length)
+    bs = batches(calibration_texts(model, tokenizer, cfg, most), tokenizer, cfg.batch_size, cfg.max_length)
     try: check_length(model, max(b['input_ids'].shape[1] for b in bs))
     except ReplaceMeError as e: raise ReplaceMeError(f"max_length is {cfg.max_length}: {e}") from None
     for b in bs: check_ids(model, b['input_ids'])
     return bs
+
+# %% ../nbs/22_pipeline.ipynb #f5a3b798
+def _say_fewer(cfg, texts, tokens, written):
+    "Warn where less is trained on than was asked for"
+    name = f"dataset {data_name(cfg.dataset, cfg.dataset_shares)}"
+    if cfg.train_size is not None and texts<cfg.train_size:
+        warnings.warn(f"{name} leaves {texts} texts to train on, and {cfg.train_size} were asked for (train_size).", ReplaceMeWarning)
+    elif cfg.train_size is None and not written and tokens<.95*cfg.train_tokens:
+        warnings.warn(f"{name} leaves {tokens} tokens in {texts} texts to train on, and {cfg.train_tokens} were asked for (train_tokens).",
+                      ReplaceMeWarning)
 
 # %% ../nbs/22_pipeline.ipynb #fe709fa5
 def training_size(cfg)->int|None:
@@ -443,14 +466,16 @@ def training_batches(model, tokenizer, cfg)->tuple: # (to train on, to judge by)
     while True:
         h = max(1, math.ceil(want/16))
         n = None if cfg.dataset_size is None else want if 'self' in names else max(want, cfg.dataset_size)+h # sampling more costs more than it tells
-        bs = calibration_batches(model, tokenizer, dataclasses.replace(cfg, dataset_size=n))
+        bs = calibration_batches(model, tokenizer, dataclasses.replace(cfg, dataset_size=n), most=True)
         got = sum(len(b['attention_mask']) for b in bs)
         if got<2: raise ReplaceMeError(f"dataset {data_name(cfg.dataset, cfg.dataset_shares)} gives {got} text to train on: it takes two or more.")
         h = min(h, max(1, got//16)) # where there are fewer texts than asked for
         rest, held = hold_out(bs, h/got)
         learn = first_texts(rest, want)
         tokens = n_tokens(learn)
-        if cfg.train_size is not None or 'self' in names or tokens>=.95*cfg.train_tokens or (n is None or got<n) and want+h>=got: return learn, held
+        if cfg.train_size is not None or 'self' in names or tokens>=.95*cfg.train_tokens or (n is None or got<n) and want+h>=got:
+            _say_fewer(cfg, sum(len(b['input_ids']) for b in learn), tokens, 'self' in names)
+            return learn, held
         want = math.ceil(1.05*want*cfg.train_tokens/tokens) # the texts are shorter than max_length
 
 # %% ../nbs/22_pipeline.ipynb #a728aff1
@@ -724,9 +749,13 @@ def base_of(cfg, model)->dict: # id, task, license
     return dict(id=hub_id(name), **task, **license_of(name, cfg.token)) if name else task
 
 # %% ../nbs/22_pipeline.ipynb #1e7e7000
+def _names(v):
+    "Without the rows of data sets in memory"
+    return [_names(x) for x in v] if isinstance(v, list) else str(v) if isinstance(v, InMemory) else v
+
 def _finish(result, cfg, stages, loaded, model, pruned):
     "Costs and provenance"
-    conf = {k: v for k,v in dataclasses.asdict(cfg).items() if k!='token'}
+    conf = {k: _names(v) for k,v in dataclasses.asdict(cfg).items() if k!='token'}
     result.update(parameters=dict(before=n_parameters(model), after=n_parameters(pruned)), seconds=dict(stages.seconds),
                   peak_memory=peak_memory(), loaded_memory=loaded, config=conf, versions=versions(), seed=cfg.seed,
                   base=base_of(cfg, model))
@@ -838,7 +867,7 @@ def eval_text(cfg, tokenizer, model=None)->torch.Tensor|None: # (pieces, length)
     if cfg.eval_dataset is None: return None
     kw = dict(column=cfg.eval_column, subset=cfg.eval_subset, split=cfg.eval_split, token=cfg.token,
               max_length=cfg.eval_length, batch_size=cfg.batch_size, seed=cfg.seed+1)
-    def read(n): return load_texts(cfg.eval_dataset, tokenizer=tokenizer, model=model, size=n, **kw)
+    def read(n): return load_texts(cfg.eval_dataset, tokenizer=tokenizer, model=model, size=n, most=True, **kw)
     texts = read(cfg.eval_size)
     if len(texts)==cfg.eval_size and not _fill(texts, tokenizer, cfg):
         texts = read(50*cfg.eval_size) # they may be short
