@@ -40,7 +40,8 @@ def modules_cache(tmp_path, monkeypatch):
 
 
 def keys(place, method, **more):
-    return {**dict(dataset=str(place / "texts.jsonl"), dataset_size=16, max_length=48, layers_to_skip=2, method=method), **OWN.get(method, {}), **more}
+    texts = {} if more.get("simple") else dict(dataset=str(place / "texts.jsonl"), dataset_size=16, max_length=48)  # which reads none
+    return {**texts, **dict(layers_to_skip=2, method=method), **OWN.get(method, {}), **more}
 
 
 def both(place, tmp_path, method, **more):

@@ -1,0 +1,207 @@
+"""An option is read or refused: each key says beside its definition when it is read, and one check holds all of them to it."""
+import dataclasses
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import yaml
+
+from replaceme import cli, pipeline
+from replaceme.compare import CompareConfig
+from replaceme.core import ReplaceMeError, ReplaceMeWarning
+from replaceme.models import load_model
+from replaceme.pipeline import (PEERS, AnalyseConfig, Config, EvaluateConfig, MapConfig, PruneConfig, analyse, asks, evaluate, idle, make_config, prune, read_by,
+                                read_config, recipe_of, run)
+
+ROOT = Path(__file__).parents[1]
+METHODS = ["auto", "lstsq", "cosine", "remove", *PEERS]
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, save_tiny):
+    folder = save_tiny(tmp_path_factory.mktemp("options"))
+    (folder / "texts.txt").write_text("The map stands in for the layers that went. " * 60)
+    return folder
+
+
+# an option that would be ignored is refused, with its value and the reason
+
+@pytest.mark.parametrize("keys, words", [
+    (dict(limit=5), "limit is 5, but no tasks are asked"),
+    (dict(eval_dataset=None, eval_size=9), "eval_size is 9, but eval_dataset is null"),
+    (dict(eval_dataset=None, eval_length=99), "eval_length is 99, but eval_dataset is null"),
+    (dict(eval_dataset=None, eval_column="text"), "eval_column is 'text', but eval_dataset is null"),
+    (dict(eval_dataset=None, eval_subset="test"), "eval_subset is 'test', but eval_dataset is null"),
+    (dict(eval_dataset=None, eval_split="test"), "eval_split is 'test', but eval_dataset is null"),
+    (dict(private=False), "private is False, but nothing is pushed"),
+    (dict(merge_consecutive=False), "merge_consecutive is False, but there is one block"),
+    (dict(max_blocks=2, merge_consecutive=False), "merge_consecutive is False, but there is one block"),
+    (dict(threshold=0.), "threshold is 0.0, but it belongs to method laco"),
+    (dict(method="uidl", simple=True, dataset="x.txt"), "dataset is 'x.txt', but simple takes the deepest layers"),
+    (dict(method="uidl", simple=True, dataset_size=None), "dataset_size is None, but simple takes the deepest layers"),
+    (dict(method="cosine", solver="irls", l1=.1), "l1 is 0.1, but solver irls"),
+    (dict(method="cosine", ridge="auto"), "ridge is 'auto', but the iterative solvers"),
+    (dict(method="uidl", ridge="auto"), "ridge is 'auto', but method uidl fits no map"),
+    (dict(method="lstsq", ridge="auto", structure="diag"), "ridge auto is for a full map, not diag"),
+    (dict(method="lstsq", ridge="much"), "ridge is much: a ridge is zero or positive, or auto"),
+    (dict(method="lstsq", rank=3), "rank is 3, but it goes with structure: rank")])
+def test_what_would_be_ignored_is_refused(keys, words):
+    with pytest.raises(ReplaceMeError) as e:
+        make_config(**keys)
+    assert words in str(e.value)
+
+
+def test_ridge_auto_is_what_alpha_auto_sets():
+    a, b = [recipe_of(make_config(method="lstsq", **{k: "auto"})) for k in ("ridge", "alpha")]
+    assert a == b and a.ridge == "auto" and a.alpha == 0
+    assert recipe_of(make_config(ridge="auto")) == recipe_of(make_config())  # which is what method auto does
+    assert recipe_of(make_config(ridge=.1)).ridge == .1
+
+
+def test_values_that_ask_for_nothing_are_allowed_everywhere():
+    "Defaults written down, such as those in every replaceme.json, and the release's words for nothing"
+    nothing = dict(num_A=1, diag=False, two_vectors=False, thri=False, accurate=False, alpha=0, merge_consecutive=True, solver="adam", loss="cosine",
+                   activations_save_path=None, distances_path=None, save_path=None, token=None, save_transform_only=False, lr=1e-4, weights=None, limit=None)
+    for method in METHODS:
+        make_config(method=method, **nothing)
+        spelled = dataclasses.asdict(make_config(method=method, layers_to_skip=2))
+        assert make_config(**spelled) == make_config(method=method, layers_to_skip=2)
+        assert make_config(**{**spelled, "eval_dataset": None, "prompt": None}).eval_size == 24
+
+
+@pytest.mark.parametrize("path", sorted(p for p in (ROOT / "examples").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_key_of_the_examples_is_read(path):
+    "Nothing in them is dropped, and nothing said about them"
+    name = path.name
+    cls = CompareConfig if name.startswith("compare_") else AnalyseConfig if name.startswith("distance") else EvaluateConfig if name.startswith("evaluate") else Config
+    with warnings.catch_warnings(action="error", category=ReplaceMeWarning):
+        cfg = read_config(path, cls=cls)
+    for k, v in yaml.safe_load(path.read_text()).items():
+        assert k == "trainer" or getattr(cfg, k) == v
+
+
+# what other commands do not read
+
+RUN_ONLY = dict(layers_to_skip=2, method="lstsq", ridge=.1, num_A=2, refit=1, dataset="x.txt", save_path="out", push_to_hub="me/x", recover="cut", metric="cosine")
+
+
+@pytest.mark.parametrize("key", RUN_ONLY)
+def test_a_key_of_a_run_is_refused_by_an_evaluation(key):
+    with pytest.raises(ReplaceMeError, match=f"{key} is .*, but evaluate_model does not read it; leave it out"):
+        make_config(EvaluateConfig, model_path="m", **{key: RUN_ONLY[key]})
+    with pytest.raises(ReplaceMeError, match=f"{key} is .*, but evaluate_model does not read it"):
+        evaluate(Config(model_path="m", **{key: RUN_ONLY[key]}))
+
+
+@pytest.mark.parametrize("cls, keys, words", [
+    (AnalyseConfig, dict(method="lstsq"), "method is 'lstsq', but get_distance_analysis does not read it"),
+    (AnalyseConfig, dict(eval_size=3), "eval_size is 3, but get_distance_analysis does not read it"),
+    (AnalyseConfig, dict(min_distance_layer=3), "min_distance_layer is 3, but without layers_to_skip no block is chosen"),
+    (EvaluateConfig, dict(prompt="Hello?"), "prompt is 'Hello?', but one model is scored"),
+    (EvaluateConfig, dict(speed=False), "speed is False, but nothing is timed where one model is scored"),
+    (EvaluateConfig, dict(limit=3), "limit is 3, but no tasks are asked"),
+    (MapConfig, dict(tasks="piqa"), "tasks is 'piqa', but a command that saves a map alone does not read it"),
+    (MapConfig, dict(eval_dataset="x.txt"), "eval_dataset is 'x.txt', but a command that saves a map alone"),
+    (MapConfig, dict(save_transform_only=False), "save_transform_only is False, but a command that saves a map alone"),
+    (PruneConfig, dict(dtype="float16"), "dtype means nothing for a model in memory: it is loaded already"),
+    (PruneConfig, dict(private=False), "private means nothing for a model in memory: save it with save_checkpoint")])
+def test_a_door_refuses_what_it_does_not_read(cls, keys, words):
+    with pytest.raises(ReplaceMeError) as e:
+        make_config(cls, **keys)
+    assert words in str(e.value)
+
+
+SHARED = """model_path: ./tiny
+method: uidl
+layers_to_skip: 2
+dataset: texts.txt
+metric: cosine
+prompt: Hello?
+eval_dataset: texts.txt
+eval_size: 2
+eval_length: 32
+methods: [lstsq, uidl]
+layers: [1, 2]
+compare: [./tiny, ./tiny]
+"""
+
+
+def test_one_file_serves_several_commands(place, monkeypatch, recwarn):
+    "What a command has no use for is named in one line and has no effect"
+    monkeypatch.chdir(place)
+    (place / "all.yaml").write_text(SHARED.replace("metric: cosine\n", "").replace("prompt: Hello?\n", ""))
+
+    def read(command, cls, *flags):
+        recwarn.clear()
+        cfg, _ = cli.parse(command, "", ["--config", "all.yaml", *flags], {}, cls=cls)
+        (w,) = [str(w.message) for w in recwarn.list if w.category is ReplaceMeWarning]
+        return cfg, w.removeprefix("config all.yaml: ")
+
+    cfg, said = read("run_replaceme", Config)
+    assert (cfg.method, cfg.eval_size, said) == ("uidl", 2, "methods, layers and compare are left alone: run_replaceme does not read them here.")
+    cfg, said = read("evaluate_model", EvaluateConfig, "--model_path", "null")
+    assert cfg.compare == ["./tiny", "./tiny"] and said.startswith("method, layers_to_skip, dataset, methods and layers are left alone: evaluate_model")
+    cfg, said = read("get_distance_analysis", AnalyseConfig, "--metric", "cosine")
+    assert (cfg.metric, cfg.layers_to_skip, cfg.method) == ("cosine", 2, "auto") and said.startswith("method, eval_dataset, eval_size, eval_length, methods, layers and compare are")
+    cfg, said = read("compare_methods", CompareConfig)
+    assert cfg.layers == [1, 2] and cfg.layers_to_skip is None and said == "method, layers_to_skip and compare are left alone: compare_methods does not read them here."
+
+
+def test_a_key_that_contradicts_its_own_file_is_refused_by_every_command(place, tmp_path):
+    (tmp_path / "c.yaml").write_text("model_path: m\nlimit: 5\n")
+    with pytest.raises(ReplaceMeError, match="limit is 5, but no tasks are asked"):
+        read_config(tmp_path / "c.yaml", cls=EvaluateConfig)
+    (tmp_path / "c.yaml").write_text("model_path: m\nprompt: Hello?\n")  # a run asks it
+    with pytest.warns(ReplaceMeWarning, match="prompt is left alone: evaluate_model does not read it here"):
+        assert read_config(tmp_path / "c.yaml", cls=EvaluateConfig).prompt == FIELDS["prompt"].default
+
+
+@pytest.mark.parametrize("command, flag, words", [
+    ("evaluate_model", "--ridge", "it belongs to run_replaceme, run_uidl"), ("get_distance_analysis", "--method", "it belongs to run_replaceme"),
+    ("get_lt_with_lstsq", "--tasks", "it belongs to run_replaceme"), ("run_replaceme", "--methods", "it belongs to compare_methods"),
+    ("run_replaceme", "--cache", "it belongs to evaluate_model"), ("compare_methods", "--ridge", "it belongs to run_replaceme")])
+def test_a_flag_that_a_command_does_not_read_is_refused_whatever_its_value(command, flag, words, capsys):
+    name = flag[2:]
+    default = next(f.default for c in (Config, EvaluateConfig, CompareConfig) for f in dataclasses.fields(c) if f.name == name)
+    for value in ("0.5", str(default)):
+        with pytest.raises(SystemExit) as e:
+            getattr(cli, command)([flag, value])
+        assert e.value.code == 2 and f"unknown argument '{flag}': {words}" in capsys.readouterr().err
+
+
+# the construction itself: what is accepted is read
+
+VALUES = dict(model_path="./tiny", merge=False, layers_to_skip=2, use_4bit=True, use_8bit=True, dtype="float32", device_map="cpu", token="hf_x",
+              trust_remote_code=True, dataset="texts.txt", dataset_shares=[1.], dataset_column="text", dataset_subset="train", dataset_split="train", dataset_size=8,
+              batch_size=4, max_length=48, mask=.1, min_distance_layer=2, metric="cosine", distance_tokens="all", sinks="allow", distances_path="p.json",
+              select="loss", top_k=2, num_A=2, merge_consecutive=False, max_blocks=2, blocks=[[2, 3]], map="wide", affine=True, weights="inv_norm",
+              structure="diag", rank=2, alpha=.1, ridge=.1, refit=1, diag=True, two_vectors=True, thri=True, solver="irls", loss="mse", accurate=True, l1=.1, l2=.1,
+              epochs=1, lr=1e-3, activations_save_path="acts", simple=True, C=3, I=1, threshold=.1, network="ffn", train_loss="lm", recover="fold",
+              train_tokens=64, train_size=4, train_path="training", trainer=dict(learning_rate=1e-3), save_path="out", save_transform_only=True,
+              push_to_hub="me/x", private=False, eval_dataset="texts.txt", eval_column="text", eval_subset="train", eval_split="train", eval_size=2,
+              eval_length=32, tasks="say", limit=2, prompt="Hello?", seed=1)
+
+
+def with_key(method, k):
+    "The least configuration that asks for a key, or the reason why there is none"
+    need = dict(rank=dict(structure="rank"), top_k=dict(select="loss"), limit=dict(tasks="say"), private=dict(push_to_hub="me/x"), epochs={},
+                merge_consecutive=dict(num_A=2), **{t: dict(recover="fold") for t in ("train_tokens", "train_size", "train_path", "trainer")})
+    for more in ({}, need.get(k, {}), dict(solver="cg"), dict(accurate=True)):
+        keys = {**dict(method=method, layers_to_skip=None if k == "blocks" else 1), **more, k: VALUES[k]}
+        try:
+            return make_config(**{n: v for n, v in keys.items() if v is not None})
+        except ReplaceMeError as e:
+            why = str(e)
+    return why
+
+
+def test_a_flag_may_switch_off_what_a_file_asks_for(tmp_path):
+    "A flag that contradicts the file leaves the rest of the file idle, which is said; flags that contradict each other are refused"
+    (tmp_path / "c.yaml").write_text("method: cosine\nsolver: cg\neval_size: 2\ntasks: piqa\nlimit: 5\n")
+    with pytest.warns(ReplaceMeWarning, match="solver, eval_size and limit are left alone: run_replaceme does not read them here"):
+        cfg = read_config(tmp_path / "c.yaml", method="lstsq", eval_dataset=None, tasks=None)
+    assert (cfg.solver, cfg.eval_size, cfg.limit) == ("adam", 24, None)
+    with pytest.raises(ReplaceMeError, match="solver is 'cg', but it belongs to method cosine"):
+        read_config(tmp_path / "c.yaml", method="lstsq", solver="cg")
