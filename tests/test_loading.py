@@ -61,6 +61,11 @@ def keys(folder, **kw):
     return dict(model_path=str(folder), dataset="texts.jsonl", max_length=64, eval_dataset="eval.txt", eval_length=32, eval_size=4, prompt=None) | kw
 
 
+def scored(folder, **kw):
+    "The keys of an evaluation, which reads no calibration text"
+    return {k: v for k, v in keys(folder, **kw).items() if k not in ("dataset", "max_length")}
+
+
 def said(f):
     "What `f` returns, and the warnings of ours"
     with warnings.catch_warnings(record=True) as seen:
@@ -96,8 +101,8 @@ def test_a_lost_weight_is_named_at_every_door(capsys):
     folder, whole = folder_of(tiny_model(layers=4)), folder_of(tiny_model(layers=4), "whole")
     edit(folder, [UP])
     doors = [lambda: run(make_config(**keys(folder, layers_to_skip=1))), lambda: analyse(make_config(**keys(folder))),
-             lambda: evaluate(make_config(EvaluateConfig, **keys(folder))),
-             lambda: evaluate(make_config(EvaluateConfig, **keys(folder) | dict(model_path=None, compare=[str(whole), str(folder)]))),
+             lambda: evaluate(make_config(EvaluateConfig, **scored(folder))),
+             lambda: evaluate(make_config(EvaluateConfig, **scored(folder) | dict(model_path=None, compare=[str(whole), str(folder)]))),
              lambda: compare(make_config(CompareConfig, **keys(folder, layers=[1], methods=["remove"])))]
     for door in doors:
         with pytest.raises(ReplaceMeError, match=re.escape(UP)):
@@ -453,7 +458,7 @@ def test_a_bitsandbytes_checkpoint_is_turned_back_and_pruned(bnb, bits):
 def test_a_quantised_checkpoint_is_evaluated_as_it_is(bnb):
     small, folder = bnb(4)
     assert getattr(load_model(folder, keep_quantised=True)[0], "is_loaded_in_4bit", False)
-    _, warned = said(lambda: evaluate(make_config(EvaluateConfig, **keys(folder))))
+    _, warned = said(lambda: evaluate(make_config(EvaluateConfig, **scored(folder))))
     assert warned == []
 
 
@@ -612,7 +617,7 @@ def test_a_revision_is_for_the_hub(monkeypatch):
     with pytest.raises(ReplaceMeError, match="revision is 'v1'"):
         run(make_config(**keys(folder, layers_to_skip=1, revision="v1")))
     with pytest.raises(ReplaceMeError, match="both models of compare"):
-        evaluate(make_config(EvaluateConfig, **keys(folder) | dict(model_path=None, compare=[str(folder)] * 2, revision="v1")))
+        evaluate(make_config(EvaluateConfig, **scored(folder) | dict(model_path=None, compare=[str(folder)] * 2, revision="v1")))
     model, tok = load_model(folder)
     with pytest.raises(ReplaceMeError, match="revision means nothing"):
         prune(model, tok, 1, revision="v1")

@@ -91,8 +91,16 @@ RUN_ONLY = dict(layers_to_skip=2, method="lstsq", ridge=.1, num_A=2, refit=1, da
 def test_a_key_of_a_run_is_refused_by_an_evaluation(key):
     with pytest.raises(ReplaceMeError, match=f"{key} is .*, but evaluate_model does not read it; leave it out"):
         make_config(EvaluateConfig, model_path="m", **{key: RUN_ONLY[key]})
-    with pytest.raises(ReplaceMeError, match=f"{key} is .*, but evaluate_model does not read it"):
-        evaluate(Config(model_path="m", **{key: RUN_ONLY[key]}))
+
+
+def test_one_config_serves_several_doors(place, monkeypatch):
+    "As one file does"
+    monkeypatch.chdir(place)
+    cfg = make_config(model_path="./tiny", dataset="texts.txt", dataset_size=4, max_length=32, method="uidl", layers_to_skip=2, eval_dataset="texts.txt", eval_size=2, eval_length=32)
+    with pytest.warns(ReplaceMeWarning, match="method, eval_dataset, eval_size and eval_length are left alone: get_distance_analysis does not read them here"):
+        assert analyse(cfg)[0].texts == 4
+    with pytest.warns(ReplaceMeWarning, match="method, layers_to_skip, dataset, dataset_size and max_length are left alone: evaluate_model"):
+        assert evaluate(cfg)["perplexity"]["tokens"] == 62
 
 
 @pytest.mark.parametrize("cls, keys, words", [
@@ -173,7 +181,7 @@ def test_a_flag_that_a_command_does_not_read_is_refused_whatever_its_value(comma
 
 # the construction itself: what is accepted is read
 
-VALUES = dict(model_path="./tiny", merge=False, layers_to_skip=2, use_4bit=True, use_8bit=True, dtype="float32", device_map="cpu", token="hf_x",
+VALUES = dict(model_path="./tiny", merge=False, layers_to_skip=2, use_4bit=True, use_8bit=True, dtype="float32", device_map="cpu", revision="main", max_memory={"cpu": "1GB"}, token="hf_x",
               trust_remote_code=True, dataset="texts.txt", dataset_shares=[1.], dataset_column="text", dataset_subset="train", dataset_split="train", dataset_size=8,
               batch_size=4, max_length=48, mask=.1, min_distance_layer=2, metric="cosine", distance_tokens="all", sinks="allow", distances_path="p.json",
               select="loss", top_k=2, num_A=2, merge_consecutive=False, max_blocks=2, blocks=[[2, 3]], map="wide", affine=True, weights="inv_norm",
