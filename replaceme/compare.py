@@ -46,9 +46,9 @@ def paired(a, b, # (N,) losses of two models on the same pieces, or rights and w
     return float((a-b).mean()), float(low), float(high)
 
 # %% ../nbs/23_compare.ipynb #20be644b
-SHARED = ('model_path', 'dtype', 'device_map', 'trust_remote_code', 'token', 'dataset', 'dataset_shares', 'dataset_column', 'dataset_subset', 'dataset_split',
-          'dataset_size', 'batch_size', 'max_length', 'eval_dataset', 'eval_column', 'eval_subset', 'eval_split', 'eval_size', 'eval_length', 'tasks', 'limit')
-_DATA = ('dataset', 'dataset_shares', 'dataset_column', 'dataset_subset', 'dataset_split', 'dataset_size', 'batch_size', 'max_length', 'token')
+_READ = [f for f in fields(Config) if 'compare' in f.metadata['by']] # what the rows have in common
+SHARED = tuple(f.name for f in _READ if f.name not in ('save_path', 'seed'))
+_DATA = tuple(f.name for f in _READ if 'prune' in f.metadata['by'] and f.name!='seed')
 
 _QUANTISED = "the dense model is scored and cut as it is loaded; set dtype to load it smaller"
 _NEVER = dict(layers_to_skip="list the numbers of layers in `layers`", seed="list the seeds in `seeds`", use_4bit=_QUANTISED, use_8bit=_QUANTISED,
@@ -84,8 +84,8 @@ class Plan:
 
 def row_config(cfg, plan)->Config:
     "The config of one row, checked"
-    shared = {k: getattr(cfg, k) for k in SHARED}
-    try: return make_config(**shared, **plan.keys, layers_to_skip=plan.n, seed=plan.seed)
+    keys = dict({k: getattr(cfg, k) for k in SHARED}, **plan.keys, layers_to_skip=plan.n, seed=plan.seed)
+    try: return settled(Config, keys, SHARED)[0] # what is shared may mean nothing to one method
     except ReplaceMeError as e: raise ReplaceMeError(f"methods: {plan.name} with {_layers(plan.n)}: {e}", page=e.page) from None
 
 def plans(cfg)->list: # of `Plan`, in the order of seeds, numbers of layers, methods
@@ -104,15 +104,16 @@ def _distinct(name, values, least):
 @dataclass
 class CompareConfig(Config):
     "The YAML schema of a comparison: `Config`, and which methods, layers and seeds"
-    method:str|None = key(None, "not here: list the methods in `methods`")
-    prompt:str|None = key(None, "not here: a comparison asks no prompt")
-    methods:list|None = key(None, "what is compared: names of methods, or mappings such as {name: auto unmerged, method: auto, merge: false}")
-    layers:list|None = key(None, "numbers of layers to remove, such as [3, 6]")
-    seeds:list|None = key(None, "seeds, [0] by default; each makes the whole set of rows once more")
+    method:str|None = key(None, "not here: list the methods in `methods`", '')
+    methods:list|None = key(None, "what is compared: names of methods, or mappings such as {name: auto "
+        "unmerged, method: auto, merge: false}", 'compare')
+    layers:list|None = key(None, "numbers of layers to remove, such as [3, 6]", 'compare')
+    seeds:list|None = key(None, "seeds, [0] by default; each makes the whole set of rows once more", 'compare')
+    seed:int = key(0, "not here: list the seeds in `seeds`", '')
+    door, command = 'compare', 'compare_methods'
 
     def __post_init__(self):
         if self.seeds is None: self.seeds = [0]
-        self._check_top()
         if not self.methods: raise ReplaceMeError("methods is missing: give a list, such as methods: [lstsq, auto].")
         _distinct('layers', self.layers, 1)
         _distinct('seeds', self.seeds, 0)
@@ -122,12 +123,11 @@ class CompareConfig(Config):
         if self.eval_dataset is None: raise ReplaceMeError("eval_dataset is null, but methods are compared by their loss on a text: name one.")
         for p in plans(self): row_config(self, p)
 
-    def _check_top(self):
-        "Refuse keys that belong elsewhere"
-        for f in fields(self):
-            if f.name in (*SHARED, 'save_path', 'methods', 'layers', 'seeds') or getattr(self, f.name)==f.default: continue
-            why = "list the methods in `methods`" if f.name=='method' else _NEVER.get(f.name, "it is an option of a method: write it in the entries it is for")
-            raise ReplaceMeError(f"{f.name} is not for the top of a comparison: {why}.")
+    @classmethod
+    def unread(cls, name, value):
+        if name=='method': why = "list the methods in `methods`"
+        else: why = _NEVER.get(name, "it is an option of a method: write it in the entries it is for")
+        return f"{name} is not for the top of a comparison: {why}."
 
 # %% ../nbs/23_compare.ipynb #91b121d5
 def text_losses(model, ids, # (pieces, length)
@@ -272,7 +272,8 @@ def make(self:Bench, plan)->dict:
 def measured(self:Bench, plan, row)->dict:
     "What a row costs, which stays in `row` if scoring fails, and what it is worth"
     if self.data.get(plan.seed)=='self': write_texts(self.model, self.tokenizer, row_config(self.cfg, plan))
-    small, result = prune(self.model, self.tokenizer, plan.n, seed=plan.seed, **{k: getattr(self.cfg, k) for k in _DATA}, **plan.keys)
+    cfg = row_config(self.cfg, plan) # what this method does not read of the shared keys is not in it
+    small, result = prune(self.model, self.tokenizer, plan.n, seed=plan.seed, **{k: getattr(cfg, k) for k in _DATA}, **plan.keys)
     row.update(costs(result))
     said = self.answers(small)
     return dict(losses=text_losses(small, self.ids), right=rights(said), stability=stabilities(self.said, said))
@@ -618,6 +619,7 @@ def run_rows(bench, cfg)->list: # of rows, the dense model first
 
 def compare(cfg)->tuple: # (Comparison, Path of the folder)
     "Run a comparison: one model, every method, one evaluation"
+    cfg = read_as(cfg, CompareConfig)
     path = compare_path(cfg)
     check_compare(cfg, path)
     model, tokenizer = load(cfg)
