@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LinearMap', 'map_output', 'add_map', 'Network', 'FFN', 'SwiGLU', 'map_kinds', 'LinearConfig', 'stack_of',
-           'LinearModel', 'convert_like', 'linear_class', 'modelling_source', 'linear_layers', 'is_linear_model',
-           'with_linear', 'replace_linear', 'with_network', 'token_cost', 'linear_cost']
+           'LinearModel', 'convert_like', 'linear_class', 'source_of', 'modelling_source', 'linear_layers',
+           'is_linear_model', 'plain_class', 'with_linear', 'replace_linear', 'with_network', 'token_cost',
+           'linear_cost']
 
 # %% ../nbs/12_unmerged.ipynb #f51ccef3
 import functools, inspect, json, os, re
@@ -85,9 +86,11 @@ class LinearConfig:
         config, rest = super().get_config_dict(*args, **kwargs)
         return {**config, 'model_type': cls.model_type}, rest
 
+    def source(self): return modelling_source()
+
     def save_pretrained(self, save_directory, **kwargs):
         os.makedirs(save_directory, exist_ok=True)
-        (Path(save_directory)/'modeling_replaceme.py').write_text(modelling_source(), encoding='utf-8')
+        (Path(save_directory)/'modeling_replaceme.py').write_text(self.source(), encoding='utf-8')
         super().save_pretrained(save_directory, **kwargs)
 
 def stack_of(config): # -> the config with `replaceme_linear`, or None
@@ -139,8 +142,8 @@ def __getattr__(name):
 # %% ../nbs/12_unmerged.ipynb #c6f1daf9
 _PARTS = (LinearMap, map_output, add_map, Network, FFN, SwiGLU, map_kinds, LinearConfig, stack_of, LinearModel, convert_like, linear_class, __getattr__)
 
-def _code(o):
-    "The source of a class or function"
+def source_of(o):
+    "The source of a class or function, as it stands in its file"
     f = inspect.unwrap(o) if not isinstance(o, type) else next(v for v in vars(o).values() if inspect.isfunction(v))
     lines = inspect.findsource(f)[0]
     i = next(i for i,l in enumerate(lines) if re.match(rf'(class|def) {re.escape(o.__name__)}\b', l))
@@ -161,7 +164,7 @@ from transformers import PreTrainedConfig
 def modelling_source()->str:
     "The content of `modeling_replaceme.py`"
     own = 'def modelling_source(): return Path(__file__).read_text(encoding="utf-8")'
-    return '\n\n\n'.join([_HEAD.rstrip(), *map(_code, _PARTS), own]) + '\n'
+    return '\n\n\n'.join([_HEAD.rstrip(), *map(source_of, _PARTS), own]) + '\n'
 
 # %% ../nbs/12_unmerged.ipynb #2eaf9fc4
 def linear_layers(model)->dict: # `{layer: one of the kinds}`
@@ -212,12 +215,14 @@ def _after(old, T, b): # float64
     return values['weight'].T@T, b0 if b is None else b if b0 is None else b0+b
 
 # %% ../nbs/12_unmerged.ipynb #855034b4
-def _plain(cls): return next((c for c in cls.__mro__ if getattr(transformers, c.__name__, None) is c), cls)
+def plain_class(cls):
+    "The class of transformers that a class is made from"
+    return next((c for c in cls.__mro__ if getattr(transformers, c.__name__, None) is c), cls)
 
 def _convert(model):
     "Give a model and its configs the classes that know of maps, also one whose classes came with a checkpoint"
     was, config = type(model.config), model.config
-    plain, cls = _plain(was), _plain(type(model))
+    plain, cls = plain_class(was), plain_class(type(model))
     held = [config, *(c for m in model.modules() if (c := vars(m).get('config')) is not None)]
     auto, layers = auto_class(model), layers_of(model)
     if not auto.startswith('Auto'): auto = 'AutoModel'
