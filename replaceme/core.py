@@ -93,8 +93,8 @@ def prove_writable(path, # a folder, there or not
             os.fsync(f.fileno())
         if not os.access(folder, os.W_OK): raise PermissionError(errno.EACCES, 'Permission denied')
     except OSError as e:
-        raise ReplaceMeError(f"{key} {path} cannot be written ({e.strerror or e}, in {folder}): "
-                             f"choose another place ({key}).") from e
+        why = f'{e.strerror or e}, in {folder}' if folder.is_dir() else f'it lies in {folder}, which is a file'
+        raise ReplaceMeError(f"{key} {path} cannot be written ({why}): choose another place ({key}).") from e
 
 # %% ../nbs/00_core.ipynb #fb92666a
 def _lock(folder, wait=True): # -> descriptor, whose closing gives it back; None where there are no such locks
