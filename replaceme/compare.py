@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SHARED', 'paired', 'entry', 'Plan', 'row_config', 'plans', 'CompareConfig', 'text_losses', 'rights', 'stabilities',
-           'costs', 'tasks_digest', 'data_digest', 'plain_config', 'read_row', 'check_place', 'eval_pieces', 'Bench',
-           'write_texts', 'Line', 'ppl', 'lines', 'difference', 'ahead', 'ahead_text', 'with_differences',
-           'task_differences', 'Comparison', 'csv_row', 'front', 'compare_path', 'about', 'read_comparison',
-           'write_comparison', 'check_compare', 'run_rows', 'compare']
+           'costs', 'tasks_digest', 'data_digest', 'plain_config', 'check_place', 'eval_pieces', 'Bench', 'write_texts',
+           'Line', 'ppl', 'lines', 'difference', 'ahead', 'ahead_text', 'with_differences', 'task_differences',
+           'Comparison', 'csv_row', 'front', 'compare_path', 'about', 'read_comparison', 'write_comparison',
+           'check_compare', 'run_rows', 'compare']
 
 # %% ../nbs/23_compare.ipynb #2e25b001
 import dataclasses, functools, gc, io, json, math, os, re, warnings
@@ -23,9 +23,10 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFor
 from tqdm.auto import tqdm
 
 from .core import *
+from .kept import *
 from .models import *
 from .arch import *
-from .data import check_ids
+from .data import RECIPE, check_ids, kind_of, mixture
 from .blocks import *
 from .evaluate import *
 from .evaluate import _check_choices, _check_finite
@@ -163,10 +164,26 @@ def tasks_digest(cfg)->str|None:
     words = lambda t: {k: v for k,v in t.dump_config().items() if isinstance(v, (str, int, float, list)) and 'path' not in k}
     return digest_of([[name, words(t), [dict(d) for d in t.eval_docs][:cfg.limit]] for name,t in sorted(loaded['tasks'].items())])
 
+def _named(cfg): return cfg.dataset if isinstance(cfg.dataset, list) else [cfg.dataset]
+
+def _part(cfg, d): # -> the config of one part of a mixture, alone, with all the texts that may come from it
+    sizes = [s for s in (cfg.dataset_size, training_size(cfg) if cfg.trains else None) if s]
+    table = {} if kind_of(d)=='table' else dict.fromkeys(('dataset_column', 'dataset_subset', 'dataset_split'))
+    return dataclasses.replace(cfg, dataset=d, dataset_shares=None, dataset_size=max(sizes, default=1), **table)
+
+def _read(model, tokenizer, cfg): # -> batches, without those that the model writes
+    "What a row is calibrated and trained on, as far as it can be read without the model"
+    if 'self' in _named(cfg):
+        parts = [_part(cfg, d) for d,_ in mixture(cfg.dataset) if d!='self']
+        return [b for c in parts for b in calibration_batches(model, tokenizer, c)]
+    bs = calibration_batches(model, tokenizer, cfg)
+    if not cfg.trains: return bs
+    try: return [*bs, *(b for part in training_batches(model, tokenizer, cfg) for b in part)]
+    except ReplaceMeError: return bs # the row itself will say so
+
 def data_digest(model, tokenizer, cfg)->str:
-    "A hash of the calibration tokens"
-    if 'self' in (cfg.dataset if isinstance(cfg.dataset, list) else [cfg.dataset]): return 'self'
-    return digest_of([b['input_ids'][b['attention_mask'].bool()].tolist() for b in calibration_batches(model, tokenizer, cfg)])
+    "A hash of the tokens of calibration and training; those that the model writes follow from the rest of the key"
+    return digest_of([text_digests(_read(model, tokenizer, cfg)), RECIPE])
 
 _PATHS = ('model_path', 'save_path', 'token', 'device_map', 'push_to_hub', 'private')
 
@@ -175,13 +192,7 @@ def plain_config(cfg)->dict:
     return no_path({k: v for k,v in dataclasses.asdict(cfg).items() if k not in _PATHS})
 
 # %% ../nbs/23_compare.ipynb #a3335a07
-def read_row(path)->dict|None:
-    "A finished row, or None"
-    try: row = json.loads(Path(path).read_text(encoding='utf-8'))
-    except (OSError, ValueError): return None
-    return row if isinstance(row, dict) and 'hash' in row else None
-
-_ROW = re.compile(r'\.?[0-9a-f]{16}\.json(\.partial-[\w-]+)?')
+_ROW = re.compile(r'\.?[0-9a-f]{16}\.json(\.partial-[\w-]+|\.lock)?')
 
 def check_place(path):
     "Refuse, before any work is done, a folder that is somebody else's"
@@ -207,29 +218,31 @@ class Bench:
         self.model, self.tokenizer, self.cfg, self.rows_at = model, tokenizer, cfg, Path(path)/'rows'
         self.ids, self.data = eval_pieces(model, tokenizer, cfg), {}
         self.versions = {k: v for k,v in versions().items() if k in ('replaceme', 'torch', 'transformers')}
-        self.facts = dict(model=fingerprint(model), text=digest_of(self.ids.tolist()), tasks=tasks_digest(cfg), versions=self.versions, device=input_device(model).type)
+        self.facts = dict(model=identity(model, tokenizer), text=digest_of(self.ids.tolist()), tasks=tasks_digest(cfg),
+                          versions=self.versions, device=input_device(model).type)
 
-    def key(self, plan=None): # None is the dense model
-        "The hash that a row is found by"
-        if plan is None: return digest_of([self.facts, 'dense', no_path([self.cfg.tasks, self.cfg.limit]), self.cfg.batch_size])
+    def asked(self, plan=None)->list: # None is the dense model
+        "All that a row depends on"
+        if plan is None: return [self.facts, 'dense', no_path([self.cfg.tasks, self.cfg.limit]), self.cfg.batch_size]
         cfg = row_config(self.cfg, plan)
-        if plan.seed not in self.data: self.data[plan.seed] = data_digest(self.model, self.tokenizer, cfg)
-        return digest_of([self.facts, self.data[plan.seed], plain_config(cfg)])
+        at = str([*(getattr(cfg, k) for k in _DATA), plan.seed, cfg.trains and training_size(cfg)])
+        if at not in self.data: self.data[at] = data_digest(self.model, self.tokenizer, cfg)
+        return [self.facts, self.data[at], plain_config(cfg)]
+
+    def path(self, plan=None)->Path: return kept_path(self.rows_at, 'row', self.asked(plan))
+    def key(self, plan=None): return self.path(plan).stem # the hash that a row is found by
 
     def found(self, plan=None):
         "The finished row of a plan under its present name, or None"
-        row = read_row(self.rows_at/f'{self.key(plan)}.json')
+        row = read_kept(self.path(plan))
         return row and {**row, **dict(method=plan.name if plan else 'dense')}
 
     def keep(self, row, plan=None):
         "Write a row, now"
-        row = dict(hash=self.key(plan), **row, versions=self.versions)
-        spared(f"the file of {plan or 'the dense model'}", self.write, row)
+        path = self.path(plan)
+        row = dict(hash=path.stem, **row, versions=self.versions)
+        spared(f"the file of {plan or 'the dense model'}", write_kept, path, 'row', self.asked(plan), row)
         return row
-
-    def write(self, row):
-        self.rows_at.mkdir(parents=True, exist_ok=True)
-        write_whole(self.rows_at/f"{row['hash']}.json", json.dumps(row))
 
 # %% ../nbs/23_compare.ipynb #d1bdad89
 @patch
@@ -239,14 +252,17 @@ def answers(self:Bench, model)->dict:
     return task_samples(model, self.tokenizer, self.cfg.tasks, self.cfg.limit, batch_size=self.cfg.batch_size)
 
 @patch
+def dense_row(self:Bench)->dict:
+    "The row of the dense model, made"
+    said = self.answers(self.model)
+    return self.keep(dict(method='dense', n=0, seed=None, blocks=[], parameters=n_parameters(self.model), trained_tokens=0,
+                          seconds=None, peak_memory=None, losses=text_losses(self.model, self.ids), right=rights(said),
+                          stability={}, answers={t: {i: dataclasses.asdict(a) for i,a in qs.items()} for t,qs in said.items()}))
+
+@patch
 def dense(self:Bench)->dict:
     "The row of the dense model, found or made"
-    row = self.found()
-    if row is None:
-        said = self.answers(self.model)
-        row = self.keep(dict(method='dense', n=0, seed=None, blocks=[], parameters=n_parameters(self.model), trained_tokens=0, seconds=None, peak_memory=None,
-                             losses=text_losses(self.model, self.ids), right=rights(said), stability={},
-                             answers={t: {i: dataclasses.asdict(a) for i,a in qs.items()} for t,qs in said.items()}))
+    with locked(self.path()): row = self.found() or self.dense_row()
     self.loss0 = row['losses'][0]
     self.said = {t: {int(i): Answer(**a) for i,a in qs.items()} for t,qs in row['answers'].items()}
     return {k: v for k,v in row.items() if k!='answers'}
@@ -271,8 +287,8 @@ def make(self:Bench, plan)->dict:
 @patch
 def measured(self:Bench, plan, row)->dict:
     "What a row costs, which stays in `row` if scoring fails, and what it is worth"
-    if self.data.get(plan.seed)=='self': write_texts(self.model, self.tokenizer, row_config(self.cfg, plan))
     cfg = row_config(self.cfg, plan) # what this method does not read of the shared keys is not in it
+    if 'self' in _named(cfg): write_texts(self.model, self.tokenizer, cfg)
     small, result = prune(self.model, self.tokenizer, plan.n, seed=plan.seed, **{k: getattr(cfg, k) for k in _DATA}, **plan.keys)
     row.update(costs(result))
     said = self.answers(small)
@@ -570,7 +586,7 @@ def about(bench, cfg)->dict:
     "What the rows have in common, as plain data"
     tasks = None if cfg.tasks is None else list(load_tasks(cfg.tasks)['tasks'])
     conf = {k: v for k,v in dataclasses.asdict(cfg).items() if k in (*SHARED, 'methods', 'layers', 'seeds') and k!='token'}
-    return dict(model=str(cfg.model_path), fingerprint=bench.facts['model'], n_layers=len(layers_of(bench.model)), calibration=no_path(cfg.dataset),
+    return dict(model=str(cfg.model_path), fingerprint=bench.facts['model']['weights'], n_layers=len(layers_of(bench.model)), calibration=no_path(cfg.dataset),
                 text=no_path(cfg.eval_dataset), pieces=len(bench.ids), length=bench.ids.shape[1], tasks=tasks, seeds=cfg.seeds, device=bench.facts['device'],
                 versions=versions(), config=no_path(conf))
 
@@ -578,6 +594,8 @@ def read_comparison(path)->Comparison: # a folder
     "A comparison that was written before"
     try: d = json.loads((Path(path).expanduser()/'comparison.json').read_text(encoding='utf-8'))
     except OSError as e: raise ReplaceMeError(f"{path} holds no comparison.json: {e.strerror}.") from None
+    except ValueError: d = None
+    if not isinstance(d, dict) or not {'about', 'rows'}<=d.keys(): raise ReplaceMeError(f"{path}/comparison.json is damaged: compare again.")
     return Comparison(d['about'], d['rows'])
 
 # %% ../nbs/23_compare.ipynb #bdaa5eb0
@@ -590,10 +608,11 @@ def write_comparison(comparison, path):
     path, make = Path(path), {'comparison.md': comparison.markdown, 'comparison.csv': comparison.csv}
     if comparison.ok: make |= {f'pareto.{k}': functools.partial(_picture, comparison, k) for k in ('png', 'svg')}
     path.mkdir(parents=True, exist_ok=True)
-    for name in ('comparison.md', 'comparison.csv', 'pareto.png', 'pareto.svg'): (path/name).unlink(missing_ok=True)
     said = dict(about=comparison.about, rows=comparison.rows, ahead=ahead(comparison.rows))
-    write_whole(path/'comparison.json', json.dumps(said, indent=1))
-    for name,f in make.items(): spared(name, lambda: write_whole(path/name, f()))
+    with locked(path):
+        for name in ('comparison.md', 'comparison.csv', 'pareto.png', 'pareto.svg'): (path/name).unlink(missing_ok=True)
+        write_whole(path/'comparison.json', json.dumps(said, indent=1))
+        for name,f in make.items(): spared(name, lambda: write_whole(path/name, f()))
 
 # %% ../nbs/23_compare.ipynb #c9b1e7be
 def check_compare(cfg, path):
@@ -613,7 +632,7 @@ def run_rows(bench, cfg)->list: # of rows, the dense model first
     with tqdm(total=len(todo), initial=len(rows), unit='row') as bar:
         for p in left:
             bar.set_description(str(p))
-            rows[str(p)] = bench.found(p) or bench.make(p)
+            with locked(bench.path(p)): rows[str(p)] = bench.found(p) or bench.make(p)
             bar.update()
     return [dense, *(rows[str(p)] for p in todo)]
 

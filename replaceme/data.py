@@ -15,7 +15,7 @@ __all__ = ['SPARE', 'OPENERS', 'ROLES', 'HELD_OUT', 'FORMATS', 'UNREAD', 'PACKED
            'looked_at', 'table_texts', 'first_exchange', 'exists', 'find_source', 'holds_rows', 'parts_of', 'named',
            'read_table', 'pick', 'Reserved', 'reserved_cache', 'sample_ids', 'rows_at_once', 'first_id', 'sample_texts',
            'own_texts', 'is_text', 'is_path', 'files_in', 'text_files', 'text_splits', 'kind_of', 'plain_only',
-           'read_shares', 'portions', 'interleave', 'identity', 'mixture', 'data_name', 'plan', 'load_texts',
+           'read_shares', 'portions', 'interleave', 'source_key', 'mixture', 'data_name', 'plan', 'load_texts',
            'synthetic_images', 'as_rgb', 'open_image', 'image_files', 'drawn', 'is_image', 'pick_images', 'undecoded',
            'table_images', 'load_images', 'pixels', 'image_batches']
 
@@ -45,6 +45,7 @@ from tqdm.auto import tqdm
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .core import *
+from .kept import *
 from .models import *
 from .arch import judging, stack_config
 
@@ -1031,14 +1032,13 @@ def own_texts(model, tokenizer, size=64, max_length=512, batch_size=8, seed=0)->
     "`sample_texts`, from the cache where they have been written before"
     if model is None or size is None:
         raise ReplaceMeError("dataset self is what the model writes: give the model, and a size.")
-    vocab = sorted(tokenizer.get_vocab().items())
-    key = json.dumps([RECIPE, fingerprint(model), first_id(model, tokenizer), vocab, size, max_length, seed])
-    folder = cache_dir()/'self'/hashlib.sha256(key.encode()).hexdigest()[:16]
-    if not folder.exists():
-        prove_writable(folder, 'REPLACEME_CACHE')
+    if not keepable(model): return sample_texts(model, tokenizer, size, max_length, batch_size, seed)
+    def write(folder):
         texts = sample_texts(model, tokenizer, size, max_length, batch_size, seed)
         lines = [json.dumps(dict(text=t, ids=t.ids))+'\n' for t in texts]
-        with new_folder(folder) as tmp: (tmp/'texts.jsonl').write_text(''.join(lines), encoding='utf-8')
+        (folder/'texts.jsonl').write_text(''.join(lines), encoding='utf-8')
+    key = digest_of([RECIPE, identity(model, tokenizer), first_id(model, tokenizer), size, max_length, seed])
+    folder = kept_folder(cache_dir()/'self'/key, write)
     return [Piece(**json.loads(line)) for line in (folder/'texts.jsonl').read_text(encoding='utf-8').splitlines()]
 
 # %% ../nbs/03_data.ipynb #7674ac0b
@@ -1149,7 +1149,7 @@ def interleave(parts, # lists
     return [x for _,x in sorted(at, key=lambda pair: pair[0])]
 
 # %% ../nbs/03_data.ipynb #6b8bf45c
-def identity(dataset):
+def source_key(dataset):
     "Equal for two names of the same data set"
     if isinstance(dataset, InMemory): return str(dataset)
     if not isinstance(dataset, (str, Path)): return id(dataset)
@@ -1175,7 +1175,7 @@ def mixture(dataset, # one data set or a list of them
         names = MIXES.get(str(d).lower(), [d])
         parts += [(p, s/len(names)) for p in names]
     for d,_ in parts:
-        if (key := identity(d)) in seen:
+        if (key := source_key(d)) in seen:
             raise ReplaceMeError(f"dataset {_called(d)} stands twice in the mixture: name it once, with a larger share.")
         seen.add(key)
     return parts

@@ -9,7 +9,7 @@ __all__ = ['package_gguf', 'left_out', 'untied', 'check_weights', 'fill_tables',
            'merge_adapter', 'load_model', 'causal_types', 'tiny_model', 'tiny_vision', 'tiny_tokenizer', 'fingerprint']
 
 # %% ../nbs/01_models.ipynb #e5c7ec28
-import atexit, dataclasses, hashlib, importlib.util, json, math, os, re, shutil, tempfile, uuid, warnings
+import atexit, dataclasses, importlib.util, json, math, os, re, shutil, tempfile, uuid, warnings
 from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +24,7 @@ from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModel
                           AutoTokenizer, PreTrainedConfig)
 
 from .core import *
+from .kept import *
 
 # %% ../nbs/01_models.ipynb #0d9b1f8e
 def _package_folders(name):
@@ -168,21 +169,13 @@ def check_files(folder, name):
     else: raise _bad(name, f"has no safetensors weights: {_no_weights(folder)}")
 
 # %% ../nbs/01_models.ipynb #1930a501
-def _sha(path):
-    "Hash of a file's content"
-    h = hashlib.sha256()
-    with open(path, 'rb') as f:
-        while block := f.read(1<<20): h.update(block)
-    return h.hexdigest()[:16]
-
 def _convert_gguf(gguf, folder):
-    "Write the dequantised model and tokenizer of `gguf` to `folder`"
+    "Write the dequantised model and tokenizer of `gguf` into `folder`"
     model = from_checkpoint(AutoModelForCausalLM, gguf.parent, gguf, gguf_file=gguf.name, dtype=torch.float32)
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
-    with new_folder(folder) as tmp:
-        model.save_pretrained(tmp)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(tmp)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 def gguf_folder(gguf, # path of a `.gguf` file
                )->Path: # a checkpoint folder in the cache
@@ -190,9 +183,8 @@ def gguf_folder(gguf, # path of a `.gguf` file
     gguf = Path(gguf)
     if not gguf.is_file(): raise ReplaceMeError(f"model_path {gguf}: no such file.")
     if gguf.open('rb').read(4)!=b'GGUF': raise ReplaceMeError(f"model_path {gguf} is not a GGUF file: its first bytes are not 'GGUF'.")
-    folder = cache_dir()/'gguf-whole'/_sha(gguf)/gguf.stem
-    if not folder.exists(): _convert_gguf(gguf, folder)
-    return folder
+    key = digest_of([file_digest(gguf), transformers.__version__]) # whose reading of the file it is
+    return kept_folder(cache_dir()/'gguf'/key/gguf.stem, lambda folder: _convert_gguf(gguf, folder))
 
 # %% ../nbs/01_models.ipynb #64c6ad7b
 def is_local(path): return Path(path).is_dir()
@@ -879,13 +871,4 @@ def tiny_tokenizer(add_bos=False): # put BOS before every text?
     return res
 
 # %% ../nbs/01_models.ipynb #e5f93107
-def fingerprint(model)->str: # 16 hexadecimal digits
-    "A hash of the model's weights: equal weights, equal fingerprint, wherever they are stored"
-    from transformers.integrations.accelerate import load_offloaded_parameter # importing it early is slow
-    h = hashlib.blake2b(digest_size=8)
-    for name, p in sorted(model.state_dict().items()):
-        if not isinstance(p, torch.Tensor): continue
-        if p.is_meta: p = load_offloaded_parameter(model, name)
-        h.update(f'{name} {tuple(p.shape)} {p.dtype}'.encode())
-        h.update(p.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
-    return h.hexdigest()
+_all_ = ['fingerprint'] # from `kept`, where it is made

@@ -29,6 +29,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
 from .core import *
+from .kept import *
 from .plots import *
 from .models import *
 from .arch import *
@@ -647,15 +648,20 @@ def recipe_of(cfg)->Recipe:
 
 # %% ../nbs/22_pipeline.ipynb #329fccd0
 def _data_key(cfg):
-    "Which data a profile belongs to; not how much of it, since a profile of a hundred texts may well serve a fit on thousands"
+    "Where the data of a calibration came from, in words"
     more = [cfg.dataset_shares, cfg.mask] if cfg.dataset_shares or cfg.mask else []
     return [cfg.dataset, cfg.dataset_column, cfg.dataset_subset, cfg.dataset_split, cfg.max_length, *more]
 
+def _profiled(model, cfg)->dict:
+    "What a profile depends on, beside the texts"
+    hidden = dict(share=cfg.mask, seed=cfg.seed) if cfg.mask else None
+    return dict(metric=cfg.metric, tokens=where(model, cfg), n_layers=len(layers_of(model)), model=identity(model),
+                mask=hidden)
+
 def _known_distances(model, cfg, n):
-    "Distances from `distances_path`, checked, or None"
+    "Distances from `distances_path`, checked but for the texts, which are not there yet; or None"
     if cfg.distances_path is None: return None
-    return load_distances(cfg.distances_path, n, metric=cfg.metric, tokens=where(model, cfg), n_layers=len(layers_of(model)),
-                          model=fingerprint(model), data=_data_key(cfg))
+    return load_distances(cfg.distances_path, n, **_profiled(model, cfg))
 
 def where(model, cfg)->str:
     "Tokens at which distances are measured; the last patch of an image is no summary of it, so there all are"
@@ -842,6 +848,7 @@ def _calibrate(model, tokenizer, cfg, stages, writable):
     if cfg.method in PEERS: return _by_peer(model, tokenizer, cfg, r, stages)
     known = _known_distances(model, cfg, cfg.layers_to_skip) if cfg.blocks is None else None
     with stages('texts'): bs = calibration_batches(model, tokenizer, cfg)
+    if known is not None: check_texts(cfg.distances_path, text_digests(bs))
     fit, held = hold_out(bs) if r.needs_held else (bs, [])
     if cfg.mask: fit = mask_tokens(fit, cfg.mask, cfg.seed) # what judges is whole
     bs = [*fit, *held]
@@ -1350,10 +1357,11 @@ def write_profile(profile, out, n=None, # layers of the block that the picture m
     "Write a profile as `out` (JSON), and a CSV and a picture beside it"
     files = profile_files(out)
     files[0].parent.mkdir(parents=True, exist_ok=True)
-    for f in files[1:]: f.unlink(missing_ok=True) # of an older profile
-    save_profile(profile, files[0], **belongs)
-    spared('the table', lambda: write_whole(files[1], _profile_csv(profile)))
-    spared('the picture', lambda: write_whole(files[2], _profile_png(profile, n, first, avoid)))
+    with locked(files[0]):
+        for f in files[1:]: f.unlink(missing_ok=True) # of an older profile
+        save_profile(profile, files[0], **belongs)
+        spared('the table', lambda: write_whole(files[1], _profile_csv(profile)))
+        spared('the picture', lambda: write_whole(files[2], _profile_png(profile, n, first, avoid)))
     return [f for f in files if f.exists()]
 
 def profile_table(profile, n=None, k=5,
@@ -1373,7 +1381,8 @@ def analyse(cfg): # -> (Profile, files written)
     need(cfg, 'model_path')
     out = Path(cfg.distances_path or 'distances.json').expanduser()
     if out.suffix!='.json': raise ReplaceMeError(f"distances_path {out} must end in .json: a .csv and a .png are written beside it.")
-    if out.exists(): read_profile(out) # written over only if it is one
+    if is_profile(out): pass # it is written over, whichever version wrote it
+    elif out.exists(): read_profile(out) # says what it is instead
     elif (old := next((f for f in profile_files(out) if f.exists()), None)): raise ReplaceMeError(f"distances_path {out}: {old} is there already; choose another name.")
     prove_writable(out.parent, 'distances_path')
     model, tokenizer = load(cfg)
@@ -1383,8 +1392,10 @@ def analyse(cfg): # -> (Profile, files written)
     if cfg.layers_to_skip: candidates(n, cfg.layers_to_skip, cfg.min_distance_layer)
     profile = Profile(n, cfg.metric, where(model, cfg))
     bs = calibration_batches(model, tokenizer, cfg)
+    facts = dict(texts=text_digests(bs), **{k: v for k,v in _profiled(model, cfg).items() if k in ('model', 'mask')})
     collect(model, mask_tokens(bs, cfg.mask, cfg.seed) if cfg.mask else bs, [], {}, profile, desc='profile')
-    return profile, write_profile(profile, out, cfg.layers_to_skip, cfg.min_distance_layer, cfg.sinks=='avoid', model=fingerprint(model), data=_data_key(cfg))
+    more = cfg.layers_to_skip, cfg.min_distance_layer, cfg.sinks=='avoid'
+    return profile, write_profile(profile, out, *more, **facts)
 
 # %% ../nbs/22_pipeline.ipynb #763468cf
 def _one_model(cfg):

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from .core import *
 from .plots import *
 from .arch import *
-from .models import fingerprint
+from .kept import identity
 from .activations import *
 from .distance import *
 from .blocks import *
@@ -113,7 +113,8 @@ def fit_between(dense, model, batches, held, block, at, r:Recipe)->Fit:
     with contextlib.ExitStack() as stack:
         if r.rows_path: folder = Path(r.rows_path).expanduser()/f'{block.start}-{block.end}'
         else: folder = stack.enter_context(temporary_folder())/'rows'
-        rows = write_rows(model, [*batches, *held], block, points, folder, wide=r.map=='wide', belongs=dict(model=fingerprint(model)),
+        belongs = dict(model=identity(model), **({} if dense is model else dict(dense=identity(dense))))
+        rows = write_rows(model, [*batches, *held], block, points, folder, wide=r.map=='wide', belongs=belongs,
                           dense=dense, at=at, desc=f'rows {block}')
         return solve_rows(rows, r)
 

@@ -6,8 +6,8 @@
 __all__ = ['FORMAT', 'DTYPES', 'Rows', 'batch_rows', 'check_room', 'open_rows', 'write_rows']
 
 # %% ../nbs/08_shards.ipynb #7a203f5b
-import hashlib, json, os, shutil, warnings
-from contextlib import ExitStack
+import json, shutil, warnings
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from .core import *
+from .kept import *
 from .arch import *
 from .activations import *
 from .blocks import *
@@ -76,14 +77,8 @@ def batch_rows(model, batch, # `input_ids`, `attention_mask`
     return X, S - (X if E is None else X@E.to(X)), Y
 
 # %% ../nbs/08_shards.ipynb #e0d5c247
-FORMAT = 'replaceme rows, version 1'
+FORMAT = 'replaceme rows, version 2'
 DTYPES = {str(t).split('.')[1]: t for t in (torch.float32, torch.bfloat16, torch.float16)}
-
-def _tokens_hash(batches):
-    h = hashlib.blake2b(digest_size=8)
-    for b in batches:
-        for ids,mask in zip(b['input_ids'].cpu(), b['attention_mask'].cpu()): h.update(ids[mask.bool()].long().numpy().tobytes()+b'|')
-    return h.hexdigest()
 
 def _head(model, batches, block, point, wide, dtype, belongs, at=None):
     "What identifies the rows, as JSON will give it back"
@@ -91,30 +86,38 @@ def _head(model, batches, block, point, wide, dtype, belongs, at=None):
     if name not in DTYPES: raise ReplaceMeError(f"rows are stored as {', '.join(DTYPES)}, not {name}.{nearest(name, DTYPES)}")
     p = reads(point.module) if wide else d
     head = dict(format=FORMAT, dtype=name, widths=dict(X=p, A=d, Y=d), block=list(block), at=at or block.start, wide=bool(wide), factor=str([w.factor for w in point.writers]),
-                tokens=sum(int(b['attention_mask'].sum()) for b in batches), data=_tokens_hash(batches), belongs=belongs)
+                tokens=sum(int(b['attention_mask'].sum()) for b in batches), data=digest_of(text_digests(batches)), belongs=belongs)
     return json.loads(json.dumps(head))
 
 # %% ../nbs/08_shards.ipynb #1bfe495a
+_FILES = ('X.bin', 'A.bin', 'Y.bin', 'E.bin')
+
 def _read_head(folder):
-    "What `rows.json` says; an empty dict where there is no file yet; files that are not ours are refused"
-    ours = {'X.bin', 'A.bin', 'Y.bin', 'E.bin', 'rows.json'}
-    names = {p.name for p in folder.iterdir() if not p.name.startswith('.')} if folder.exists() else set()
-    if not names: return {}
-    try: head = json.loads((folder/'rows.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError): head = {}
-    if head.get('format')!=FORMAT or names-ours:
-        what = sorted(names-ours)[0] if names-ours else 'no readable rows.json'
-        raise ReplaceMeError(f"{folder} was not written as a folder of rows ({what} in it): choose another folder or move it away.")
+    "What `rows.json` says; an empty dict where there is no file yet; a folder in disorder is refused"
+    head = read_note(folder, 'rows.json', FORMAT, 'rows', lambda name: name in _FILES)
+    if not head: return head
+    try: sizes = _sizes(head)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise ReplaceMeError(f"{folder}/rows.json is damaged: delete the folder.") from None
+    for k,(need,more) in sizes.items(): _check_file(folder/f'{k}.bin', need, more)
     return head
 
-def _write_head(folder, head):
-    "Replace `rows.json` in one step"
-    write_whole(folder/'rows.json', json.dumps(head, indent=1))
-
-def _flat(o, name=''): # {'belongs.model': ...}
-    return {k: v for key,val in o.items() for k,v in _flat(val, f'{name}{key}.').items()} if isinstance(o, dict) and o else {name[:-1]: o}
+def _write_head(folder, head): write_whole(folder/'rows.json', json.dumps(head, indent=1))
 
 def _size(head, k, rows): return rows*head['widths'][k]*DTYPES[head['dtype']].itemsize
+
+def _sizes(head)->dict: # {file: (bytes, may there be more?)}
+    "What the files must hold; behind the rows that are whole there may be a part of the next ones"
+    texts, done, tokens = [int(head[k]) for k in ('texts', 'rows', 'tokens')]
+    if texts<0 or not 0<=done<=tokens: raise ValueError
+    wide = {'E': (4*head['widths']['X']*head['widths']['A'], False)} if head['wide'] and done else {}
+    return {**{k: (_size(head, k, done), done<tokens) for k in head['widths']}, **wide}
+
+def _check_file(path, need, more):
+    "Raise unless a file has its size"
+    size = path.stat().st_size if path.exists() else 0
+    if size<need or size>need and not more:
+        raise ReplaceMeError(f"{path} has {size} bytes, its rows.json promises {need}: delete the folder.")
 
 # %% ../nbs/08_shards.ipynb #a6b48a35
 def _resume(folder, head)->dict: # texts and rows that are whole
@@ -122,14 +125,7 @@ def _resume(folder, head)->dict: # texts and rows that are whole
     old = _read_head(folder)
     if not old: return dict(texts=0, rows=0)
     done = {k: old.pop(k) for k in ('texts', 'rows')}
-    was, now = _flat(old), _flat(head)
-    for k in sorted({*was, *now}):
-        if was.get(k)!=now.get(k):
-            raise ReplaceMeError(f"{folder} holds rows of another {k} ({was.get(k)}, now {now.get(k)}): choose another folder or delete this one.")
-    for k in head['widths']:
-        size = (folder/f'{k}.bin').stat().st_size if (folder/f'{k}.bin').exists() else 0
-        need = _size(head, k, done['rows'])
-        if size < need: raise ReplaceMeError(f"{folder}/{k}.bin has {size} bytes, its rows.json promises {need}: delete the folder.")
+    check_facts(folder, 'rows', old, head)
     return done
 
 def check_room(folder, need): # bytes
@@ -193,6 +189,20 @@ def _run(dense, model, batches, folder, head, done, point, E, desc):
             _write_head(folder, {**head, **done})
             bar.update(len(new[0]))
 
+# %% ../nbs/08_shards.ipynb #78fdabaa
+@contextmanager
+def _writing(folder):
+    "The folder is there, and what keeps it from being written is said in one line"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as e:
+        if disk_full(e):
+            raise ReplaceMeError(f"the disk ran full while writing {folder}: free some space and run again, which goes "
+                                 "on with the rows that are there.") from e
+        if not Path(str(e.filename)).is_relative_to(folder): raise
+        raise ReplaceMeError(f"{folder} cannot be written ({e.strerror}): choose another folder.") from e
+
 # %% ../nbs/08_shards.ipynb #aa9b9e57
 def write_rows(model, batches, # as from `data.batches`
                block, # Block
@@ -200,24 +210,19 @@ def write_rows(model, batches, # as from `data.batches`
                folder, # for these rows alone
                *, wide=False, # X is what the MLP's last matrix reads, not what it writes
                dtype=torch.float32, # as stored: float32, bfloat16 or float16
-               belongs=None, # what the rows depend on beside the tokens, any JSON: `dict(model=fingerprint(model))`
+               belongs=None, # what the rows depend on beside the tokens, any JSON: `dict(model=identity(model))`
                dense=None, at=None, # for a second block: the dense model, and the state of the pruned `model` at the cut
                desc='rows')->Rows:
     "Stream the batches once into `folder`, going on where an interrupted call stopped; where all is there, nothing is run"
     folder, point = Path(folder).absolute(), points[(at or block.start)-1]
     E = writes(point).float() if wide else None
     head = _head(model, batches, block, point, wide, dtype, belongs, at)
-    done = _resume(folder, head)
-    check_room(folder, sum(_size(head, k, head['tokens']-done['rows']) for k in head['widths']))
-    device = point.device
-    try:
+    with locked(folder):
+        done = _resume(folder, head)
+        check_room(folder, sum(_size(head, k, head['tokens']-done['rows']) for k in head['widths']))
         if done['rows']<head['tokens']:
-            folder.mkdir(parents=True, exist_ok=True)
-            _write_head(folder, {**head, **done})
-            if wide: (folder/'E.bin').write_bytes(E.cpu().contiguous().numpy().tobytes())
-            with judging(model): _run(dense, model, batches, folder, head, done, point, E, desc)
-    except Exception as e:
-        if not disk_full(e): raise
-        raise ReplaceMeError(f"the disk ran full while writing {folder}: free some space and run again, which goes on with the rows "
-                             "that are there.") from e
-    return open_rows(folder, None if device.type in ('mps', 'meta') else device) # no float64 on mps
+            with _writing(folder), judging(model):
+                _write_head(folder, {**head, **done})
+                if wide: write_whole(folder/'E.bin', E.cpu().contiguous().numpy().tobytes())
+                _run(dense, model, batches, folder, head, done, point, E, desc)
+    return open_rows(folder, None if point.device.type in ('mps', 'meta') else point.device) # no float64 on mps

@@ -7,13 +7,13 @@ __all__ = ['NOTE', 'state_errors', 'error_picture', 'row_divergence', 'piece_div
            'divergence', 'token_times', 'prompt_of', 'Speed', 'speed_of', 'in_turns', 'latency', 'Speeds', 'pair_ratio',
            'side_by_side_latency', 'weight_bytes', 'cache_layers', 'tensors_in', 'held_tokens', 'cache_bytes', 'Memory',
            'memory_of', 'task_records', 'drawn_means', 'middle', 'percent', 'metrics_of', 'question_pairs', 'retained',
-           'answers_of', 'record_stability', 'digest_of', 'model_key', 'keepable', 'tokenizer_key', 'tasks_key',
-           'score_versions', 'score_path', 'read_score', 'write_score', 'cached', 'kept_perplexity', 'kept_tasks',
-           'kept_divergence', 'perplexity_ratio', 'size_rows', 'text_rows', 'task_rows', 'speed_rows', 'shown',
-           'SideBySide', 'plot_shares', 'check_pair', 'side_by_side']
+           'answers_of', 'record_stability', 'model_key', 'tasks_key', 'score_versions', 'score_path', 'cached',
+           'kept_perplexity', 'kept_tasks', 'kept_divergence', 'perplexity_ratio', 'size_rows', 'text_rows',
+           'task_rows', 'speed_rows', 'shown', 'SideBySide', 'plot_shares', 'check_pair', 'side_by_side', 'digest_of',
+           'tokenizer_key', 'keepable']
 
 # %% ../nbs/21_sidebyside.ipynb #4bf4da00
-import dataclasses, functools, hashlib, itertools, json, math, statistics, time, warnings
+import dataclasses, functools, itertools, json, math, statistics, time, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version, PackageNotFoundError
@@ -25,12 +25,12 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from .core import *
+from .kept import *
 from .models import *
 from .arch import *
 from .data import check_ids
 from .activations import *
 from .blocks import *
-from .unmerged import map_output
 from .evaluate import *
 from . import evaluate as _evaluate
 from .evaluate import _answer, _check_finite, _check_limit, _expand, _lm_eval, _plain, _quiet
@@ -463,42 +463,13 @@ def record_stability(before, after)->dict: # {task: as `task_stability` has it}
     return task_stability({t: x for t,(x,_) in both.items()}, {t: y for t,(_,y) in both.items()}, 'loss') if both else {}
 
 # %% ../nbs/21_sidebyside.ipynb #09b36130
-def digest_of(o)->str: # 16 hexadecimal digits
-    "A hash of plain data"
-    return hashlib.sha256(json.dumps(_canon(o), sort_keys=True).encode()).hexdigest()[:16]
-
-def _canon(o):
-    "The same with text for keys and for what JSON does not know"
-    if isinstance(o, dict): return {str(k): _canon(v) for k,v in o.items()}
-    if isinstance(o, (list, tuple)): return [_canon(v) for v in o]
-    return o if isinstance(o, (str, int, float, bool, type(None))) else str(o)
-
-_IDLE = ('_name_or_path', 'name_or_path', 'transformers_version', 'architectures')
-
-def _told(o):
-    "A config without the words that change nothing"
-    return {k: _told(v) for k,v in o.items() if k not in _IDLE} if isinstance(o, dict) else o
+_all_ = ['digest_of', 'tokenizer_key', 'keepable'] # from `kept`, where they are made
 
 def model_key(model)->dict:
-    "What the numbers of a model depend on"
+    "What the scores of a model depend on: what it is, where it computes, and how it generates"
     generation = getattr(model, 'generation_config', None)
-    return dict(weights=fingerprint(model), config=digest_of(_told(model.config.to_dict())), kind=type(model).__name__, dtype=str(model.dtype),
-                attention=str(getattr(model.config, '_attn_implementation', None)), device=input_device(model).type,
-                generation=digest_of(_told(generation.to_dict()) if generation else None))
-
-def keepable(model)->bool:
-    "Does a model do what its weights and config say? Foreign hooks may change anything"
-    hooks = [h for m in model.modules() for d in (m._forward_hooks, m._forward_pre_hooks) for h in d.values()]
-    return all(h is map_output for h in hooks)
-
-# %% ../nbs/21_sidebyside.ipynb #740b5532
-def tokenizer_key(tokenizer)->str:
-    "A hash of what a tokenizer does: its vocabulary and rules, special tokens and chat template"
-    fast = getattr(tokenizer, 'backend_tokenizer', None)
-    rules = {k: v for k,v in json.loads(fast.to_str()).items() if k not in ('padding', 'truncation')} if fast is not None else dict(
-        vocab=tokenizer.get_vocab(), merges=getattr(tokenizer, 'bpe_ranks', None))
-    more = [getattr(tokenizer, k, None) for k in 'add_bos_token add_eos_token padding_side clean_up_tokenization_spaces chat_template'.split()]
-    return digest_of([type(tokenizer).__name__, rules, tokenizer.special_tokens_map, more])
+    return dict(identity(model), device=input_device(model).type,
+                generation=digest_of(told(generation.to_dict())) if generation else None)
 
 # %% ../nbs/21_sidebyside.ipynb #3e94a06f
 _WHERE = ('dataset_path', 'dataset_kwargs', 'config_source', 'include')
@@ -507,10 +478,7 @@ def _asks(o):
     "A task's config without where it lies"
     return {k: _asks(v) for k,v in o.items() if k not in _WHERE} if isinstance(o, dict) else o
 
-def _doc_hash(docs, most=None):
-    h = hashlib.sha256()
-    for d in itertools.islice(docs, most): h.update(json.dumps(_canon(d), sort_keys=True).encode())
-    return h.hexdigest()[:16]
+def _doc_hash(docs, most=None): return digest_of([digest_of(d) for d in itertools.islice(docs, most)])
 
 def tasks_key(tasks, limit=None, include_path=None)->str:
     "A hash of the questions that are asked and of how they are"
@@ -530,35 +498,18 @@ def score_versions()->dict:
     own = [Path(p).read_text(encoding='utf-8') for p in (_evaluate.__file__, globals().get('__file__')) if p]
     return {**{k: v(k) for k in ('replaceme', 'torch', 'transformers', 'lm-eval')}, 'programs': digest_of(own)}
 
+def _known(facts): return dict(facts=facts, versions=score_versions())
+
 def score_path(what, facts)->Path:
     "The file that a result is kept in"
-    return cache_dir()/'scores'/f'{digest_of([what, facts, score_versions()])}.json'
-
-def read_score(path): # -> the result, or None
-    "A result that was kept; a damaged file is none"
-    try: found = json.loads(Path(path).read_text(encoding='utf-8'))
-    except (OSError, ValueError): return None
-    return found.get('result') if isinstance(found, dict) and found.get('hash')==Path(path).stem else None
-
-def write_score(path, what, facts, result):
-    "Keep a result: the file is there whole or not at all; if it cannot be written, the result is still good"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(dict(hash=path.stem, what=what, facts=_canon(facts), versions=score_versions(), result=result)))
-    except (OSError, ReplaceMeError) as e:
-        warnings.warn(f"the {what} could not be kept in {path.parent} ({getattr(e, 'strerror', None) or e}): it will be computed again next time.", ReplaceMeWarning)
+    return kept_path(cache_dir()/'scores', what, _known(facts))
 
 def cached(what, # a word for what is computed
            facts, # plain data: everything it depends on
            make, # function without arguments that computes it; plain data
            cache=True): # False computes it, and neither reads nor writes
     "A result that was kept, or a new one"
-    if not cache: return make()
-    path = score_path(what, facts)
-    if (found := read_score(path)) is None:
-        found = json.loads(json.dumps(make())) # the same as if it had been read
-        write_score(path, what, facts, found)
-    return found
+    return kept(cache_dir()/'scores', what, _known(facts), make) if cache else make()
 
 # %% ../nbs/21_sidebyside.ipynb #f28b2fc5
 def kept_perplexity(model, tokenizer, text, length=512, pieces=24, cache=True)->dict: # as `Perplexity`, plain
