@@ -226,7 +226,7 @@ def text():
     wiki, out = str(DATA / "wikitext2_valid.txt"), []
     folder = Path(tempfile.mkdtemp())
     task = piqa_task(folder)
-    docs = "\n\n".join(load_texts("python-docs", tokenizer=tokenizer, size=120, max_length=512)[90:])  # those that no calibration saw
+    docs = load_texts("python-docs", tokenizer=tokenizer, size=120, max_length=512)[90:]  # those that no calibration saw
 
     def add(name, method, m, blocks):
         acc = next(iter(eval_tasks(m, tokenizer, task, batch_size=32).values()))
