@@ -97,21 +97,29 @@ def prove_writable(path, # a folder, there or not
         raise ReplaceMeError(f"{key} {path} cannot be written ({why}): choose another place ({key}).") from e
 
 # %% ../nbs/00_core.ipynb #fb92666a
+_HELD = {} # descriptor -> the folder that this process has locked with it
+
 def _lock(folder, wait=True): # -> descriptor, whose closing gives it back; None where there are no such locks
-    "Lock a folder"
+    "Lock a folder; who waits for a lock of its own would wait for ever, and has it already"
     try:
         import fcntl
         fd = os.open(folder, os.O_RDONLY)
     except (ImportError, OSError): return
+    held = os.fstat(fd).st_dev, os.fstat(fd).st_ino
+    if wait and held in _HELD.values(): return os.close(fd)
     how = fcntl.LOCK_EX if wait else fcntl.LOCK_SH|fcntl.LOCK_NB # who only looks shares it with others who do
     try: fcntl.flock(fd, how)
     except OSError as e:
         os.close(fd)
         if isinstance(e, BlockingIOError): raise
-    else: return fd
+    else:
+        _HELD[fd] = held
+        return fd
 
 def _close(fd):
-    if fd is not None: os.close(fd)
+    if fd is None: return
+    _HELD.pop(fd, None)
+    os.close(fd)
 
 # %% ../nbs/00_core.ipynb #889f7671
 def left_over(path):

@@ -682,3 +682,12 @@ def test_temporary_folders_of_killed_processes_go_with_the_next(tmp_path):
     assert len(os.listdir(tmp_path)) == 1
     again = subprocess.run([sys.executable, "-c", code], input="\n", stdout=subprocess.PIPE, env=env, text=True, check=True)
     assert again.stdout == "HERE\n" and os.listdir(tmp_path) == []
+
+
+def test_a_folder_within_a_folder_that_this_process_holds(tmp_path):
+    "Nobody waits for a lock of its own, in a process of its own, since it would wait for ever; a stranger still sees the folder in use"
+    code = "from replaceme.core import in_use, new_folder, temporary_folder\nfor make in temporary_folder, lambda: new_folder('out'):\n" \
+           "    with make() as d:\n        for name in 'ab':\n            with new_folder(d/name) as t: (t/'x').write_text('1')\n" \
+           "        assert (d/'a/x').exists() and (d/'b/x').exists() and in_use(d)\n    assert not in_use(d)"
+    env = dict(os.environ, TMPDIR=str(tmp_path), PYTHONPATH=str(Path(__file__).parents[1]))
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, timeout=300, check=True)
