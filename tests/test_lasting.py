@@ -3,11 +3,12 @@ import ast
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -40,13 +41,19 @@ def place(tmp_path, save_tiny, monkeypatch):
     return tmp_path
 
 
+def keys_of(**keys):
+    "The keys of a run; where nothing is scored, without those that say how"
+    d = {**KEYS, **keys}
+    return {k: v for k, v in d.items() if not (k in ("eval_size", "eval_length") and d.get("eval_dataset", 0) is None)}
+
+
 def write(place, **keys):
-    (place / "c.yaml").write_text(yaml.safe_dump({**KEYS, **keys}))
+    (place / "c.yaml").write_text(yaml.safe_dump(keys_of(**keys)))
     return ["--config", "c.yaml"]
 
 
 def config(**keys):
-    return make_config(**{**KEYS, **keys})
+    return make_config(**keys_of(**keys))
 
 
 def fails(*a, **k):
@@ -392,7 +399,6 @@ def test_a_comparison_below_a_file(place, monkeypatch):
 
 def denies(m, folder):
     "As for somebody who is not root: nothing can be made in the folder"
-    import tempfile
     real, place = tempfile.TemporaryFile, os.path.realpath(folder)
 
     def file(*a, dir=None, **k):
@@ -447,7 +453,6 @@ def test_no_home_names_the_variable(monkeypatch):
 
 
 def test_no_temporary_folder_names_the_variable(place, monkeypatch):
-    import tempfile
     monkeypatch.setattr(tempfile, "tempdir", str(place / "texts.txt"))
     with never_loaded(monkeypatch), pytest.raises(ReplaceMeError, match="TMPDIR"):
         prove_places(config(method="auto"))  # refits layers behind the cut from states on the disk
@@ -691,3 +696,34 @@ def test_a_folder_within_a_folder_that_this_process_holds(tmp_path):
            "        assert (d/'a/x').exists() and (d/'b/x').exists() and in_use(d)\n    assert not in_use(d)"
     env = dict(os.environ, TMPDIR=str(tmp_path), PYTHONPATH=str(Path(__file__).parents[1]))
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, timeout=300, check=True)
+
+
+# A process that may read everything, as the tests' own interpreter may lie anywhere, and write nothing that is not its own.
+NOBODY = """
+import ctypes, os, sys
+import replaceme.cli as cli
+libc = ctypes.CDLL(None)
+libc.prctl(8, 1, 0, 0, 0)  # keep capabilities while the user changes
+os.setgroups([]); os.setresgid(*[65534] * 3); os.setresuid(*[65534] * 3)
+libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)(4, 4, 0, 0, 0, 0))  # of which only reading stays
+cli.run_replaceme(sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or os.geteuid() != 0, reason="only root can become nobody")
+@pytest.mark.parametrize("more, says", [([], "save_path .*cannot be written .Permission denied"), (["--save_path", "mine/out"], None),
+                                        (["--save_path", "mine/out", "--dataset", "self"], "REPLACEME_CACHE .*cannot be written .Permission denied"),
+                                        (["--save_path", "mine/out", "--method", "cosine", "--activations_save_path", "acts"], "activations_save_path acts cannot be")])
+def test_somebody_without_rights_and_without_a_home(save_tiny, more, says):
+    with tempfile.TemporaryDirectory() as d:  # pytest's own folders are for their owner alone
+        place = save_tiny(Path(d))
+        (place / "texts.txt").write_text("The map stands in for the layers that went. " * 40)
+        (place / "mine").mkdir()
+        place.chmod(0o755)
+        (place / "mine").chmod(0o777)
+        args = write(place, eval_dataset=None, prompt=None, save_path=None) + more
+        env = {k: v for k, v in os.environ.items() if k not in ("HOME", "REPLACEME_CACHE")} | dict(PYTHONDONTWRITEBYTECODE="1")
+        p = subprocess.run([sys.executable, "-c", NOBODY, *args], cwd=place, env=env, capture_output=True, text=True)
+        assert p.returncode == (2 if says else 0), p.stderr[-2000:]
+        assert re.search(says, p.stderr) if says else WHOLE <= set(os.listdir(place / "mine/out"))
+        assert sorted(os.listdir(place)) == ["c.yaml", "mine", "texts.txt", "tiny"]
