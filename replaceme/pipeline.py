@@ -1173,8 +1173,7 @@ def _write(tmp, cfg, done, tokenizer, stages):
     pruned, done.model = done.model, None
     with stages('save'):
         if cfg.save_transform_only: save_transform(tmp, done); return pruned
-        save_checkpoint(pruned, tmp)
-        tokenizer.save_pretrained(tmp)
+        save_checkpoint(pruned, tmp, inputs=tokenizer)
     ref, auto, own_code = outputs(pruned, dummy(pruned)), auto_class(pruned), is_linear_model(pruned)
     del pruned
     with stages('reload'): return reload(tmp, cfg, ref, auto, own_code)
