@@ -111,7 +111,8 @@ def _asked(model, step):
     gs = connected({r: dependents(model, step.layer, r, [*step.writers]) for r in step.readers})
     for g in gs:
         if not g.rows or not g.cols:
-            raise ReplaceMeError(f"{type(model).__name__}: a row of {[*g.rows, *g.cols][0]} seems of no use to "
+            name = [*g.rows, *g.cols][0]
+            raise ReplaceMeError(f"{type(model).__name__}: a part of {name} seems to be of no use to "
                                  "what writes the stream, or to use nothing: groups cannot be told apart.")
     return gs
 

@@ -294,7 +294,7 @@ def slicegpt(model, batches,
              fraction=None, # or: the part of the width that stays
              plain=False, # one rotation for the whole stream: an ordinary checkpoint
              normed=True, # components of what the norms put out, so that all tokens count alike
-             energy=True, # give the norms back the size that the lost energy had
+             energy=None, # kept energy in the gain? by default if plain; the paper does without
             )->tuple: # (narrower model, Sliced)
     "Turn the stream into its principal components and slice off the smallest (SliceGPT, arXiv 2401.15024)"
     check_solid(model)
@@ -310,6 +310,7 @@ def slicegpt(model, batches,
     find = lambda h: basis(components(h, st.centred), k, st.centred)
     Rs = [find(sum(h/h.trace() for h in H))]*steps if plain else [find(h) for h in H]
     e = [kept(h, R) for h,R in zip(H, Rs)]
-    small = build(Rs, [gain_of(x if energy else 1, st.d, k) for x in e])
+    by_energy = plain if energy is None else energy
+    small = build(Rs, [gain_of(x if by_energy else 1, st.d, k) for x in e])
     return small, Sliced([], n_tokens(batches), k, st.d, plain, e, n_parameters(small), n_parameters(model),
                          bool(_untied(model, st)))
