@@ -1040,9 +1040,16 @@ def _bytes(model, pruned_layers):
 
 def load(cfg, quantised=True, # in 4 or 8 bit, if the config says so?
          keep_quantised=False): # see `load_model`
-    "The model and tokenizer of a config"
-    return load_model(cfg.model_path, cfg.dtype, cfg.device_map, cfg.use_4bit and quantised, cfg.token, cfg.trust_remote_code,
-                      cfg.use_8bit and quantised, cfg.revision, cfg.max_memory, keep_quantised)
+    "The model and tokenizer of a config; the model has run once, which reads memory-mapped weights in"
+    few = [bits and quantised for bits in (cfg.use_4bit, cfg.use_8bit)]
+    model, inputs = load_model(cfg.model_path, cfg.dtype, cfg.device_map, few[0], cfg.token, cfg.trust_remote_code,
+                               few[1], cfg.revision, cfg.max_memory, keep_quantised)
+    try: outputs(model, dummy(model))
+    except (torch.OutOfMemoryError, MemoryError, ReplaceMeError): raise
+    except Exception as e: # of whatever computes it: transformers, bitsandbytes, the code of a repository
+        few = ' in few bits: leave use_4bit and use_8bit out' if any(few) else ''
+        raise ReplaceMeError(f"model_path {cfg.model_path} loads, but does not run{few} ({said(e)}).") from e
+    return model, inputs
 
 # %% ../nbs/22_pipeline.ipynb #3c0f355f
 _KEPT = ('activations_save_path', 'train_path') # written and gone on with
@@ -1284,7 +1291,6 @@ def _prune(cfg, path, stages)->tuple: # (dense model, tokenizer, text to score o
     "Everything up to the pruned model"
     with stages('load'): model, tokenizer = load(cfg)
     check_loaded(cfg, path, model, tokenizer)
-    outputs(model, dummy(model)) # memory-mapped weights are read in with the first pass: it belongs to loading
     loaded = resident_memory(); reset_peak_memory()
     if sees(model): text = picture_batches(model, tokenizer, cfg, load_pictures(cfg)[1])
     else: text = eval_text(cfg, tokenizer, model)
