@@ -1036,7 +1036,7 @@ def own_texts(model, tokenizer, size=64, max_length=512, batch_size=8, seed=0)->
     def write(folder):
         texts = sample_texts(model, tokenizer, size, max_length, batch_size, seed)
         lines = [json.dumps(dict(text=t, ids=t.ids))+'\n' for t in texts]
-        (folder/'texts.jsonl').write_text(''.join(lines), encoding='utf-8')
+        write_whole(folder/'texts.jsonl', ''.join(lines))
     key = digest_of([RECIPE, identity(model, tokenizer), first_id(model, tokenizer), size, max_length, seed])
     folder = kept_folder(cache_dir()/'self'/key, write)
     return [Piece(**json.loads(line)) for line in (folder/'texts.jsonl').read_text(encoding='utf-8').splitlines()]
