@@ -462,6 +462,39 @@ def test_a_folder_of_something_else_is_no_place_for_a_training(tmp_path):
     assert os.listdir(tmp_path / "mine") == ["thesis.tex"]
 
 
+# rows of a comparison
+
+def bench_key(folder, name="tiny", talk=None, dataset=None, entry="lstsq", **kw):
+    from replaceme.compare import Bench, CompareConfig, plans
+    cfg = CompareConfig(**{**dict(model_path=str(folder / name), methods=[entry], layers=[2], dataset=dataset or str(folder / "texts.txt"), dataset_size=4,
+                                  max_length=32, eval_dataset="python-docs", eval_size=2, eval_length=32), **kw})
+    model, tok = load_model(folder / name)
+    tok.chat_template = talk or tok.chat_template
+    bench = Bench(model, tok, cfg, folder / "compared")
+    return bench.key(), bench.key(plans(cfg)[0])
+
+
+def test_what_a_row_of_a_comparison_depends_on(folder):
+    first = bench_key(folder)
+    for change in (dict(name="rope"), dict(talk="other")):
+        assert not set(bench_key(folder, **change)) & set(first), change
+    for change in (dict(max_length=24), dict(dataset_size=5), dict(dataset="python-docs"), dict(seeds=[1])):
+        dense, row = bench_key(folder, **change)
+        assert dense == first[0] and row != first[1], change
+    (folder / "tiny").rename(folder / "moved")
+    assert bench_key(folder, "moved") == first
+
+
+@pytest.mark.parametrize("kw, at", [
+    (dict(), 0), (dict(dataset=["self", "texts.txt"]), 0),  # a part of a mixture with what the model writes
+    (dict(entry=dict(method="lstsq", recover="cut", train_tokens=640)), 400)])  # behind the texts of the calibration
+def test_a_file_that_changed_makes_another_row(folder, monkeypatch, kw, at):
+    monkeypatch.chdir(folder)
+    first, text = bench_key(folder, **kw), (folder / "texts.txt").read_text()
+    (folder / "texts.txt").write_text(text[:at] + "Another " + text[at:])
+    assert bench_key(folder, **kw)[0] == first[0] and bench_key(folder, **kw)[1] != first[1]
+
+
 # several at once
 
 def start(code, *args):
