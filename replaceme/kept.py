@@ -146,7 +146,7 @@ def text_digests(batches)->list: # of 16 hexadecimal digits, one for each text o
 # %% ../nbs/00_kept.ipynb #0de25c8c
 def _open_lock(file):
     "The file of a lock, open; None where none can be made"
-    try: file.parent.mkdir(parents=True, exist_ok=True); return open(file, 'a+')
+    try: file.parent.mkdir(parents=True, exist_ok=True); return open(file, 'a+', encoding='utf-8')
     except OSError: return None
 
 def _still(f, file):
