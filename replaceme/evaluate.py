@@ -377,7 +377,7 @@ def task_samples(model, tokenizer,
     return res
 
 # %% ../nbs/13_evaluate.ipynb #7a296dab
-SCORES = ('perplexity', 'loss')
+SCORES = dict(perplexity=lambda loss: np.exp(np.minimum(loss, 300)), loss=lambda loss: loss) # 300, so that the square is a number, too
 
 def option_scores(answer, # an `Answer`
                   score='perplexity', # of an option's tokens; 'loss' is its logarithm
@@ -385,7 +385,7 @@ def option_scores(answer, # an `Answer`
     "What the spread of a question is taken over; losses above 300 nats count as 300"
     if score not in SCORES: raise ReplaceMeError(f"score is {score!r}:{nearest(score, SCORES)} it is one of {', '.join(SCORES)}.")
     loss = -np.array(answer.loglik, np.float64)/np.array(answer.tokens)
-    return np.exp(np.minimum(loss, 300)) if score=='perplexity' else loss # so that the square is a number, too
+    return SCORES[score](loss)
 
 # %% ../nbs/13_evaluate.ipynb #57fb323f
 def item_weights(sigma, # (questions,) spread of each question's scores

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'SOLVERS', 'Loss', 'mean_loss', 'mean_cosine', 'parametrise', 'Solved', 'adam_map', 'Streamed',
-           'minimise_map', 'irls_map']
+           'minimise_map', 'irls_map', 'check_structure']
 
 # %% ../nbs/10_optimize.ipynb #cd6c1413
 import warnings
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,7 +23,10 @@ from .shards import *
 from .solve import *
 
 # %% ../nbs/10_optimize.ipynb #8a8f006f
-LOSSES = ('cosine', 'mse', 'elasticnet')
+def _turned(P, Q): return 1-cosine_similarity(P, Q, dim=1)
+def _squared(P, Q): return (P-Q).pow(2).mean(1)
+
+LOSSES = dict(cosine=_turned, mse=_squared, elasticnet=_squared) # of what is predicted and what is wanted, `(T,)`
 
 def _known(what, name, known):
     if name not in known: raise ReplaceMeError(f"{what} is {name!r}: known are {', '.join(known)}.{nearest(name, known)}")
@@ -50,7 +54,7 @@ class Loss:
     def tokens(self, V, X, A, Y)->Tensor: # `(T,)`
         "The loss of each token, without penalties"
         P, Q = (X@V+A, Y) if self.accurate else (X@V, Y-A)
-        return 1-cosine_similarity(P, Q, dim=1) if self.name=='cosine' else (P-Q).pow(2).mean(1)
+        return LOSSES[self.name](P, Q)
 
     def penalty(self, V):
         "The penalty on the map"
@@ -229,7 +233,6 @@ class Streamed:
         return out
 
 # %% ../nbs/10_optimize.ipynb #f01e58fc
-SOLVERS = ('adam', 'cg', 'l-bfgs', 'trust-ncg', 'irls')
 _OPTIONS = {'cg': dict(normp=2), 'l-bfgs': dict(normp=2, xtol=0., gtd_tol=0., history_size=10), # each step of history is two maps
             'trust-ncg': {}}
 
@@ -340,3 +343,10 @@ def irls_map(rows:Rows,
             if k==sweeps or gain<tol: break
             V = _solve(G, B, ridge, V0, used)
     return Solved(best[1], history, 'irls', Loss(accurate=accurate), best[2])
+
+# %% ../nbs/10_optimize.ipynb #b4b28930
+SOLVERS = dict(adam=adam_map, **{s: partial(minimise_map, solver=s) for s in _OPTIONS}, irls=irls_map)
+
+def check_structure(solver, structure):
+    "Raise unless a map of this structure can be sought by iteration"
+    _known(f'the structure for solver {solver}', structure, _STRUCTURES)

@@ -23,8 +23,6 @@ from .unmerged import *
 from .train import *
 
 # %% ../nbs/19_recover.ipynb #eb961b97
-RUNGS = ('fold', 'layer', 'cut', 'lora', 'qlora')
-
 def cuts_of(blocks)->list:
     "Where the blocks were, as numbers of the pruned model's layers behind them"
     gone, cuts = 0, []
@@ -35,22 +33,34 @@ def _names(model, mods): # the floating point parameters of modules
     ids = {id(p) for m in mods for p in m.parameters() if p.is_floating_point()}
     return [n for n,p in model.named_parameters() if id(p) in ids]
 
-def rung_names(model, # a pruned model
-               cuts, rung)->list: # names of parameters
-    "The weights that a rung trains; of `lora` and `qlora` those that take the adapters in the end"
-    layers = layers_of(model)
-    if rung=='layer': return _names(model, [layers[c-1] for c in cuts])
-    if rung=='cut': return _names(model, [layers[i] for i in sorted({i for c in cuts for i in (c-1, c) if i<len(layers)})])
-    if rung in ('lora', 'qlora'): return [n for n,m in model.named_modules() if _takes_adapter(model, n, m)]
-    maps = [layers[c-1].replaceme_map for c in cuts if hasattr(layers[c-1], 'replaceme_map')]
-    if maps: return _names(model, maps)
-    ids = {id(getattr(w.module, k)) for p in fold_points(model, [c-1 for c in cuts]).values() for w in p.writers for k in w.params}
-    return [n for n,p in model.named_parameters() if id(p) in ids]
-
 def _takes_adapter(model, name, m):
     "A linear layer inside the stack, of one weight matrix, that peft knows"
     inside = next(n for n,s in model.named_modules() if s is layers_of(model))+'.'
     return name.startswith(inside) and isinstance(m, nn.Linear)
+
+def _of_fold(model, cuts):
+    layers = layers_of(model)
+    maps = [layers[c-1].replaceme_map for c in cuts if hasattr(layers[c-1], 'replaceme_map')]
+    if maps: return _names(model, maps)
+    writers = (w for p in fold_points(model, [c-1 for c in cuts]).values() for w in p.writers)
+    ids = {id(getattr(w.module, k)) for w in writers for k in w.params}
+    return [n for n,p in model.named_parameters() if id(p) in ids]
+
+def _of_layer(model, cuts): return _names(model, [layers_of(model)[c-1] for c in cuts])
+
+def _of_cut(model, cuts):
+    n = len(layers_of(model))
+    return _names(model, [layers_of(model)[i] for i in sorted({i for c in cuts for i in (c-1, c) if i<n})])
+
+def _of_adapters(model, cuts): return [n for n,m in model.named_modules() if _takes_adapter(model, n, m)]
+
+# %% ../nbs/19_recover.ipynb #aafadc9b
+RUNGS = dict(fold=_of_fold, layer=_of_layer, cut=_of_cut, lora=_of_adapters, qlora=_of_adapters) # least first
+
+def rung_names(model, # a pruned model
+               cuts, rung)->list: # names of parameters
+    "The weights that a rung trains; of `lora` and `qlora` those that take the adapters in the end"
+    return RUNGS[rung](model, cuts)
 
 # %% ../nbs/19_recover.ipynb #06391104
 def with_adapters(model, rank, seed): # -> peft's model, around the same modules
@@ -112,7 +122,7 @@ def check_rungs(rungs)->list:
     rungs = [rungs] if isinstance(rungs, str) else list(rungs or [])
     for r in rungs:
         if r not in RUNGS: raise ReplaceMeError(f"recover: {r!r} is no rung.{nearest(r, RUNGS)} They are {', '.join(RUNGS)}.")
-    if len(set(rungs))<len(rungs) or rungs!=sorted(rungs, key=RUNGS.index):
+    if len(set(rungs))<len(rungs) or rungs!=sorted(rungs, key=list(RUNGS).index):
         raise ReplaceMeError(f"recover: {', '.join(rungs)} is no ladder: name each rung once, in the order {', '.join(RUNGS)}.")
     return rungs
 
@@ -147,7 +157,7 @@ def recover(dense, pruned, # a model that came out of `dense`; it is left as it 
     with common_folder(folder) as d:
         for i,rung in enumerate(rungs):
             model, t = climb(model, cuts, rung, learn, held, tokens//len(rungs), says, rank, seed=seed+i, desc=f'recover: {rung}',
-                             keep_path=d/f'dense-top{k}', folder=d/f'{i}-{rung}', trainer={**_RATES[rung], **trainer, **special.get(rung, {})})
+                             keep_path=d/f'dense-top{k}', folder=d/f'{i}-{rung}', trainer={**_RATES.get(rung, {}), **trainer, **special.get(rung, {})})
             done.append(Rung(rung, t.tokens, t.parameters, t.before, t.after, t.seconds, t.history))
     return model, done
 

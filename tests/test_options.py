@@ -5,14 +5,22 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from replaceme import cli, pipeline
+from replaceme import cli, data, optimize, train
+from replaceme.baselines import distances
+from replaceme.blocks import Block
 from replaceme.compare import CompareConfig
 from replaceme.core import ReplaceMeError, ReplaceMeWarning
+from replaceme.data import batches, load_texts
+from replaceme.distance import METRICS, cosine
 from replaceme.models import load_model
 from replaceme.pipeline import (PEERS, AnalyseConfig, Config, EvaluateConfig, MapConfig, PruneConfig, analyse, asks, evaluate, idle, make_config, prune, read_by,
                                 read_config, recipe_of, run)
+from replaceme.recover import RUNGS
+from replaceme.solve import MAPS, STRUCTURES
+from replaceme.stats import WEIGHTS
 
 ROOT = Path(__file__).parents[1]
 METHODS = ["auto", "lstsq", "cosine", "remove", *PEERS]
@@ -213,3 +221,134 @@ def test_a_flag_may_switch_off_what_a_file_asks_for(tmp_path):
     assert (cfg.solver, cfg.eval_size, cfg.limit) == ("adam", 24, None)
     with pytest.raises(ReplaceMeError, match="solver is 'cg', but it belongs to method cosine"):
         read_config(tmp_path / "c.yaml", method="lstsq", solver="cg")
+
+
+# a registry is the implementation: a row that is added works, everywhere, or its name is refused
+
+def city(x, y):
+    "Distance in the city blocks, which no other metric is"
+    return (y - x).abs().sum(-1)
+
+
+KEYS = dict(dataset="texts.txt", dataset_size=4, max_length=32, layers_to_skip=2)
+
+
+@pytest.fixture
+def tiny(place, monkeypatch):
+    monkeypatch.chdir(place)
+    return load_model(place / "tiny")
+
+
+def states(model, tok):
+    from replaceme.activations import capture
+    return [torch.stack(list(capture(model, b).S.values())).double() for b in batches(load_texts("texts.txt", tokenizer=tok, size=4, max_length=32), tok, 1, 32)]
+
+
+@pytest.mark.parametrize("tokens", ["last", "all"])
+def test_a_metric_that_is_added_is_what_is_measured(tiny, monkeypatch, tokens):
+    "In a run, for peers, in a saved profile that is used again, and in the picture's words"
+    monkeypatch.setitem(METRICS, "city", city)
+    model, tok = tiny
+    S = states(model, tok)
+    rows = [s if tokens == "all" else s[:, -1:] for s in S]
+    want = [(sum(city(r[s], r[s + 2]).sum() for r in rows) / sum(r.shape[1] for r in rows)).item() for s in range(1, 5)]
+    _, r = prune(model, tok, **KEYS, method="remove", metric="city", distance_tokens=tokens, sinks="allow")
+    assert r["distance"]["profile"]["2"] == pytest.approx(want, rel=1e-5) and r["distance"]["metric"] == "city"
+    assert r["blocks"] == [[1 + want.index(min(want)), 3 + want.index(min(want))]]
+    assert r.plot().get_ylabel() == "city"
+    D = distances(model, batches(load_texts("texts.txt", tokenizer=tok, size=4, max_length=32), tok, 4, 32), 2, "city", tokens)
+    assert [D[b] for b in sorted(D)] == pytest.approx(want, rel=1e-5)
+    with pytest.raises(ReplaceMeError, match="metric is 'twon', not one of angular, cosine, relative_l2, influence, city"):
+        make_config(metric="twon")
+
+
+def test_a_metric_in_the_place_of_another_is_taken(tiny, monkeypatch):
+    "Also for the peers, which name theirs"
+    model, tok = tiny
+    before = prune(model, tok, **KEYS, method="linearpatch")[1]["distance"]["profile"]
+    monkeypatch.setitem(METRICS, "cosine", lambda x, y: 1 / (1e-3 + cosine(x, y)))
+    after = prune(model, tok, **KEYS, method="linearpatch")[1]["distance"]["profile"]
+    assert after["2"] != pytest.approx(before["2"], rel=.1)
+
+
+def test_a_weight_that_is_added_weighs(tiny, monkeypatch):
+    monkeypatch.setitem(WEIGHTS, "loud", 3)
+    fit = lambda w: prune(*tiny, **KEYS, method="lstsq", alpha=.1, weights=w)[1]["fit"]["error"]
+    assert fit("loud") != pytest.approx(fit("none"), rel=1e-6)
+
+
+def test_a_structure_that_is_added_is_fitted_and_refused_where_nothing_can_iterate_it(tiny, monkeypatch):
+    half = lambda g, alpha, ridge: dataclasses.replace(STRUCTURES["full"](g, alpha=1.), T=torch.eye(len(g.E)).double() / 2, structure="half")
+    monkeypatch.setitem(STRUCTURES, "half", half)
+    model, tok = tiny
+    small, r = prune(model, tok, **KEYS, method="lstsq", structure="half")
+    at = r["blocks"][0][0] - 1
+    a, b = [m.model.layers[at].mlp.down_proj.weight for m in (model, small)]
+    assert torch.allclose(b, a / 2) and r["fit"]["structure"] == "half"
+    with pytest.raises(ReplaceMeError, match="structure for solver adam is 'half': known are full, diag"):
+        make_config(method="cosine", structure="half")
+
+
+def test_a_map_that_is_added_is_what_is_folded(tiny, monkeypatch):
+    twice = lambda g, structure, rank, alpha, ridge: dataclasses.replace(STRUCTURES["full"](g, alpha=1.), T=2 * torch.eye(len(g.E)).double())
+    monkeypatch.setitem(MAPS, "twice", twice)
+    model, tok = tiny
+    small, r = prune(model, tok, **KEYS, method="lstsq", map="twice")
+    at = r["blocks"][0][0] - 1
+    a, b = [m.model.layers[at].mlp.down_proj.weight for m in (model, small)]
+    assert torch.allclose(b, 2 * a) and r["fit"]["map"] == "twice"
+    with pytest.raises(ReplaceMeError, match="ridge 'auto' with map 'twice'"):
+        prune(model, tok, **KEYS, method="lstsq", map="twice", ridge="auto")
+
+
+def test_a_loss_and_a_solver_that_are_added_are_used(tiny, monkeypatch):
+    seen = []
+    monkeypatch.setitem(optimize.LOSSES, "far", lambda P, Q: seen.append(len(P)) or (P - Q).abs().mean(1))
+    prune(*tiny, **KEYS, method="cosine", loss="far", epochs=1)
+    assert seen
+    def still(rows, structure, **options):
+        seen.append("still")
+        return optimize.adam_map(rows, epochs=1)
+    monkeypatch.setitem(optimize.SOLVERS, "still", still)
+    prune(*tiny, **KEYS, method="cosine", solver="still")
+    assert seen[-1] == "still"
+
+
+def test_a_rung_and_a_training_loss_that_are_added_train(tiny, monkeypatch):
+    monkeypatch.setitem(RUNGS, "norm", lambda model, cuts: [n for n, _ in model.named_parameters() if n.endswith("model.norm.weight")])
+    model, tok = tiny
+    small, r = prune(model, tok, **KEYS, method="remove", recover="norm", train_tokens=64, trainer=dict(learning_rate=.05))
+    assert [x["name"] for x in r["recovery"]] == ["norm"] and r["recovery"][0]["parameters"] == 32
+    calls = []
+    monkeypatch.setitem(train.LOSSES, "kd", lambda *a, real=train.kd_loss: calls.append(1) or real(*a))
+    prune(model, tok, **KEYS, method="remove", recover="norm", train_tokens=64)
+    assert calls
+
+
+def test_a_score_that_is_added_is_the_spread():
+    from replaceme import evaluate as ev
+    a = ev.Answer([-2., -8.], [1, 2], {})
+    ev.SCORES["squared"] = lambda loss: loss ** 2
+    try:
+        assert ev.option_scores(a, "squared").tolist() == [4., 16.]
+    finally:
+        del ev.SCORES["squared"]
+
+
+def test_a_source_and_a_mix_that_are_added_are_read(tiny, place, monkeypatch):
+    (place / "rows.jsonl").write_text("".join(json.dumps(dict(text="row %d of the table, long enough" % i)) + "\n" for i in range(6)))
+    monkeypatch.setitem(data.SOURCES, "mine", data.Source(str(place / "rows.jsonl")))
+    monkeypatch.setitem(data.MIXES, "both", ("mine", "mine"))
+    assert data.load_texts("mine", tokenizer=tiny[1], size=2, max_length=64)[0].startswith("row 0 of")
+
+
+@pytest.mark.parametrize("key", ["method", "network", "train_loss", "select", "sinks", "distance_tokens"])
+def test_a_name_without_an_implementation_is_refused(key):
+    with pytest.raises(ReplaceMeError, match=f"{key} is 'toy', not one of"):
+        make_config(**{key: "toy"})
+
+
+def test_a_network_that_is_only_a_name_is_refused(tiny):
+    from replaceme.streamline import place_network
+    with pytest.raises(ReplaceMeError, match="'toy' is no kind of network"):
+        place_network(tiny[0], Block(2, 4), "toy")
