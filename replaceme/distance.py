@@ -41,18 +41,37 @@ def influence(x:Tensor, y:Tensor)->Tensor:
     "Influence of one layer that reads `x` and writes `y`; that of a block is the sum over its layers (ShortGPT, arXiv 2403.03853, eq. 1)"
     return cosine(x, y)
 
+influence.summed = True # over the layers of a block
+
 METRICS = dict(angular=angular, cosine=cosine, relative_l2=relative_l2, influence=influence)
 
 # %% ../nbs/05_distance.ipynb #6873f39d
-def _from_dots(G, # inner products of the states of each row, `(B,L+1,L+1)`
-               metric):
-    "The distance of every pair of depths"
+def _norms(G): return G.diagonal(dim1=1, dim2=2).sqrt() # `(B,L+1)`, of inner products `(B,L+1,L+1)`
+
+def _cos_dots(G):
+    n = _norms(G).clamp(min=1e-8)
+    return (G/(n[:,None]*n[:,:,None])).clamp(-1, 1)
+
+def _l2_dots(G):
     n2 = G.diagonal(dim1=1, dim2=2)
-    if metric=='relative_l2': return (n2[:,None]+n2[:,:,None]-2*G).clamp(min=0).sqrt()/n2.sqrt()[:,:,None]
-    n = n2.sqrt().clamp(min=1e-8)
-    cos = (G/(n[:,None]*n[:,:,None])).clamp(-1, 1)
-    if metric!='influence': return cos.arccos()/math.pi if metric=='angular' else 1-cos
-    until = torch.nn.functional.pad((1-cos).diagonal(1, 1, 2).cumsum(1), (1, 0)) # `(B,L+1)`, summed over the layers so far
+    return (n2[:,None]+n2[:,:,None]-2*G).clamp(min=0).sqrt()/n2.sqrt()[:,:,None]
+
+angular.dots = lambda G: _cos_dots(G).arccos()/math.pi
+cosine.dots = influence.dots = lambda G: 1-_cos_dots(G)
+relative_l2.dots = _l2_dots
+
+# %% ../nbs/05_distance.ipynb #9b3adfe5
+def _pairs(h, # a function in `METRICS`
+           S): # states `(B,L+1,d)` -> `(B,L+1,L+1)`
+    "The distance of every pair of depths"
+    n, summed = S.shape[1], getattr(h, 'summed', False)
+    if hasattr(h, 'dots'): D = h.dots(S@S.mT)
+    else:
+        D = S.new_zeros(len(S), n, n)
+        for s in range(n-1):
+            for e in [s+1] if summed else range(s+1, n): D[:,s,e] = h(S[:,s], S[:,e])
+    if not summed: return D
+    until = torch.nn.functional.pad(D.diagonal(1, 1, 2).cumsum(1), (1, 0)) # `(B,L+1)`, over the layers so far
     return until[:,None]-until[:,:,None]
 
 def _pair_chunks(H, metric, size=2**22): # at most that many float64 numbers of states at a time
@@ -60,8 +79,7 @@ def _pair_chunks(H, metric, size=2**22): # at most that many float64 numbers of 
     if metric not in METRICS: raise ReplaceMeError(f"metric {metric!r} is not one of {', '.join(METRICS)}.{nearest(metric, METRICS)}")
     if H.device.type=='mps': H = H.cpu() # no float64 there
     for h in H.split(max(1, size//(len(H)*max(H.shape[-1], len(H)))), dim=1):
-        h = h.double().transpose(0, 1)
-        yield _from_dots(h@h.mT, metric).triu(1).permute(1, 2, 0)
+        yield _pairs(METRICS[metric], h.double().transpose(0, 1)).triu(1).permute(1, 2, 0)
 
 def pair_distances(H:Tensor, # states `(L+1,B,d)`: what enters each layer, and what leaves the last
                    metric='angular', # a name in `METRICS`

@@ -81,7 +81,7 @@ def solve_sums(g, # Gram over the texts of the fit
                r:Recipe)->Fit:
     "The closed-form map of a recipe; held-out sums choose its ridge, and join the fit"
     if r.map=='none': return _removal(g if held is None else g+held)
-    kind = 'wide' if r.map=='wide' else 'narrow'
+    kind = r.map if r.map in MAPS else 'narrow' # an unmerged map is a narrow one, of the state
     if r.ridge=='auto': fit = fit_map(g, kind, r.structure, r.rank, ridge='auto', held=held)
     else: fit = fit_map(g if held is None else g+held, kind, r.structure, r.rank, r.alpha, r.ridge)
     return replace(fit, kind=r.map)
@@ -89,14 +89,12 @@ def solve_sums(g, # Gram over the texts of the fit
 def solve_trial(g, held, r:Recipe)->Fit:
     "The same map from the texts of the fit alone, for judging on the others"
     if r.ridge!='auto': return solve_sums(g, None, r)
-    return replace(fit_map(g, 'wide' if r.map=='wide' else 'narrow', r.structure, r.rank, ridge=solve_sums(g, held, r).ridge), kind=r.map)
+    return replace(fit_map(g, r.map if r.map in MAPS else 'narrow', r.structure, r.rank, ridge=solve_sums(g, held, r).ridge), kind=r.map)
 
 def solve_rows(rows, r:Recipe)->Fit:
     "The map of an iterative solver, with its relative squared error, for comparison"
     keys = dict(r.options, structure=r.structure, **({} if r.rank is None else dict(rank=r.rank)))
-    if r.solver=='irls': solved = irls_map(rows, **keys)
-    elif r.solver=='adam': solved = adam_map(rows, **keys)
-    else: solved = minimise_map(rows, r.solver, **keys)
+    solved = SOLVERS[r.solver](rows, **keys)
     g = Gram(*rows.E.shape, rows.device, rows.E)
     for X,A,Y in rows.chunks(4096): g.add(X, Y-A-X@rows.E.to(X))
     V = solved.T.to(g.XtX)

@@ -292,7 +292,7 @@ def training_arguments(kind, # mse, lm, kd
     every = min(steps, trainer.pop('eval_steps', max(1, math.ceil(steps/evals))))
     own = dict(per_device_train_batch_size=4, per_device_eval_batch_size=4, weight_decay=1e-3, lr_scheduler_type='cosine', warmup_steps=.01, save_total_limit=2,
                logging_steps=max(1, steps//20), report_to='none', disable_tqdm=True, dataloader_pin_memory=False,
-               use_cpu=not torch.accelerator.is_available(), **_OWN[kind]) # use_cpu: else Trainer sees no other processes there
+               use_cpu=not torch.accelerator.is_available(), **_OWN.get(kind, {})) # use_cpu: else Trainer sees no other processes there
     fixed = dict(output_dir=str(folder), max_steps=steps, eval_steps=every, save_steps=every, seed=seed, data_seed=seed, label_names=['labels'], remove_unused_columns=False,
                  eval_on_start=True, load_best_model_at_end=True, metric_for_best_model='eval_loss', greater_is_better=False, save_strategy='steps', eval_strategy='steps',
                  prediction_loss_only=True, include_num_input_tokens_seen='non_padding')
@@ -435,11 +435,11 @@ def main_process()->bool:
     return int(os.environ.get('RANK', 0))==0
 
 # %% ../nbs/17_train.ipynb #7c39720d
-LOSSES = ('mse', 'lm', 'kd')
+LOSSES = dict(mse=mse_loss, lm=lm_loss, kd=kd_loss)
 
 def _pupil(model, names, kind, parts, says, world):
     "A pupil whose held-out loss is the mean over all terms, however the texts fall into batches"
-    loss, held = dict(mse=mse_loss, lm=lm_loss, kd=kd_loss)[kind], parts[1]
+    loss, held = LOSSES[kind], parts[1]
     terms = held.tokens - (len(held) if kind!='mse' else 0)
     return Pupil(model, names, loss, says, len(held)/terms/world)
 
