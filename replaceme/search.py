@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RIDGE', 'Recipe', 'hold_out', 'solve_sums', 'solve_trial', 'solve_rows', 'fit_between', 'States', 'through', 'Cut',
-           'states_at_cut', 'refit_layer', 'stand_in', 'outcome', 'Pruned', 'fit_blocks', 'choose', 'prune_one',
-           'prune_several']
+           'states_at_cut', 'refit_layer', 'stand_in', 'outcome', 'Pruned', 'fit_blocks', 'beside', 'fit_beside',
+           'stand_ins', 'choose', 'prune_one', 'prune_several']
 
 # %% ../nbs/14_search.ipynb #7a04d8c7
 import contextlib, math, tempfile
@@ -255,6 +255,38 @@ def fit_blocks(dense, batches, held, blocks, r:Recipe,
             refits += _refit_behind(dense, before, model, [*batches, *held], at, b, min(r.refit, end-b.end), fit, r)
         fits.append(fit); gone += len(b)
     return Pruned(model, list(blocks), fits, refits)
+
+# %% ../nbs/14_search.ipynb #8551c1d9
+@contextlib.contextmanager
+def beside(model, blocks, fits): # -> the pruned model, while its maps act
+    "Take blocks out of a model and put their maps beside what is left, for a moment; `model` is left as it is"
+    gone, small = 0, cut(model, blocks) if blocks else model
+    with contextlib.ExitStack() as stack:
+        for b,fit in zip(blocks, fits):
+            i = b.start-gone-1
+            if fit.kind=='state': small = with_linear(small, i, *((fit.T[:-1], fit.T[-1]) if fit.affine else (fit.T,)))
+            gone += len(b)
+        gone = 0
+        for b,fit in zip(blocks, fits):
+            if fit.kind not in ('state', 'none'): stack.enter_context(explicit_map(small, b.start-gone-1, fit))
+            gone += len(b)
+        yield small
+
+def fit_beside(dense, batches, held, blocks, r:Recipe)->Pruned: # without a model
+    "Fit one map after the other where no weight can be written"
+    fits = []
+    for k,b in enumerate(blocks):
+        with beside(dense, blocks[:k], fits) as model:
+            fits.append(fit_between(dense, model, batches, held, b, b.start-sum(map(len, blocks[:k])), r))
+    return Pruned(None, list(blocks), fits)
+
+def stand_ins(model, blocks, fits): # -> the pruned model
+    "Remove blocks and put their maps in their places; `model` is left as it is"
+    gone = 0
+    for b,fit in zip(blocks, fits):
+        model = stand_in(model, Block(b.start-gone, b.end-gone), fit)
+        gone += len(b)
+    return model
 
 # %% ../nbs/14_search.ipynb #f20acd50
 def _winner(rows, select):

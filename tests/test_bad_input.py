@@ -109,7 +109,6 @@ def test_the_config_of_these_tests_works(place, checkpoint, capsys):
     ("method: cosine\nsolver: sgd", ["solver is 'sgd'", "irls"]),
     ("method: lstsq\ntop_k: 3", ["top_k is 3", "select is distance"]),
     ("method: lstsq\nstructure: orthonormal\nalpha: 0.1", ["alpha is 0.1", "orthonormal"]),
-    ("use_4bit: true\nblocks: [[1, 2], [4, 5]]", ["4 bit", "give one"]),
     ("blocks: [[1, 2]]\nsinks: allow", ["sinks is 'allow'", "the blocks are given"]),
     ("select: distance\ntop_k: 3", ["top_k is 3", "select is distance"]),
     ("select: best", ["select is 'best'", "distance, fit, loss"]),
