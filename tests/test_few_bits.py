@@ -1,5 +1,6 @@
 """A quantised model only measures, also where several blocks go: later maps are fitted on the stream that the earlier ones make."""
 import json
+import random
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from replaceme.models import load_model, tiny_model, tiny_tokenizer
 from replaceme.pipeline import make_config, read_config, run
 from replaceme.search import beside, fit_beside, fit_blocks, stand_ins
 
-TEXT = "The map stands in for the layers that went, and what it adds is written in float64. " * 60
+WORDS = "the map stands in for layers that went and what it adds is written here or there by one who reads of numbers".split()
+TEXT = " ".join(random.Random(0).choices(WORDS, k=1500))
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def same(a, b, tol):
     x, y = [load_file(f"{d}/model.safetensors") for d in (a, b)]
     assert x.keys() == y.keys()
     for k in x:
-        assert torch.allclose(x[k], y[k], rtol=tol, atol=tol * x[k].abs().max().item()), k
+        assert (x[k] - y[k]).norm() <= tol * y[k].norm(), (k, (x[k] - y[k]).norm() / y[k].norm())
 
 
 WAYS = [dict(num_A=2, layers_to_skip=2), dict(max_blocks=2, layers_to_skip=3), dict(blocks=[[1, 2], [3, 5], [6, 7]])]
@@ -70,6 +72,7 @@ def test_a_quantisation_that_changes_nothing_gives_the_run_without(place, monkey
         return real(**{**kw, "use_4bit": False})
 
     monkeypatch.setattr(pipeline, "load_model", floats)
+    way = dict(way, ridge=.01)  # well conditioned, so that the rounding of float32 stays what it is
     a, _ = run(make_config(**keys(save_path="few", use_4bit=True, **way)))
     b, _ = run(make_config(**keys(save_path="all", **way)))
     assert a["blocks"] == b["blocks"] and len(a["blocks"]) >= 1 and a["n_layers"] == b["n_layers"]
