@@ -542,9 +542,7 @@ def check_together(cfg):
 def _check_blocks(cfg, several):
     "Keys about several blocks"
     if sum([cfg.num_A>1, cfg.max_blocks>1, cfg.blocks is not None])>1: raise ReplaceMeError("num_A, max_blocks and blocks are three ways to say which blocks go: keep one.")
-    count = cfg.num_A if cfg.blocks is None else len(given_blocks(cfg))
-    if cfg.quantised and max(count, cfg.max_blocks)>1:
-        raise ReplaceMeError("several blocks with a 4 bit or 8 bit model, which only measures: the second must be measured when the first is gone; give one.")
+    if cfg.blocks is not None: given_blocks(cfg)
     if several and cfg.select=='fit': raise ReplaceMeError("select fit compares single blocks; for several use loss or distance.")
 
 def given_blocks(cfg)->list: # of `Block`
@@ -555,6 +553,7 @@ def given_blocks(cfg)->list: # of `Block`
 
 def _check_cosine(cfg, structure):
     "Keys of the iterative solvers"
+    check_structure(cfg.solver, structure)
     if cfg.alpha and cfg.l2: raise ReplaceMeError(f"alpha is {cfg.alpha} and l2 is {cfg.l2}: both are the weight of the squared penalty; keep one.")
     if cfg.map=='wide' and structure!='full': raise ReplaceMeError(f"a {structure} map is narrow.")
     with warnings.catch_warnings(action='ignore'): Loss(cfg.loss, cfg.accurate, cfg.l1, cfg.l2 or cfg.alpha or 0.) # its own contradictions
@@ -874,7 +873,7 @@ def _several(model, bs, fit, held, cfg, r, blocks, known, stages, writable):
     with stages('calibrate'): ways, profile, sinks, avoided = ways_out(model, bs, cfg, blocks, known)
     with stages('fit'):
         if writable: done = prune_several(model, fit, held, ways, r)
-        else: done = Pruned(None, blocks, [fit_between(model, model, fit, held, blocks[0], blocks[0].start, r)]) # one given block
+        else: done = fit_beside(model, fit, held, ways[0][1], r)
     distance = next(d for d,b in ways if b==done.blocks)
     return Calibrated(done, profile, distance if distance==distance else None, sinks, avoided, 0, 0)
 
@@ -1298,8 +1297,8 @@ def _prune(cfg, path, stages)->tuple: # (dense model, tokenizer, text to score o
     if cfg.quantised: # the map was measured in NF4 or 8 bit; it is folded into the original weights
         del model; gc.collect()
         with stages('load'): model, tokenizer = load(cfg, quantised=False)
-        lasting(model, done.blocks)
-        with stages('fold'): done.model = stand_in(model, done.blocks[0], done.fits[0])
+        lasting(model, done.blocks) if len(done.blocks)==1 else check_blocks(model, done.blocks)
+        with stages('fold'): done.model = stand_ins(model, done.blocks, done.fits)
     return model, tokenizer, text, done, _finish(result, cfg, stages, loaded, model, done.model)
 
 # %% ../nbs/22_pipeline.ipynb #28df185f
