@@ -83,9 +83,9 @@ def train_adapters(model, texts, held, tokens, targets, quantise, rank=16, seed=
     with common_folder() as d, frozen(model): # peft freezes what it finds, and some of it is the dense model's
         if quantise:
             save_checkpoint(model, d)
-            kw = dict(dtype=model.dtype, device_map=placement(None), trust_remote_code=is_linear_model(model))
+            how = dict(dtype=model.dtype, device_map=placement(None), trust_remote_code=is_linear_model(model))
             auto = getattr(transformers, auto_class(model))
-            base = from_checkpoint(auto, d, quantization_config=_quantization(model.dtype, 4), **kw)
+            base = from_checkpoint(auto, d, quantization_config=_quantization(model.dtype, 4), **how)
         else: base = shared_copy(model)
         wrapped = with_adapters(base, rank, seed)
         names = [n for n,p in wrapped.named_parameters() if 'lora_' in n]
