@@ -162,7 +162,8 @@ def tasks_digest(cfg)->str|None:
     loaded = load_tasks(cfg.tasks)
     _check_choices(loaded)
     words = lambda t: {k: v for k,v in t.dump_config().items() if isinstance(v, (str, int, float, list)) and 'path' not in k}
-    return digest_of([[name, words(t), [dict(d) for d in t.eval_docs][:cfg.limit]] for name,t in sorted(loaded['tasks'].items())])
+    asked = [[name, words(t), [dict(d) for d in t.eval_docs][:cfg.limit]] for name,t in sorted(loaded['tasks'].items())]
+    return digest_of([asked, cfg.chat] if cfg.chat else asked)
 
 def _named(cfg): return cfg.dataset if isinstance(cfg.dataset, list) else [cfg.dataset]
 
@@ -249,7 +250,7 @@ class Bench:
 def answers(self:Bench, model)->dict:
     "How a model answers the questions, if there are any"
     if self.cfg.tasks is None: return {}
-    return task_samples(model, self.tokenizer, self.cfg.tasks, self.cfg.limit, batch_size=self.cfg.batch_size)
+    return task_samples(model, self.tokenizer, self.cfg.tasks, self.cfg.limit, None, self.cfg.batch_size, self.cfg.chat)
 
 @patch
 def dense_row(self:Bench)->dict:

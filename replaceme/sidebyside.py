@@ -364,11 +364,12 @@ def task_records(model, tokenizer,
                  limit=None, # so many questions of each task (below 1: that part of them)
                  include_path=None, # folder(s) whose task files are known by name too
                  batch_size=8, # requests in a forward pass
+                 chat=None, # how the model is addressed, see `CHAT`
                 )->dict: # {task: {'scores', 'better': metrics of which more is better, 'questions'}}
     "Scores of each task, as `eval_tasks` has them, and every question"
     _check_limit(limit)
     loaded = load_tasks(tasks, include_path)
-    out, counts = _lm_eval(model, tokenizer, loaded, limit, batch_size, log_samples=True)
+    out, counts = _lm_eval(model, tokenizer, loaded, limit, batch_size, True, chat)
     kinds = {name: getattr(t, 'OUTPUT_TYPE', None)=='multiple_choice' for name,t in loaded['tasks'].items()}
     count = lambda name: out['n-samples'].get(name, {}).get('effective', out['results'][name].get('sample_len'))
     return {name: dict(scores=_plain(row, out['n-shot'].get(name, 0), count(name)), better=[m for m,h in (out['higher_is_better'].get(name) or {}).items() if h],
@@ -519,12 +520,15 @@ def kept_perplexity(model, tokenizer, text, length=512, pieces=24, cache=True)->
     ids = cut_pieces(tokenizer, text, length, pieces)
     return cached('perplexity', dict(model=model_key(model), tokenizer=tokenizer_key(tokenizer), text=digest_of(ids.tolist()), length=length, pieces=pieces), make)
 
-def kept_tasks(model, tokenizer, tasks, limit=None, include_path=None, batch_size=8, cache=True)->dict: # as `task_records`
+def kept_tasks(model, tokenizer, tasks, limit=None, include_path=None, batch_size=8, cache=True,
+               chat=None)->dict: # as `task_records`
     "Tasks of a model, kept by content"
-    make = lambda: task_records(model, tokenizer, tasks, limit, include_path, batch_size)
+    make = lambda: task_records(model, tokenizer, tasks, limit, include_path, batch_size, chat)
     if not (cache and keepable(model)): return make()
     _check_limit(limit)
-    return cached('tasks', dict(model=model_key(model), tokenizer=tokenizer_key(tokenizer), tasks=tasks_key(tasks, limit, include_path), limit=limit, batch_size=batch_size), make)
+    facts = dict(model=model_key(model), tokenizer=tokenizer_key(tokenizer), tasks=tasks_key(tasks, limit, include_path),
+                 limit=limit, batch_size=batch_size, chat=chat or {})
+    return cached('tasks', facts, make)
 
 def kept_divergence(dense, model, tokenizer, text, length=512, pieces=24, cache=True)->Divergence:
     "The divergence of two models on a text, kept by content"
@@ -665,6 +669,7 @@ def side_by_side(dense, model, tokenizer, # of both
                  names=('dense', 'pruned'), text_name=None, # for the table
                  cache=True, # keep results by content, and use those that were kept; never of speed
                  seed=0, # of the intervals
+                 chat=None, # how the models are addressed in the tasks, see `CHAT`
                 )->SideBySide:
     "Everything about two models in memory"
     check_pair(dense, model)
@@ -672,7 +677,7 @@ def side_by_side(dense, model, tokenizer, # of both
     res = SideBySide(tuple(names), tuple(m.num_parameters() for m in both), tuple(memory_of(m, context) for m in both), text_name, seed=seed)
     if text is not None: res.divergence = kept_divergence(dense, model, tokenizer, text, length, pieces, cache)
     if tasks is not None:
-        res.records = tuple(kept_tasks(m, tokenizer, tasks, limit, include_path, batch_size, cache) for m in both)
+        res.records = tuple(kept_tasks(m, tokenizer, tasks, limit, include_path, batch_size, cache, chat) for m in both)
         res.retained, res.stability = retained(*res.records, seed), record_stability(*res.records)
     if speed or isinstance(speed, dict): res.speeds = side_by_side_latency(dense, model, tokenizer, **(speed if isinstance(speed, dict) else {}))
     res.answers = [dict(prompt=p, before=continuation(dense, tokenizer, p), after=continuation(model, tokenizer, p)) for p in prompts]
