@@ -133,6 +133,8 @@ def _no_text(cfg):
     if cfg.eval_dataset is None: return "eval_dataset is null: nothing is scored on a text"
 def _no_tasks(cfg):
     if cfg.tasks is None: return "no tasks are asked: that takes tasks"
+def _no_chat(cfg):
+    if not cfg.apply_chat_template: return "no chat is made of the tasks: that takes apply_chat_template"
 def _one_scored(cfg):
     if cfg.door=='evaluate' and cfg.compare is None: return "one model is scored on text and tasks; two answer a prompt (compare)"
 
@@ -308,6 +310,11 @@ class Scoring:
     tasks:str|list|dict|None = key(None, "lm-eval tasks: default, a name, a list, a folder, or "
         "{task: {fewshots: N}}", SCORE, text="tasks are questions to a language model")
     limit:int|None = key(None, "questions of each task; null asks all", SCORE, (_no_tasks,))
+    apply_chat_template:bool = key(False, "put the questions of the tasks through the chat template",
+        SCORE, (_no_tasks,))
+    fewshot_as_multiturn:bool = key(False, "solved examples as turns of the chat, not in one message",
+        SCORE, (_no_tasks, _no_chat))
+    system_instruction:str|None = key(None, "what stands in front of each question", SCORE, (_no_tasks,))
     prompt:str|None = key('Why is the sky blue?', "question that the dense and the pruned model answer in "
         "the report; null asks nothing",
         'run evaluate', (_one_scored,), (None,), text="a prompt is put to a language model")
@@ -321,6 +328,8 @@ class Config(Scoring, Saving, Training, OfPeers, Iterating, Fitting, Choosing, T
 
     @property
     def quantised(self): return self.use_4bit or self.use_8bit
+    @property
+    def chat(self): return {k: v for k in CHAT if (v := getattr(self, k))}
     @property
     def rungs(self): return check_rungs(self.recover)
     @property
@@ -1078,7 +1087,7 @@ def score(model, tokenizer, cfg, text)->dict: # perplexity, tasks, answer: those
     if sees(model): return dict(states=last_states(model, text), classes=top_classes(model, text)) if text else {}
     res = {}
     if text is not None: res['perplexity'] = dataclasses.asdict(perplexity(model, tokenizer, text, cfg.eval_length, cfg.eval_size))
-    if cfg.tasks is not None: res['tasks'] = eval_tasks(model, tokenizer, cfg.tasks, cfg.limit, batch_size=cfg.batch_size)
+    if cfg.tasks is not None: res['tasks'] = eval_tasks(model, tokenizer, cfg.tasks, cfg.limit, None, cfg.batch_size, cfg.chat)
     if cfg.prompt is not None: res['answer'] = continuation(model, tokenizer, cfg.prompt)
     return res
 
@@ -1221,6 +1230,7 @@ def check_loaded(cfg, path, model, tokenizer):
     if cfg.blocks is None: candidates(len(layers_of(model)), cfg.layers_to_skip, cfg.min_distance_layer)
     check_output(path, 0 if cfg.save_transform_only else _bytes(model, n_removed(cfg)))
     if sees(model): return check_pictures(cfg)
+    check_chat(tokenizer, cfg.chat)
     if cfg.eval_dataset is not None: check_length(model, cfg.eval_length)
     try: cfg.prompt is None or prompt_ids(tokenizer, cfg.prompt)
     except Exception as e: raise ReplaceMeError(f"prompt: the tokenizer's chat template refuses it ({e}): set prompt to null.") from e
@@ -1437,7 +1447,9 @@ def evaluate(cfg)->dict: # or a `SideBySide`
     if sees(model): raise ReplaceMeError(f"model_path {cfg.model_path} is an image encoder, which has no perplexity: run_replaceme compares its states before and after.")
     text, cache, res = eval_text(cfg, tokenizer, model), cfg.cache, {}
     if text is not None: res['perplexity'] = kept_perplexity(model, tokenizer, text, cfg.eval_length, cfg.eval_size, cache)
-    if cfg.tasks is not None: res['tasks'] = {t: r['scores'] for t,r in kept_tasks(model, tokenizer, cfg.tasks, cfg.limit, None, cfg.batch_size, cache).items()}
+    if cfg.tasks is not None:
+        kept = kept_tasks(model, tokenizer, cfg.tasks, cfg.limit, None, cfg.batch_size, cache, cfg.chat)
+        res['tasks'] = {t: r['scores'] for t,r in kept.items()}
     return dict(model=str(cfg.model_path), text=cfg.eval_dataset, **res)
 
 # %% ../nbs/22_pipeline.ipynb #c41e339e
@@ -1461,7 +1473,7 @@ def evaluate_pair(cfg)->SideBySide:
     names = [model_name(dict(model=m)) for m in cfg.compare]
     return side_by_side(dense, model, tokenizer, eval_text(cfg, tokenizer, dense), cfg.tasks, cfg.limit, [] if cfg.prompt is None else [cfg.prompt],
                         cfg.eval_length, cfg.eval_size, batch_size=cfg.batch_size, names=names if names[0]!=names[1] else ('dense', 'pruned'),
-                        text_name=cfg.eval_dataset and no_path(cfg.eval_dataset), speed=cfg.speed, cache=cfg.cache, seed=cfg.seed)
+                        text_name=cfg.eval_dataset and no_path(cfg.eval_dataset), speed=cfg.speed, cache=cfg.cache, seed=cfg.seed, chat=cfg.chat)
 
 # %% ../nbs/22_pipeline.ipynb #cb77aa7f
 def scores_table(scores)->str:
