@@ -51,6 +51,9 @@ DENSE = {  # in the words of transformers 4
     "gemma2": dict(head_dim=16, rope_theta=3e4, sliding_window=16, query_pre_attn_scalar=16),
     "gemma3_text": dict(head_dim=16, rope_theta=2e6, rope_local_base_freq=5e3, sliding_window=16, query_pre_attn_scalar=16,
                         sliding_window_pattern=3, rope_scaling=dict(rope_type="linear", factor=8.0)),
+    "gemma3": dict(image_token_index=302, boi_token_index=300, eoi_token_index=301, mm_tokens_per_image=4,  # it sees, too
+                   text_config=dict(SIZES, head_dim=16, rope_theta=2e6, rope_local_base_freq=5e3, sliding_window=16, rope_scaling=dict(rope_type="linear", factor=8.0)),
+                   vision_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8)),
     "phi": dict(rope_theta=3e4, partial_rotary_factor=0.5),
     "phi3": dict(rope_theta=3e4, rope_scaling=LONG, original_max_position_embeddings=32),
     "phi3-partial": dict(rope_theta=3e4, partial_rotary_factor=0.5),
@@ -158,7 +161,7 @@ def both(tmp_path_factory):
     "Logits of dense models in 4 and 5, and of the pruned ones in 5, in 4, and in 5 as loaded again"
     root = tmp_path_factory.mktemp("both")
     torch.save(IDS, root / "ids.pt")
-    dense = {name: {**SIZES, "model_type": name, **kw} for name, kw in DENSE.items()}
+    dense = {name: {**({} if "text_config" in kw else SIZES), "model_type": name, **kw} for name, kw in DENSE.items()}
     (root / "dense.json").write_text(json.dumps(dense))
     in_four(WRITE, root)
     four, res = torch.load(root / "dense.pt"), {}
