@@ -703,8 +703,8 @@ if sys.argv[1]=='sampling':
         return die() if len(calls)>5 else pick(*args)
     data.pick = slow
 else:
-    def half(self, text, **kw): self.open('w').write(text[:len(text)//2]); die()
-    pathlib.Path.write_text = half
+    def half(path, content): pathlib.Path(path).write_text(content[:len(content)//2]); die()
+    data.write_whole = half
 data.own_texts(tiny_model(), tiny_tokenizer(), size=2, max_length=12)
 """
 
