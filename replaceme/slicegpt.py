@@ -293,11 +293,12 @@ def slicegpt(model, batches,
              n=None, # as many parameters go as `n` layers have
              fraction=None, # or: the part of the width that stays
              plain=False, # one rotation for the whole stream: an ordinary checkpoint
-             normed=True, # components of what the norms put out, so that all tokens count alike
-             energy=None, # kept energy in the gain? by default if plain; the paper does without
+             normed=None, # do all tokens count alike? by default if plain; the paper's takes rows as they are
+             energy=None, # kept energy in the gain? by default if plain; the paper's does without
             )->tuple: # (narrower model, Sliced)
     "Turn the stream into its principal components and slice off the smallest (SliceGPT, arXiv 2401.15024)"
     check_solid(model)
+    normed, energy = [plain if o is None else o for o in (normed, energy)]
     st = find_stream(model)
     k, steps = _width(model, st, n, fraction, plain), len(st.steps)+1
     def build(Rs, gains):
@@ -310,7 +311,6 @@ def slicegpt(model, batches,
     find = lambda h: basis(components(h, st.centred), k, st.centred)
     Rs = [find(sum(h/h.trace() for h in H))]*steps if plain else [find(h) for h in H]
     e = [kept(h, R) for h,R in zip(H, Rs)]
-    by_energy = plain if energy is None else energy
-    small = build(Rs, [gain_of(x if by_energy else 1, st.d, k) for x in e])
+    small = build(Rs, [gain_of(x if energy else 1, st.d, k) for x in e])
     return small, Sliced([], n_tokens(batches), k, st.d, plain, e, n_parameters(small), n_parameters(model),
                          bool(_untied(model, st)))
