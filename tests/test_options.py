@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from replaceme import cli, data, optimize, train
+from replaceme import cli, data, optimize, pipeline, train
 from replaceme.baselines import distances
 from replaceme.blocks import Block
 from replaceme.compare import CompareConfig
@@ -189,28 +189,15 @@ def test_a_flag_that_a_command_does_not_read_is_refused_whatever_its_value(comma
 
 # the construction itself: what is accepted is read
 
-VALUES = dict(model_path="./tiny", merge=False, layers_to_skip=2, use_4bit=True, use_8bit=True, dtype="float32", device_map="cpu", revision="main", max_memory={"cpu": "1GB"}, token="hf_x",
+VALUES = dict(model_path="./tiny", merge=False, layers_to_skip=2, use_4bit=True, use_8bit=True, dtype="float32", device_map="auto", revision="main", max_memory={"cpu": "8GB"}, token="hf_x",
               trust_remote_code=True, dataset="texts.txt", dataset_shares=[1.], dataset_column="text", dataset_subset="train", dataset_split="train", dataset_size=8,
               batch_size=4, max_length=48, mask=.1, min_distance_layer=2, metric="cosine", distance_tokens="all", sinks="allow", distances_path="p.json",
               select="loss", top_k=2, num_A=2, merge_consecutive=False, max_blocks=2, blocks=[[2, 3]], map="wide", affine=True, weights="inv_norm",
               structure="diag", rank=2, alpha=.1, ridge=.1, refit=1, diag=True, two_vectors=True, thri=True, solver="irls", loss="mse", accurate=True, l1=.1, l2=.1,
-              epochs=1, lr=1e-3, activations_save_path="acts", simple=True, C=3, I=1, threshold=.1, network="ffn", train_loss="lm", recover="fold",
+              epochs=1, lr=1e-3, activations_save_path="acts", simple=True, C=3, I=1, threshold=-.9, network="ffn", train_loss="lm", recover="fold",
               train_tokens=64, train_size=4, train_path="training", trainer=dict(learning_rate=1e-3), save_path="out", save_transform_only=True,
               push_to_hub="me/x", private=False, eval_dataset="texts.txt", eval_column="text", eval_subset="train", eval_split="train", eval_size=2,
-              eval_length=32, tasks="say", limit=2, prompt="Hello?", seed=1)
-
-
-def with_key(method, k):
-    "The least configuration that asks for a key, or the reason why there is none"
-    need = dict(rank=dict(structure="rank"), top_k=dict(select="loss"), limit=dict(tasks="say"), private=dict(push_to_hub="me/x"), epochs={},
-                merge_consecutive=dict(num_A=2), **{t: dict(recover="fold") for t in ("train_tokens", "train_size", "train_path", "trainer")})
-    for more in ({}, need.get(k, {}), dict(solver="cg"), dict(accurate=True)):
-        keys = {**dict(method=method, layers_to_skip=None if k == "blocks" else 1), **more, k: VALUES[k]}
-        try:
-            return make_config(**{n: v for n, v in keys.items() if v is not None})
-        except ReplaceMeError as e:
-            why = str(e)
-    return why
+              eval_length=32, tasks="say", limit=2, apply_chat_template=True, fewshot_as_multiturn=True, system_instruction="Be brief.", prompt="Hello?", seed=1)
 
 
 def test_a_flag_may_switch_off_what_a_file_asks_for(tmp_path):
@@ -352,3 +339,86 @@ def test_a_network_that_is_only_a_name_is_refused(tiny):
     from replaceme.streamline import place_network
     with pytest.raises(ReplaceMeError, match="'toy' is no kind of network"):
         place_network(tiny[0], Block(2, 4), "toy")
+
+
+# seen from outside: a configuration that notes what is read of it
+
+class Noting:
+    "Notes the names of the keys that are read, once it is switched on"
+    def __getattribute__(self, k):
+        if k in FIELDS and object.__getattribute__(self, "__dict__").get("noted") is not None:
+            object.__getattribute__(self, "__dict__")["noted"].add(k)
+        return object.__getattribute__(self, k)
+
+
+def noting(cfg):
+    "The same configuration, noting"
+    cls = type("Noted" + type(cfg).__name__, (Noting, type(cfg)), {})
+    new = cls.__new__(cls)
+    vars(new).update(vars(cfg), noted=set())
+    return new
+
+
+BASE = dict(model_path="./tiny", dataset="texts.txt", dataset_size=12, max_length=32, batch_size=4, layers_to_skip=2, eval_dataset="texts.txt", eval_size=2,
+            eval_length=32, tasks="say", prompt="Hello?")
+GOES_WITH = dict(rank=dict(structure="rank"), top_k=dict(select="loss"), private=dict(push_to_hub="me/x"), merge_consecutive=dict(num_A=2, layers_to_skip=1),
+                 num_A=dict(layers_to_skip=1), fewshot_as_multiturn=dict(apply_chat_template=True), blocks=dict(layers_to_skip=None), max_memory=dict(device_map="auto"), dataset_subset=dict(dataset_split=None), eval_subset=dict(eval_split=None), lr=dict(solver="adam"),
+                 simple=dict.fromkeys(("dataset", "dataset_size", "max_length")), **{t: dict(recover="fold") for t in ("train_tokens", "train_size", "train_path", "trainer")})
+
+
+def accepts(keys):
+    try:
+        return make_config(**{k: v for k, v in keys.items() if v is not None})
+    except ReplaceMeError:
+        return None
+
+
+def few_configs(method):
+    "The keys that a method accepts, as many in one configuration as go together"
+    bins, base = [], {**BASE, "method": method, **(dict(threshold=VALUES["threshold"]) if method == "laco" else {})}
+    for k in [k for k in FIELDS if k not in BASE and k != "method"]:
+        more = {**GOES_WITH.get(k, {}), k: VALUES[k]}  # a key that is added needs a value there
+        if not accepts({**base, **more}):
+            continue
+        for b in bins:
+            if not any(n in b and b[n] != v for n, v in more.items()) and accepts({**b, **more}):
+                b.update(more)
+                break
+        else:
+            bins.append({**base, **more})
+    return bins
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_key_that_a_run_accepts_is_read(place, monkeypatch, tmp_path, method):
+    "What is loaded, trained, asked and pushed is stood in for; the rest is a run"
+    monkeypatch.chdir(place)
+    for name in ("load_tasks", "check_hub", "push_folder", "check_chat"):
+        monkeypatch.setattr(pipeline, name, lambda *a, **k: None)
+    monkeypatch.setattr(pipeline, "eval_tasks", lambda *a, **k: {"say": {"acc": 1.}})
+    monkeypatch.setattr(pipeline, "load_model", lambda *a, **k: load_model("./tiny"))
+    monkeypatch.setattr(pipeline, "recover", lambda dense, pruned, *a, **k: (pruned, []))
+    for i, keys in enumerate(few_configs(method)):
+        if "distances_path" in keys:
+            shared = {k: v for k, v in keys.items() if v is not None and read_by(AnalyseConfig, FIELDS[k])}
+            analyse(make_config(AnalyseConfig, **{**shared, "distances_path": str(tmp_path / f"{i}.json")}))
+            keys["distances_path"] = str(tmp_path / f"{i}.json")
+        for k in ("activations_save_path", "train_path", "save_path"):
+            if k in keys or k == "save_path":
+                keys[k] = str(tmp_path / f"{k}{i}")
+        cfg = noting(accepts(keys))
+        run(cfg)
+        asked = {k for k, v in keys.items() if v is not None}
+        assert asked <= cfg.noted, (method, sorted(asked - cfg.noted))
+
+
+@pytest.mark.parametrize("door, cls, keys", [(analyse, AnalyseConfig, dict(layers_to_skip=2, distances_path="p2.json")), (evaluate, EvaluateConfig, {})], ids=["analyse", "evaluate"])
+def test_other_doors_read_their_keys_and_no_others(place, monkeypatch, door, cls, keys):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(pipeline, "load_model", lambda *a, **k: load_model("./tiny"))
+    monkeypatch.setattr(pipeline, "kept_tasks", lambda *a, **k: {"say": {"scores": {"acc": 1.}}})
+    cfg = noting(make_config(cls, **{**{k: v for k, v in BASE.items() if read_by(cls, FIELDS[k]) and k != "prompt"}, **keys}))
+    door(cfg)
+    mine = {k for k, f in FIELDS.items() if read_by(cls, f)}
+    assert cfg.noted - mine <= {"blocks", "num_A"} - mine | set(), cfg.noted - mine
+    assert mine - cfg.noted <= ({"prompt"} if cls is EvaluateConfig else set()), mine - cfg.noted  # which two models answer
