@@ -238,9 +238,9 @@ def files_beside(source)->list: # of `Path`s
 # %% ../nbs/10_checkpoint.ipynb #7696a16f
 def _as_saved(inputs):
     "What a tokenizer or processor writes, without where it was and how long its last texts were"
-    with tempfile.TemporaryDirectory() as d:
+    with temporary_folder() as d:
         inputs.save_pretrained(d)
-        files = {f.name: _json(f) or f.read_bytes() for f in Path(d).iterdir() if f.is_file()}
+        files = {f.name: _json(f) or f.read_bytes() for f in d.iterdir() if f.is_file()}
     moving = ('truncation', 'padding', 'is_local', 'local_files_only', 'name_or_path')
     def still(c): return {k: v for k,v in c.items() if k not in moving} if isinstance(c, dict) else c
     return {n: still(c) for n,c in files.items()}

@@ -74,7 +74,7 @@ def parse(name, doc, argv, aliases,
     others = frozenset(f.name for c in SCHEMAS.values() for f in fields(c))
     cfg = read_config(args.config, defaults, cls, others, **flags)
     if replaces and args.config: check_config_stays(cfg, args.config)
-    return cfg, Path(args.config).expanduser().read_text(encoding='utf-8') if args.config else None
+    return cfg, local_path(args.config).read_text(encoding='utf-8') if args.config else None
 
 # %% ../nbs/24_cli.ipynb #4659b97f
 def check_config_stays(cfg, config):

@@ -579,8 +579,8 @@ def _note(ax, n, at, offset, coords, ha):
 # %% ../nbs/23_compare.ipynb #7e8f714a
 def compare_path(cfg)->Path:
     "Where the comparison goes"
-    if cfg.save_path: return Path(cfg.save_path).expanduser()
-    local = Path(str(cfg.model_path)).expanduser().exists() # `.` has no name of its own
+    if cfg.save_path: return local_path(cfg.save_path)
+    local = local_path(str(cfg.model_path)).exists() # `.` has no name of its own
     return Path('compared')/(short_name(cfg.model_path) if local else model_name(dict(model=cfg.model_path)))
 
 def about(bench, cfg)->dict:
@@ -593,7 +593,7 @@ def about(bench, cfg)->dict:
 
 def read_comparison(path)->Comparison: # a folder
     "A comparison that was written before"
-    try: d = json.loads((Path(path).expanduser()/'comparison.json').read_text(encoding='utf-8'))
+    try: d = json.loads((local_path(path)/'comparison.json').read_text(encoding='utf-8'))
     except OSError as e: raise ReplaceMeError(f"{path} holds no comparison.json: {e.strerror}.") from None
     except ValueError: d = None
     if not isinstance(d, dict) or not {'about', 'rows'}<=d.keys(): raise ReplaceMeError(f"{path}/comparison.json is damaged: compare again.")

@@ -175,13 +175,13 @@ def _as_profile(d)->dict:
 # %% ../nbs/05_distance.ipynb #3ccdeb9b
 def is_profile(path)->bool:
     "Was a file written as a profile, by this version or another?"
-    try: d = json.loads(Path(path).expanduser().read_text(encoding='utf-8'))
+    try: d = json.loads(local_path(path).read_text(encoding='utf-8'))
     except (OSError, ValueError): return False
     return isinstance(d, dict) and str(d.get('format')).startswith('replaceme profile')
 
 def read_profile(path)->dict:
     "What a saved profile holds, or why the file is not one"
-    path = Path(path).expanduser()
+    path = local_path(path)
     try: text = path.read_bytes()
     except OSError as e:
         raise ReplaceMeError(f"distances_path {path}: {e.strerror or e}. Write one with get_distance_analysis, or leave "

@@ -8,10 +8,11 @@ __all__ = ['shared_copy', 'keep_layers', 'differs_when_rebuilt', 'without', 'cut
            'explicit_map', 'save_checkpoint']
 
 # %% ../nbs/11_merge.ipynb #09c0b18a
-import copy, functools, math, re, warnings
+import copy, functools, math, re, shutil, warnings
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import chain
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -436,5 +437,7 @@ def save_checkpoint(model, folder,
     source = source_folder(source or model.name_or_path)
     _save_weights(model, folder, max_shard_size)
     respell(folder, model.config, source)
+    for f in Path(folder).glob('*.safetensors'): # their writer lets nobody else read them
+        shutil.copymode(Path(folder)/'config.json', f)
     if source: save_generation(folder, model, source)
     if inputs is not None: save_inputs(folder, inputs, source)

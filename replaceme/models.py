@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['package_gguf', 'left_out', 'untied', 'check_weights', 'fill_tables', 'from_checkpoint', 'check_files', 'gguf_folder',
            'is_local', 'resolve', 'as_dtype', 'read_model_config', 'as_device_map', 'offload_folder', 'placement',
-           'as_memory', 'check_places', 'quantised_by', 'check_tokenizer', 'load_inputs', 'adapter_config',
-           'merge_adapter', 'load_model', 'causal_types', 'tiny_model', 'tiny_vision', 'tiny_tokenizer', 'fingerprint']
+           'as_memory', 'check_places', 'quantised_by', 'embedding_of', 'check_tokenizer', 'load_inputs',
+           'adapter_config', 'merge_adapter', 'load_model', 'causal_types', 'tiny_model', 'tiny_vision',
+           'tiny_tokenizer', 'fingerprint']
 
 # %% ../nbs/01_models.ipynb #e5c7ec28
 import atexit, dataclasses, importlib.util, json, math, os, re, shutil, tempfile, uuid, warnings
@@ -193,7 +194,7 @@ def resolve(model_path, # as a user writes it
            )->str: # what `from_pretrained` takes: a folder or a hub id
     "The folder or hub id behind `model_path`"
     path = str(model_path)
-    if path.startswith('~'): path = str(Path(path).expanduser())
+    if path.startswith('~'): path = str(local_path(path))
     if path.startswith('package:'): return str(gguf_folder(package_gguf(path.removeprefix('package:'))))
     if path.endswith('.gguf'): return str(gguf_folder(path))
     if is_local(path):
@@ -443,9 +444,14 @@ def _chat_ids(tokenizer): # none, where the template wants something else
         return tokenizer.apply_chat_template(chat, return_dict=True)['input_ids']
     return []
 
+def embedding_of(model): # -> a module, or None where somebody's own architecture does not say
+    "What turns tokens into states"
+    try: return model.get_input_embeddings()
+    except NotImplementedError: return None
+
 def check_tokenizer(model, tokenizer, model_path):
     "Raise unless what the tokenizer makes of texts has its place in the embedding"
-    rows = getattr(model.get_input_embeddings(), 'num_embeddings', None)
+    rows = getattr(embedding_of(model), 'num_embeddings', None)
     if rows is None: return
     added, high = tokenizer.get_added_vocab(), {t: i for t,i in tokenizer.get_vocab().items() if i>=rows}
     made = tokenizer.convert_ids_to_tokens([i for i in tokenizer('The 1st').input_ids if i>=rows])

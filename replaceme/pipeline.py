@@ -532,7 +532,7 @@ def _check_training(cfg):
     for k in own:
         if k not in cfg.rungs: raise ReplaceMeError(f"trainer: {k} has arguments of its own, but recover has no such rung; leave them out.")
     for args in ({k: v for k,v in trainer.items() if k not in own}, *own.values()): check_trainer(args)
-    if cfg.train_path and Path(cfg.train_path).expanduser().is_file(): raise ReplaceMeError(f"train_path {cfg.train_path} is a file: give a folder for the checkpoints.")
+    if cfg.train_path and local_path(cfg.train_path).is_file(): raise ReplaceMeError(f"train_path {cfg.train_path} is a file: give a folder for the checkpoints.")
 
 def check_together(cfg):
     "Refuse keys that contradict each other"
@@ -584,7 +584,7 @@ def read_config(path=None, # YAML file; None for defaults only
     "Read a YAML configuration strictly"
     text = ''
     if path is not None:
-        try: text = Path(path).expanduser().read_text(encoding='utf-8')
+        try: text = local_path(path).read_text(encoding='utf-8')
         except (OSError, UnicodeDecodeError) as e: raise ReplaceMeError(f"config {path} cannot be read: {getattr(e, 'strerror', None) or e}.")
     try:
         file, known = read_yaml(text), cls.__dataclass_fields__
@@ -923,7 +923,7 @@ def peer_facts(res)->dict:
 def _share(cfg): # of the budget, for each training
     return cfg.train_tokens//(len(cfg.rungs)+(cfg.method=='streamline' and cfg.network!='none'))
 
-def _training_folder(cfg, name): return None if cfg.train_path is None else Path(cfg.train_path).expanduser()/name
+def _training_folder(cfg, name): return None if cfg.train_path is None else local_path(cfg.train_path)/name
 
 def _streamlined(model, tokenizer, cfg, bs, stages):
     "LLM-Streamline with the keys of a config"
@@ -989,7 +989,7 @@ def license_of(model_path, token=None)->dict: # of those keys that it has
     "What the card of a model says of its license, as far as there is one"
     from huggingface_hub import ModelCard, hf_hub_download
     try:
-        card, name = Path(model_path).expanduser()/'README.md', hub_id(model_path)
+        card, name = local_path(model_path)/'README.md', hub_id(model_path)
         if name: card = hf_hub_download(name, 'README.md', token=token)
         elif not card.is_file(): return {}
         data = ModelCard.load(card).data.to_dict()
@@ -1030,13 +1030,13 @@ def prune(model, tokenizer, # as loaded by `load_model` or by transformers
 def short_name(model_path)->str: # never hidden, never empty
     "The last part of a path or id, as part of the name of a folder"
     name = str(model_path)
-    if Path(name).expanduser().exists(): name = os.path.abspath(Path(name).expanduser()) # of `.` and `..` too
+    if local_path(name).exists(): name = os.path.abspath(local_path(name)) # of `.` and `..` too
     last = name.replace('\\', '/').rstrip('/').split('/')[-1].split(':')[-1].removesuffix('.gguf')
     return re.sub(r'[^\w.-]+', '-', last).lstrip('.') or 'model'
 
 def output_path(cfg)->Path:
     "Where the result goes"
-    if cfg.save_path: return Path(cfg.save_path).expanduser()
+    if cfg.save_path: return local_path(cfg.save_path)
     what = f"minus{n_removed(cfg)}-{cfg.method}{'-map' if cfg.save_transform_only else ''}"
     return Path('pruned')/f'{short_name(cfg.model_path)}-{what}'
 
@@ -1070,7 +1070,7 @@ def check_apart(path, # the folder that will be replaced
     for k,v in named:
         for name in v if isinstance(v, (list, dict)) else [v]:
             if not isinstance(name, str) or name in ('self', 'python-docs'): continue
-            if k not in _KEPT and not os.path.exists(os.path.expanduser(name)): continue
+            if k not in _KEPT and not local_path(name).exists(): continue
             if real_path(name, k).is_relative_to(out):
                 raise ReplaceMeError(f"save_path {path} is replaced as a whole, and {k} {name} lies there: choose another save_path.")
 
@@ -1078,7 +1078,7 @@ def check_own(cfg, path, was): # `was` is the model that the result there was ma
     "Raise where nobody named the folder, and it holds what was made of another model"
     now = str(cfg.model_path)
     if cfg.save_path or was in (None, now, no_path(now)): return
-    if os.path.exists(was) and os.path.realpath(was)==os.path.realpath(os.path.expanduser(now)): return
+    if os.path.exists(was) and os.path.realpath(was)==os.path.realpath(local_path(now)): return
     raise ReplaceMeError(f"{path} holds what was made of {was}, and would be replaced by what is made of {now}: give save_path.")
 
 # %% ../nbs/22_pipeline.ipynb #24937c8f
@@ -1393,7 +1393,7 @@ def analyse(cfg): # -> (Profile, files written)
     "Measure the distance of every run of layers and write it down; nothing is pruned"
     cfg = read_as(cfg, AnalyseConfig)
     need(cfg, 'model_path')
-    out = Path(cfg.distances_path or 'distances.json').expanduser()
+    out = local_path(cfg.distances_path or 'distances.json')
     if out.suffix!='.json': raise ReplaceMeError(f"distances_path {out} must end in .json: a .csv and a .png are written beside it.")
     if is_profile(out): pass # it is written over, whichever version wrote it
     elif out.exists(): read_profile(out) # says what it is instead

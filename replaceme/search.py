@@ -109,7 +109,7 @@ def fit_between(dense, model, batches, held, block, at, r:Recipe)->Fit:
         g, h = [collect_between(dense, model, bs, list(points.values()), at, block.end, r.features, f'sums {block}') if bs else None for bs in (batches, held)]
         return solve_sums(g, h, r)
     with contextlib.ExitStack() as stack:
-        if r.rows_path: folder = Path(r.rows_path).expanduser()/f'{block.start}-{block.end}'
+        if r.rows_path: folder = local_path(r.rows_path)/f'{block.start}-{block.end}'
         else: folder = stack.enter_context(temporary_folder())/'rows'
         belongs = dict(model=identity(model), **({} if dense is model else dict(dense=identity(dense))))
         rows = write_rows(model, [*batches, *held], block, points, folder, wide=r.map=='wide', belongs=belongs,

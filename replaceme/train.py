@@ -390,7 +390,7 @@ def common_folder(folder=None):
     "A folder that all processes of a training see: the given one, or a temporary one of the first process"
     import accelerate
     state = accelerate.PartialState(cpu=not torch.accelerator.is_available())
-    if folder is not None: yield Path(folder).expanduser().absolute(); return
+    if folder is not None: yield local_path(folder).absolute(); return
     with temporary_folder() if state.is_main_process else contextlib.nullcontext() as tmp:
         made = [str(tmp)]
         if state.num_processes>1: accelerate.utils.broadcast_object_list(made)

@@ -627,7 +627,7 @@ def test_never_two_inside(tmp_path):
 
 
 def test_a_place_that_cannot_be_written_needs_no_lock(tmp_path, monkeypatch):
-    monkeypatch.setattr(kept, "open", lambda *a: (_ for _ in ()).throw(PermissionError(13, "no")), raising=False)
+    monkeypatch.setattr(kept, "open", lambda *a, **k: (_ for _ in ()).throw(PermissionError(13, "no")), raising=False)
     with locked(tmp_path / "x"):
         pass
 

@@ -25,6 +25,8 @@ from replaceme.core import (ReplaceMeError, ReplaceMeWarning, check_output, new_
 from replaceme.pipeline import (Config, EvaluateConfig, _READ, analyse, base_of, check_apart, make_config, output_path, prove_places,
                                 run)
 from replaceme.compare import CompareConfig
+from replaceme.merge import save_checkpoint
+from replaceme.models import tiny_model
 from replaceme.report import eval_results, front_matter, hub_id
 
 KEYS = dict(model_path="./tiny", layers_to_skip=2, method="lstsq", dataset="texts.txt", max_length=64, eval_size=2, eval_length=32,
@@ -548,6 +550,15 @@ def test_the_words_for_nothing_are_nothing(word):
             continue
         assert getattr(make_config(**{k: word}), k) is None, k
     assert make_config(weights="none").weights == "none"  # a choice by itself
+
+
+def test_others_may_read_what_is_written(place):
+    old = os.umask(0o022)
+    try:
+        save_checkpoint(tiny_model("llama", layers=2), "saved")
+    finally:
+        os.umask(old)
+    assert {oct(f.stat().st_mode & 0o777) for f in Path("saved").iterdir()} == {"0o644"}
 
 
 def test_save_path_none_writes_no_folder_of_that_name(place):

@@ -96,8 +96,11 @@ def test_all_blocks_of_a_result_are_marked():
     matplotlib.pyplot.close("all")
 
 
-INNER = """Acts AnalyseConfig Answer Block Bench Calibrated Choosing CompareConfig Config Cut Divergence EvaluateConfig FFN Features Fitting FoldPoint Gram Iterating Kept Line LinearConfig LinearMap LinearModel Loading Loss MapConfig Mix Network OfPeers
-           Patched Plan Probed PruneConfig Pupil Recipe Removed Reserved Rows Saving Scoring Speed Stages States Streamed SwiGLU Targets TextRows Texts Traced Training Writer""".split()
+INNER = """Acts AnalyseConfig Answer Bench Block Calibrated Call Choosing CompareConfig Config Cut Divergence
+         EvaluateConfig Features FFN FileRows Fitting FoldPoint Gram Group InMemory Iterating Kept Line
+         LinearConfig LinearMap LinearModel Loading Loss MapConfig Mix Network Norm OfPeers Patched Piece
+         Plan Probed PruneConfig Pupil Recipe Removed Reserved Rows Saving Scoring SizedConfig SizedModel
+         Speed Stages States Step Stream Streamed SwiGLU Targets TextRows Texts Traced Training Writer""".split()
 
 
 def test_no_public_result_is_without_a_plot():

@@ -63,6 +63,34 @@ def lines(path, rows):
 # Formats
 
 
+@pytest.mark.parametrize("kind", ["zst", "lz4", "gz", "zip"])
+def test_a_packed_text_is_the_text(tmp_path, kind):
+    words, book = "It was a dark and stormy night. " * 9, tmp_path / f"book.txt.{kind}"
+    if kind in ("zst", "lz4"):
+        with pa.CompressedOutputStream(str(book), {"zst": "zstd"}.get(kind, kind)) as f:
+            f.write(words.encode())
+    else:
+        book.write_bytes(packed(book.name, words.encode()))
+    (tmp_path / "plain.txt").write_text(words)
+    assert texts(str(book), max_length=32) == texts(str(tmp_path / "plain.txt"), max_length=32)
+    folder = tmp_path / "books"
+    folder.mkdir()
+    book.rename(folder / book.name)
+    if kind != "zip":  # which is an archive where there is more than one file
+        assert "".join(texts(str(folder), max_length=32)) == words
+
+
+def test_nobodys_home_is_no_file():
+    fails("~nobody-has-this/a.txt: no such file or folder", "~nobody-has-this/a.txt")
+
+
+def test_fewer_images_are_told(tmp_path):
+    from PIL import Image
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.warns(ReplaceMeWarning, match="fewer images than were asked for: 1 of 5"):
+        assert len(data.load_images(str(tmp_path), size=5)) == 1
+
+
 def packed(name, content):
     "The bytes of a file, packed as its name says."
     if name.endswith(".zip"):
@@ -277,8 +305,6 @@ def test_nulls_in_the_first_rows(tmp_path, kind):
     rows = [dict(review=None, stars=1.5)] * 200 + [dict(review=t, stars=2.) for t in TEXTS]
     frame, path = pd.DataFrame(rows), tmp_path / f"a.{kind}"
     dict(jsonl=lambda p: lines(p, rows), csv=lambda p: frame.to_csv(p, index=False), parquet=frame.to_parquet)[kind](path)
-    if kind == "csv":  # where all is text
-        return fails("choose a column (dataset_column): the data set has review, stars", path)
     assert texts(path) == texts(path, size=9) == TEXTS
 
 
@@ -622,3 +648,9 @@ def test_nothing_but_our_own_errors_comes_out(tmp_path, seed):
                 assert found and all(isinstance(t, str) and t.strip() and t.encode() for t in found)
                 read += 1
     assert read > 4
+
+
+def test_numbers_in_a_csv_are_no_texts(tmp_path):
+    "There everything is a string; the column of words is the one that is meant"
+    (tmp_path / "r.csv").write_text("stars,review\n5,Arrived on time.\n3,Too short.\n")
+    assert load_texts(tmp_path / "r.csv", tokenizer=tiny_tokenizer(), size=None) == ["Arrived on time.", "Too short."]

@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerFast
 from replaceme import data
 from replaceme.compare import eval_pieces, text_losses
 from replaceme.core import ReplaceMeError
-from replaceme.data import Piece, batches, cut_stream, first_id, first_tokens, load_texts, own_texts, token_ids
+from replaceme.data import Piece, batches, check_ids, cut_stream, first_id, first_tokens, load_texts, own_texts, token_ids
 from replaceme.evaluate import continuation, cut_pieces, eval_tasks, perplexity
-from replaceme.models import tiny_model, tiny_tokenizer
+from replaceme.models import check_tokenizer, tiny_model, tiny_tokenizer
 from replaceme.pipeline import (calibration_batches, eval_text, evaluate, make_config, prune, run, training_batches)
 from replaceme.sidebyside import divergence, kept_perplexity, token_times
 
@@ -476,3 +476,13 @@ def test_a_text_with_a_token_that_the_model_does_not_have(grown, tmp_path):
                  lambda: divergence(model, model, tok, (tmp_path / "a.txt").read_text(), 32)):
         with pytest.raises(ReplaceMeError, match=say):
             call()
+
+
+def test_a_model_that_does_not_say_where_its_embedding_is():
+    "Somebody's own architecture: its config says how many tokens it knows"
+    model = tiny_model("llama", layers=2)
+    model.get_input_embeddings = lambda: (_ for _ in ()).throw(NotImplementedError())
+    check_ids(model, torch.tensor([[model.config.vocab_size - 1]]))
+    with pytest.raises(ReplaceMeError, match=f"embeddings for {model.config.vocab_size} tokens"):
+        check_ids(model, torch.tensor([[model.config.vocab_size]]))
+    check_tokenizer(model, tiny_tokenizer(), "mine")
