@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch, torch.nn.functional as F
+from fastcore.basics import patch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
@@ -37,15 +38,17 @@ from .evaluate import _answer, _check_finite, _check_limit, _expand, _lm_eval, _
 from .plots import *
 from .report import *
 
-# %% ../nbs/21_sidebyside.ipynb #e1d9f519
+# %% ../nbs/21_sidebyside.ipynb #1b1e58d0
 def _kept(n, blocks): return [l for l in range(n) if not any(b.holds(l) for b in blocks)]
 
 def _read_states(model, ids, at): # {layer: (S,d)}, float64
     "What the layers `at` read of one piece; the number of layers stands for the end"
     found = {}
-    tap(model, dict(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None]), lambda i,x: found.update({i: x.reshape(len(ids), -1).cpu().double()}) if i in at else None)
+    tap(model, dict(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None]),
+        lambda i,x: found.update({i: x.reshape(len(ids), -1).cpu().double()}) if i in at else None)
     return found
 
+# %% ../nbs/21_sidebyside.ipynb #e1d9f519
 def state_errors(dense, model, # that came out of `dense`
                  blocks, # that went, in the dense model's numbers
                  ids, # (pieces, S) token ids
@@ -58,16 +61,18 @@ def state_errors(dense, model, # that came out of `dense`
     with judging(dense), judging(model):
         for piece in tqdm(ids, desc='states', unit='piece', leave=False):
             h, g = _read_states(dense, piece, ours.keys()), _read_states(model, piece, ours.values())
-            for l,i in ours.items(): errs[l].append((g[i]-h[l]).norm(dim=-1)/h[l].norm(dim=-1).clamp(min=1e-12))
+            for l,i in ours.items():
+                errs[l].append((g[i]-h[l]).norm(dim=-1)/h[l].norm(dim=-1).clamp(min=1e-12))
     return {l: torch.stack(e) for l,e in errs.items()}
 
-# %% ../nbs/21_sidebyside.ipynb #17326338
+# %% ../nbs/21_sidebyside.ipynb #77dd15ff
 def _places(S): # (first, last) from 1: 1, 2, 3-4, 5-8, ...
     ends = [1]
     while ends[-1]<S: ends.append(min(2*ends[-1], S))
     return list(zip([1, *[e+1 for e in ends[:-1]]], ends))
 
-def _words(tokenizer, ids): # as they stand in the text, with their spaces; a character of several tokens stands at its last
+def _words(tokenizer, ids):
+    "Tokens as they stand in the text, with their spaces; a character of several tokens stands at its last"
     done, words = '', []
     for k in range(1, len(ids)+1):
         text = tokenizer.decode(ids[:k])
@@ -76,22 +81,25 @@ def _words(tokenizer, ids): # as they stand in the text, with their spaces; a ch
         if whole: done = text
     return words
 
+# %% ../nbs/21_sidebyside.ipynb #17326338
 def error_picture(errs, # from `state_errors`
                   ids, tokenizer,
                   shown=64, # tokens of the first piece
                  )->dict: # plain data, for `plot_errors` and the report
-    "The errors by layer and place, and the first tokens with the error that the first layer behind the cut reads"
+    "The errors by layer and place, and the first tokens with the error the first layer behind the cut reads"
     end, places = max(errs), _places(ids.shape[1])
     first = errs[min(errs)]
     words = _words(tokenizer, ids[0,:shown].tolist())
-    return dict(layers=['the end' if l==end else f'layer {l}' for l in errs], places=[list(p) for p in places], tokens=ids.numel(),
+    return dict(layers=['the end' if l==end else f'layer {l}' for l in errs],
+                places=[list(p) for p in places], tokens=ids.numel(),
                 grid=[[round(e[:,a-1:b].mean().item(), 6) for a,b in places] for e in errs.values()],
                 words=[[w, round(x, 4)] for w,x in zip(words, first[0,:shown].tolist())])
 
 # %% ../nbs/21_sidebyside.ipynb #3f2cb58e
 def _log_probs(logits): # (n,V)
     "Their log-softmax from float32, in float64 where the device has it"
-    return F.log_softmax(logits.float(), -1, dtype=torch.float32 if logits.device.type=='mps' else torch.float64)
+    dtype = torch.float32 if logits.device.type=='mps' else torch.float64
+    return F.log_softmax(logits.float(), -1, dtype=dtype)
 
 def row_divergence(q, r, # (n,V) logits of the dense and of the other model
                    x, # (n,) the tokens that came
@@ -113,13 +121,16 @@ def piece_divergence(dense, model, ids, # (S,) token ids
         return m(input_ids=b, attention_mask=torch.ones_like(b), use_cache=False).logits[0,:-1]
     q, r = logits(dense), logits(model)
     x, total = ids[1:].to(q.device), torch.zeros(4, dtype=torch.float64)
-    for a,b,c in zip(q.split(rows), r.split(rows), x.split(rows)): total += row_divergence(a, b.to(a.device), c)
+    for a,b,c in zip(q.split(rows), r.split(rows), x.split(rows)):
+        total += row_divergence(a, b.to(a.device), c)
     return (total/len(x)).tolist()
 
-# %% ../nbs/21_sidebyside.ipynb #45889bbc
+# %% ../nbs/21_sidebyside.ipynb #eb3e2c78
 def _mean(xs): return statistics.fmean(xs)
-def _stderr(xs): return statistics.stdev(xs)/math.sqrt(len(xs)) if len(xs)>1 else None # one piece has no spread
+def _stderr(xs):
+    return statistics.stdev(xs)/math.sqrt(len(xs)) if len(xs)>1 else None # one piece has no spread
 
+# %% ../nbs/21_sidebyside.ipynb #45889bbc
 @dataclass(repr=False)
 class Divergence:
     "How two models differ on a text; lists have one number for each piece"
@@ -137,22 +148,27 @@ class Divergence:
     @property
     def agreement_stderr(self): return _stderr(self.same)
     def perplexities(self): # of both
-        return [Perplexity(math.exp(min(_mean(l), 700)), _mean(l), self.tokens, _stderr(l), l) for l in (self.losses, self.other_losses)]
+        return [Perplexity(math.exp(min(_mean(l), 700)), _mean(l), self.tokens, _stderr(l), l)
+                for l in (self.losses, self.other_losses)]
     def plot(self, ax=None):
         "The divergence on each piece"
         return plot_pieces(dict(KL=self.kl), 'KL (nats/token)', ax)
     def __repr__(self):
         pm = lambda s: '' if s is None else f' ± {s:.4f}'
-        return f'KL {self.value:.4f}{pm(self.stderr)} nats/token, same top token {self.agreement:.4f}{pm(self.agreement_stderr)}, over {self.tokens} tokens'
+        return (f'KL {self.value:.4f}{pm(self.stderr)} nats/token, same top token '
+                f'{self.agreement:.4f}{pm(self.agreement_stderr)}, over {self.tokens} tokens')
 
-# %% ../nbs/21_sidebyside.ipynb #264755e2
+# %% ../nbs/21_sidebyside.ipynb #5c3ca488
 def _sizes(model): return stack_config(model).vocab_size
 
 def check_vocabularies(dense, model):
     "Raise unless both models choose from as many tokens"
     a, b = _sizes(dense), _sizes(model)
-    if a!=b: raise ReplaceMeError(f"the two models have vocabularies of {a} and of {b} tokens: what they say of a token cannot be compared. Give a model and its pruned version.")
+    if a!=b:
+        raise ReplaceMeError(f"the two models have vocabularies of {a} and of {b} tokens: what they say of a "
+                             "token cannot be compared. Give a model and its pruned version.")
 
+# %% ../nbs/21_sidebyside.ipynb #264755e2
 def divergence(dense, model, tokenizer,
                text, # as for `cut_pieces`
                length=512, # tokens in a piece
@@ -165,7 +181,8 @@ def divergence(dense, model, tokenizer,
         check_length(m, ids.shape[1])
         check_ids(m, ids)
     with judging(dense), judging(model):
-        found = [piece_divergence(dense, model, p) for p in tqdm(ids, desc='divergence', unit='piece', leave=False)]
+        found = [piece_divergence(dense, model, p)
+                 for p in tqdm(ids, desc='divergence', unit='piece', leave=False)]
     kl, same, losses, others = map(list, zip(*found))
     for l in (losses, others): _check_finite(l)
     return Divergence(kl, same, losses, others, ids[:,1:].numel())
@@ -182,6 +199,7 @@ class _Clock(StoppingCriteria):
         self.times.append(time.perf_counter())
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
+# %% ../nbs/21_sidebyside.ipynb #c15a6bf8
 @contextmanager
 def _steady(model, tokenizer, n):
     "The model's generation config exchanged for one that greedily writes `n` tokens, whatever they are"
@@ -201,19 +219,26 @@ def token_times(model, tokenizer,
     with judging(model), _steady(model, tokenizer, new_tokens):
         _wait(ids.device)
         start = time.perf_counter()
-        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), stopping_criteria=StoppingCriteriaList([clock]))
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids),
+                             stopping_criteria=StoppingCriteriaList([clock]))
     if out.shape[1]-ids.shape[1]!=new_tokens or len(clock.times)!=new_tokens:
-        raise ReplaceMeError(f"latency: the model wrote {out.shape[1]-ids.shape[1]} tokens where {new_tokens} were asked for: its seconds cannot be compared.")
+        raise ReplaceMeError(f"latency: the model wrote {out.shape[1]-ids.shape[1]} tokens where "
+                             f"{new_tokens} were asked for: its seconds cannot be compared.")
     return [t-start for t in clock.times]
 
 # %% ../nbs/21_sidebyside.ipynb #9910fdb1
-_PROMPT = "The first thing to know about a river is where it comes from, and the second is how much water it carries when the snow melts. "
+_PROMPT = ("The first thing to know about a river is where it comes from, and the second is how much water "
+           "it carries when the snow melts. ")
 
 def prompt_of(tokenizer, model, tokens, batch, new_tokens)->torch.Tensor: # (batch, tokens)
     "Prompts of so many tokens, if the model has the positions for them and what follows"
     most = getattr(stack_config(model), 'max_position_embeddings', None)
-    if min(tokens, batch)<1 or new_tokens<2: raise ReplaceMeError(f"latency: {tokens} prompt tokens, {new_tokens} new tokens and batches of {batch}: it takes at least 1, 2 and 1.")
-    if most and tokens+new_tokens>most: raise ReplaceMeError(f"latency: {tokens} and {new_tokens} tokens do not fit the model's {most} positions: give fewer.")
+    if min(tokens, batch)<1 or new_tokens<2:
+        raise ReplaceMeError(f"latency: {tokens} prompt tokens, {new_tokens} new tokens and batches of "
+                             f"{batch}: it takes at least 1, 2 and 1.")
+    if most and tokens+new_tokens>most:
+        raise ReplaceMeError(f"latency: {tokens} and {new_tokens} tokens do not fit the model's {most} "
+                             "positions: give fewer.")
     ids = tokenizer(_PROMPT, add_special_tokens=False)['input_ids']
     return torch.tensor((ids*math.ceil(tokens/len(ids)))[:tokens])[None].repeat(batch, 1)
 
@@ -230,14 +255,17 @@ class Speed:
     def rate(self): return statistics.median(self.rates)
     def __repr__(self):
         span = lambda xs, f: f'({min(xs):{f}} to {max(xs):{f}})'
-        return f'batch {self.batch}: first token {self.first:.1f} ms {span(self.first_ms, ".1f")}, {self.rate:.1f} tokens/s {span(self.rates, ".1f")}'
+        return (f'batch {self.batch}: first token {self.first:.1f} ms {span(self.first_ms, ".1f")}, '
+                f'{self.rate:.1f} tokens/s {span(self.rates, ".1f")}')
 
+# %% ../nbs/21_sidebyside.ipynb #374397d5
 def speed_of(batch, runs)->Speed: # lists of what `token_times` returns
     "The two numbers of each run"
     return Speed(batch, [1e3*t[0] for t in runs], [batch*(len(t)-1)/(t[-1]-t[0]) for t in runs])
 
-# %% ../nbs/21_sidebyside.ipynb #970ba642
-def in_turns(models, tokenizer, ids, new_tokens, repeats=3, warmup=1)->list: # of a list of runs for each model
+# %% ../nbs/21_sidebyside.ipynb #d661abf8
+def in_turns(models, tokenizer, ids, new_tokens, repeats=3,
+             warmup=1)->list: # of a list of runs for each model
     "Have models write in turns"
     runs = [[] for _ in models]
     for r in range(-warmup, repeats):
@@ -246,14 +274,16 @@ def in_turns(models, tokenizer, ids, new_tokens, repeats=3, warmup=1)->list: # o
             if r>=0: runs[i].append(t)
     return runs
 
+# %% ../nbs/21_sidebyside.ipynb #970ba642
 def latency(model, tokenizer, prompt_tokens=64, new_tokens=32,
             batch_sizes=(1,4), # texts at once
             repeats=3, # each is measured; the medians count
             warmup=1, # runs before that
            )->list: # of `Speed`, one for each batch size
     "How fast a model reads a prompt and writes"
-    return [speed_of(b, in_turns([model], tokenizer, prompt_of(tokenizer, model, prompt_tokens, b, new_tokens), new_tokens, repeats, warmup)[0])
-            for b in batch_sizes]
+    prompts = {b: prompt_of(tokenizer, model, prompt_tokens, b, new_tokens) for b in batch_sizes}
+    return [speed_of(b, in_turns([model], tokenizer, ids, new_tokens, repeats, warmup)[0])
+            for b,ids in prompts.items()]
 
 # %% ../nbs/21_sidebyside.ipynb #eb7d76bb
 @dataclass
@@ -265,19 +295,25 @@ class Speeds:
     rate_ratio:tuple # tokens per second, model by dense; above 1 is faster
     def plot(self, ax=None):
         "Tokens per second of both, with the slowest and the fastest repeat"
-        return plot_bars([(k, s.rate, min(s.rates), max(s.rates)) for k,s in dict(dense=self.dense, pruned=self.model).items()], f'tokens per second, batch {self.dense.batch}', ax)
+        return plot_bars([(k, s.rate, min(s.rates), max(s.rates))
+                          for k,s in dict(dense=self.dense, pruned=self.model).items()],
+                         f'tokens per second, batch {self.dense.batch}', ax)
 
+# %% ../nbs/21_sidebyside.ipynb #d4ace287
 def pair_ratio(a, b)->tuple: # (median, lowest, highest) of b/a
     "The ratio of what was measured in pairs"
     r = [y/x for x,y in zip(a, b, strict=True)]
     return statistics.median(r), min(r), max(r)
 
-def side_by_side_latency(dense, model, tokenizer, prompt_tokens=64, new_tokens=32, batch_sizes=(1,4), repeats=3, warmup=1)->list: # of `Speeds`
+# %% ../nbs/21_sidebyside.ipynb #f031e118
+def side_by_side_latency(dense, model, tokenizer, prompt_tokens=64, new_tokens=32, batch_sizes=(1,4),
+                         repeats=3, warmup=1)->list: # of `Speeds`
     "How fast two models are, measured in turns"
     res = []
     for b in batch_sizes:
         ids = [prompt_of(tokenizer, m, prompt_tokens, b, new_tokens) for m in (dense, model)][0]
-        s, t = [speed_of(b, runs) for runs in in_turns([dense, model], tokenizer, ids, new_tokens, repeats, warmup)]
+        s, t = [speed_of(b, runs)
+                for runs in in_turns([dense, model], tokenizer, ids, new_tokens, repeats, warmup)]
         res.append(Speeds(s, t, pair_ratio(s.first_ms, t.first_ms), pair_ratio(s.rates, t.rates)))
     return res
 
@@ -286,7 +322,8 @@ def weight_bytes(model)->int:
     "Bytes of the weights as they are stored"
     seen = {}
     for p in model.state_dict(keep_vars=True).values():
-        if isinstance(p, torch.Tensor): seen[id(p) if p.is_meta else (p.data_ptr(), p.shape)] = p.numel()*p.element_size()
+        if isinstance(p, torch.Tensor):
+            seen[id(p) if p.is_meta else (p.data_ptr(), p.shape)] = p.numel()*p.element_size()
     return sum(seen.values())
 
 # %% ../nbs/21_sidebyside.ipynb #e3cd0aca
@@ -295,9 +332,11 @@ _CACHES = 'past_key_values cache_params state mems past_buckets_states'.split() 
 def cache_layers(out)->list: # one object for each layer, or one for all
     "The parts of the cache in what a model puts out"
     cache = next((c for k in _CACHES if (c := getattr(out, k, None)) is not None), None)
-    if hasattr(cache, 'self_attention_cache'): return [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
+    if hasattr(cache, 'self_attention_cache'):
+        return [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
     return list(getattr(cache, 'layers', None) or ([] if cache is None else [cache]))
 
+# %% ../nbs/21_sidebyside.ipynb #be99b1de
 def tensors_in(o, deep=True)->list:
     "The tensors in a layer of a cache; numbers do not count"
     if isinstance(o, torch.Tensor): return [o] if o.ndim else []
@@ -305,9 +344,11 @@ def tensors_in(o, deep=True)->list:
     if isinstance(o, (list, tuple)): return [t for v in o for t in tensors_in(v, False)]
     return tensors_in(vars(o), False) if deep and hasattr(o, '__dict__') else []
 
+# %% ../nbs/21_sidebyside.ipynb #9990efb5
 def held_tokens(layer, n)->int:
     "How many of `n` tokens a layer of a cache keeps"
-    return min(n, layer.sliding_window-1) if getattr(layer, 'is_sliding', False) and getattr(layer, 'sliding_window', None) else n
+    window = getattr(layer, 'sliding_window', None) if getattr(layer, 'is_sliding', False) else None
+    return min(n, window-1) if window else n
 
 # %% ../nbs/21_sidebyside.ipynb #0d13bf89
 @torch.no_grad()
@@ -338,27 +379,32 @@ class Memory:
     batch:int
     def plot(self, ax=None):
         "Weights and cache beside each other"
-        rows = [('weights', self.weights/1e6), (f'KV cache, {self.batch} x {self.context} tokens', self.cache and self.cache/1e6)]
+        rows = [('weights', self.weights/1e6),
+                (f'KV cache, {self.batch} x {self.context} tokens', self.cache and self.cache/1e6)]
         return plot_bars([r for r in rows if r[1] is not None], 'MB', ax)
 
+# %% ../nbs/21_sidebyside.ipynb #e72d00b8
 def memory_of(model, context=2048, batch=1)->Memory:
     "Bytes of the weights and of the key-value cache"
     return Memory(weight_bytes(model), cache_bytes(model, context, batch), context, batch)
 
-# %% ../nbs/21_sidebyside.ipynb #02986588
+# %% ../nbs/21_sidebyside.ipynb #d8828026
 def _question(s, counts, choice): # one of lm-eval's samples
     a = _answer(s, counts) if choice else None
-    return dict(id=s['doc_id'], asked=s['doc_hash']+s['prompt_hash'], scores={}, **(dict(loglik=a.loglik, tokens=a.tokens) if a else {}))
+    return dict(id=s['doc_id'], asked=s['doc_hash']+s['prompt_hash'], scores={},
+                **(dict(loglik=a.loglik, tokens=a.tokens) if a else {}))
 
 def _questions(samples, counts, choice)->list: # a question's filters side by side
     res = {}
     for s in samples:
         q = res.setdefault(s['doc_id'], None) or _question(s, counts, choice)
         more = '' if s['filter']=='none' else ','+s['filter']
-        q['scores'].update({m+more: float(s[m]) for m in s['metrics'] if isinstance(s[m], (int, float, np.number))})
+        q['scores'].update({m+more: float(s[m]) for m in s['metrics']
+                            if isinstance(s[m], (int, float, np.number))})
         res[s['doc_id']] = q
     return [res[i] for i in sorted(res)]
 
+# %% ../nbs/21_sidebyside.ipynb #02986588
 def task_records(model, tokenizer,
                  tasks='default', # as for `eval_tasks`
                  limit=None, # so many questions of each task (below 1: that part of them)
@@ -371,8 +417,10 @@ def task_records(model, tokenizer,
     loaded = load_tasks(tasks, include_path)
     out, counts = _lm_eval(model, tokenizer, loaded, limit, batch_size, True, chat)
     kinds = {name: getattr(t, 'OUTPUT_TYPE', None)=='multiple_choice' for name,t in loaded['tasks'].items()}
-    count = lambda name: out['n-samples'].get(name, {}).get('effective', out['results'][name].get('sample_len'))
-    return {name: dict(scores=_plain(row, out['n-shot'].get(name, 0), count(name)), better=[m for m,h in (out['higher_is_better'].get(name) or {}).items() if h],
+    count = lambda name: out['n-samples'].get(name, {}).get('effective',
+                                                            out['results'][name].get('sample_len'))
+    return {name: dict(scores=_plain(row, out['n-shot'].get(name, 0), count(name)),
+                       better=[m for m,h in (out['higher_is_better'].get(name) or {}).items() if h],
                        questions=_questions(out['samples'].get(name, []), counts, kinds.get(name)))
             for name,row in out['results'].items()}
 
@@ -385,70 +433,87 @@ def drawn_means(x, # (N,k)
     sizes = [min(most, resamples-i) for i in range(0, resamples, most)]
     return np.concatenate([x[rng.integers(n, size=(k, n))].mean(1) for k in sizes])
 
+# %% ../nbs/21_sidebyside.ipynb #9ad57b64
 def middle(r)->tuple: # (low, high), None where it has no end
     "The middle 95% of draws"
     ends = np.quantile(r, .025, method='lower'), np.quantile(r, .975, method='higher')
     return tuple(float(e) if np.isfinite(e) else None for e in ends)
 
+# %% ../nbs/21_sidebyside.ipynb #6a4fb898
 def percent(a, b)->float|None: # 100 a/b
     "How many percent of `b` are `a`; None if there is nothing to be a part of"
     return 100*a/b if b>0 else None
 
+# %% ../nbs/21_sidebyside.ipynb #fde5982f
 def _percents(draws): # (resamples, 2) of after and before
     a, b = draws.T
     return 100*np.divide(a, b, out=np.full(len(a), np.inf), where=b>0)
 
-# %% ../nbs/21_sidebyside.ipynb #0c226d31
+# %% ../nbs/21_sidebyside.ipynb #dc8715ce
 _LOWER = ('perplexity', 'word_perplexity', 'byte_perplexity', 'bits_per_byte', 'brier_score', 'loss')
-
 def _record(r): return r if 'scores' in r else dict(scores=r, better=None, questions=[]) # of `eval_tasks`
 
 def metrics_of(record)->list:
     "The metrics of a task of which more is better, the main one first"
     r = _record(record)
-    good = lambda m: m.split(',')[0] in r['better'] if r['better'] is not None else m.split(',')[0] not in _LOWER
+    def good(m):
+        name = m.split(',')[0]
+        return name in r['better'] if r['better'] is not None else name not in _LOWER
     found = [m for m in r['scores'] if m not in ('shots', 'samples') and '_stderr' not in m and good(m)]
     return sorted(found, key=lambda m: m!='acc')
 
+# %% ../nbs/21_sidebyside.ipynb #0c226d31
 def question_pairs(before, after, metric, task='the task')->np.ndarray|None: # (N,3) after, before, chance
     "What each question scores after and before, and by guessing; None if the score is not their mean"
     b, a = _record(before), _record(after)
     if not b['questions'] or not a['questions']: return None
     if [(q['id'], q['asked']) for q in b['questions']]!=[(q['id'], q['asked']) for q in a['questions']]:
-        raise ReplaceMeError(f"{task}: the questions were put differently to the two models. Give both the same task files, shots and limit.")
+        raise ReplaceMeError(f"{task}: the questions were put differently to the two models. Give both the "
+                             "same task files, shots and limit.")
     if any(metric not in q['scores'] for r in (a, b) for q in r['questions']): return None
-    x = np.array([[p['scores'][metric], q['scores'][metric], 1/len(q['loglik']) if 'loglik' in q else 0.] for p,q in zip(a['questions'], b['questions'])])
+    x = np.array([[p['scores'][metric], q['scores'][metric], 1/len(q['loglik']) if 'loglik' in q else 0.]
+                  for p,q in zip(a['questions'], b['questions'])])
     return x if np.allclose(x.mean(0)[:2], [a['scores'][metric], b['scores'][metric]], atol=1e-9) else None
 
-# %% ../nbs/21_sidebyside.ipynb #c0f04dbd
-def _share(a, b, chance, draws)->dict: # plain and above chance, with intervals where there are draws of (after, before, chance)
+# %% ../nbs/21_sidebyside.ipynb #4de1f6b7
+def _share(a, b, chance, draws)->dict: # `draws` are of (after, before, chance)
+    "What is left, plain and above chance, with intervals where there are draws"
     low, high = (None, None) if draws is None else middle(_percents(draws[:,:2]))
-    res = dict(before=b, after=a, percent=percent(a, b), low=low, high=high, above=None, above_low=None, above_high=None)
+    res = dict(before=b, after=a, percent=percent(a, b), low=low, high=high, above=None, above_low=None,
+               above_high=None)
     if draws is None: return res
     low, high = middle(_percents(draws[:,:2]-draws[:,2:]))
     return {**res, 'above': percent(a-chance, b-chance), 'above_low': low, 'above_high': high}
 
 def _drawn(x, seed): return None if x is None else drawn_means(x, np.random.default_rng(seed))
 
+# %% ../nbs/21_sidebyside.ipynb #a78782d0
 def _overall(main, seed): # {task: (after, before, pairs or None)}
     a, b = [_mean([m[i] for m in main.values()]) for i in (0, 1)]
     if any(x is None for *_,x in main.values()): return dict(_share(a, b, 0., None), tasks=len(main))
     rng = np.random.default_rng(seed)
     draws = sum(drawn_means(x, rng) for *_,x in main.values())/len(main)
-    return dict(_share(a, b, _mean([float(x[:,2].mean()) for *_,x in main.values()]), draws), tasks=len(main))
+    chance = _mean([float(x[:,2].mean()) for *_,x in main.values()])
+    return dict(_share(a, b, chance, draws), tasks=len(main))
 
-def retained(before, after, # what `task_records` returns for both models, or `eval_tasks`, which has no intervals
+# %% ../nbs/21_sidebyside.ipynb #c0f04dbd
+def retained(before, # what `task_records` returns of a model, or `eval_tasks`, which has no intervals
+             after, # and of the other
              seed=0, # of the draws
             )->dict: # {'tasks': {task: {metric: share}}, 'mean': share}
     "How many percent of each score are left, of their mean too, with 95% intervals"
-    if set(before)!=set(after): raise ReplaceMeError(f"one model was asked {', '.join(sorted(before)) or 'nothing'}, the other {', '.join(sorted(after)) or 'nothing'}. Give both the same tasks.")
+    if set(before)!=set(after):
+        raise ReplaceMeError(f"one model was asked {', '.join(sorted(before)) or 'nothing'}, the other "
+                             f"{', '.join(sorted(after)) or 'nothing'}. Give both the same tasks.")
     res, main = {}, {}
     for t in before:
         for m in metrics_of(before[t]):
             a, b = [_record(r[t])['scores'][m] for r in (after, before)]
             x = question_pairs(before[t], after[t], m, t)
             if t not in main: main[t] = a, b, x
-            res.setdefault(t, {})[m] = dict(_share(a, b, 0. if x is None else float(x[:,2].mean()), _drawn(x, seed)), questions=None if x is None else len(x))
+            chance = 0. if x is None else float(x[:,2].mean())
+            share, questions = _share(a, b, chance, _drawn(x, seed)), None if x is None else len(x)
+            res.setdefault(t, {})[m] = dict(share, questions=questions)
     return dict(tasks=res, mean=_overall(main, seed) if main else None)
 
 # %% ../nbs/21_sidebyside.ipynb #1a30cd86
@@ -456,12 +521,17 @@ def answers_of(record)->dict: # {number of the question: `Answer`}; empty if the
     "The answers in a record, as `task_stability` wants them"
     qs = record['questions']
     if not all('loglik' in q and len(q['loglik'])>1 and 'acc' in q['scores'] for q in qs): return {}
-    return {q['id']: Answer(q['loglik'], q['tokens'], {m: bool(v) for m,v in q['scores'].items() if v in (0, 1)}, q['asked']) for q in qs}
+    return {q['id']: Answer(q['loglik'], q['tokens'],
+                            {m: bool(v) for m,v in q['scores'].items() if v in (0, 1)}, q['asked'])
+            for q in qs}
 
+# %% ../nbs/21_sidebyside.ipynb #43b497dc
 def record_stability(before, after)->dict: # {task: as `task_stability` has it}
     "The stability of the tasks that are multiple choice"
     both = {t: (x, y) for t in before if (x := answers_of(before[t])) and (y := answers_of(after[t]))}
-    return task_stability({t: x for t,(x,_) in both.items()}, {t: y for t,(_,y) in both.items()}, 'loss') if both else {}
+    if not both: return {}
+    x, y = [{t: pair[i] for t,pair in both.items()} for i in (0, 1)]
+    return task_stability(x, y, 'loss')
 
 # %% ../nbs/21_sidebyside.ipynb #09b36130
 _all_ = ['digest_of', 'tokenizer_key', 'keepable'] # from `kept`, where they are made
@@ -485,9 +555,13 @@ def tasks_key(tasks, limit=None, include_path=None)->str:
     "A hash of the questions that are asked and of how they are"
     loaded, (_, folders) = load_tasks(tasks, include_path), _expand(tasks, include_path)
     most = limit if isinstance(limit, int) and limit>=1 else None # a part of them is a part of all
-    one = lambda t: [_asks(t.dump_config()), str(t.VERSION), _doc_hash(t.eval_docs, most), _doc_hash(t.fewshot_docs()) if t.config.num_fewshot else None]
-    programs = [(str(f.relative_to(d)), f.read_text(encoding='utf-8')) for d in folders for f in sorted(Path(d).rglob('*.py'))]
-    with _quiet(): return digest_of([{n: one(t) for n,t in loaded['tasks'].items()}, sorted(loaded['groups']), limit, programs])
+    one = lambda t: [_asks(t.dump_config()), str(t.VERSION), _doc_hash(t.eval_docs, most),
+                     _doc_hash(t.fewshot_docs()) if t.config.num_fewshot else None]
+    programs = [(str(f.relative_to(d)), f.read_text(encoding='utf-8')) for d in folders
+                for f in sorted(Path(d).rglob('*.py'))]
+    with _quiet():
+        return digest_of([{n: one(t) for n,t in loaded['tasks'].items()}, sorted(loaded['groups']), limit,
+                          programs])
 
 # %% ../nbs/21_sidebyside.ipynb #5a5c1b37
 @functools.lru_cache
@@ -497,14 +571,17 @@ def score_versions()->dict:
         try: return version(name)
         except PackageNotFoundError: return None
     own = [Path(p).read_text(encoding='utf-8') for p in (_evaluate.__file__, globals().get('__file__')) if p]
-    return {**{k: v(k) for k in ('replaceme', 'torch', 'transformers', 'lm-eval')}, 'programs': digest_of(own)}
+    return {**{k: v(k) for k in ('replaceme', 'torch', 'transformers', 'lm-eval')},
+            'programs': digest_of(own)}
 
+# %% ../nbs/21_sidebyside.ipynb #bd7d3bd3
 def _known(facts): return dict(facts=facts, versions=score_versions())
 
 def score_path(what, facts)->Path:
     "The file that a result is kept in"
     return kept_path(cache_dir()/'scores', what, _known(facts))
 
+# %% ../nbs/21_sidebyside.ipynb #52cce6d5
 def cached(what, # a word for what is computed
            facts, # plain data: everything it depends on
            make, # function without arguments that computes it; plain data
@@ -512,30 +589,35 @@ def cached(what, # a word for what is computed
     "A result that was kept, or a new one"
     return kept(cache_dir()/'scores', what, _known(facts), make) if cache else make()
 
-# %% ../nbs/21_sidebyside.ipynb #f28b2fc5
+# %% ../nbs/21_sidebyside.ipynb #0e77aed1
 def kept_perplexity(model, tokenizer, text, length=512, pieces=24, cache=True)->dict: # as `Perplexity`, plain
     "Perplexity of a model on a text, kept by content"
     make = lambda: dataclasses.asdict(perplexity(model, tokenizer, text, length, pieces))
     if not (cache and keepable(model)): return make()
     ids = cut_pieces(tokenizer, text, length, pieces)
-    return cached('perplexity', dict(model=model_key(model), tokenizer=tokenizer_key(tokenizer), text=digest_of(ids.tolist()), length=length, pieces=pieces), make)
+    return cached('perplexity', dict(model=model_key(model), tokenizer=tokenizer_key(tokenizer),
+                                     text=digest_of(ids.tolist()), length=length, pieces=pieces), make)
 
+# %% ../nbs/21_sidebyside.ipynb #5956713b
 def kept_tasks(model, tokenizer, tasks, limit=None, include_path=None, batch_size=8, cache=True,
                chat=None)->dict: # as `task_records`
     "Tasks of a model, kept by content"
     make = lambda: task_records(model, tokenizer, tasks, limit, include_path, batch_size, chat)
     if not (cache and keepable(model)): return make()
     _check_limit(limit)
-    facts = dict(model=model_key(model), tokenizer=tokenizer_key(tokenizer), tasks=tasks_key(tasks, limit, include_path),
+    facts = dict(model=model_key(model), tokenizer=tokenizer_key(tokenizer),
+                 tasks=tasks_key(tasks, limit, include_path),
                  limit=limit, batch_size=batch_size, chat=chat or {})
     return cached('tasks', facts, make)
 
+# %% ../nbs/21_sidebyside.ipynb #f28b2fc5
 def kept_divergence(dense, model, tokenizer, text, length=512, pieces=24, cache=True)->Divergence:
     "The divergence of two models on a text, kept by content"
     ids = cut_pieces(tokenizer, text, length, pieces)
     make = lambda: dataclasses.asdict(divergence(dense, model, tokenizer, ids))
     if not (cache and keepable(dense) and keepable(model)): return Divergence(**make())
-    facts = dict(models=[model_key(dense), model_key(model)], tokenizer=tokenizer_key(tokenizer), text=digest_of(ids.tolist()), length=length, pieces=pieces)
+    facts = dict(models=[model_key(dense), model_key(model)], tokenizer=tokenizer_key(tokenizer),
+                 text=digest_of(ids.tolist()), length=length, pieces=pieces)
     return Divergence(**cached('divergence', facts, make))
 
 # %% ../nbs/21_sidebyside.ipynb #80efb4ea
@@ -548,10 +630,11 @@ def perplexity_ratio(d, # a `Divergence`
     if len(diff)<2: return p(diff.mean()), None, None
     return (p(diff.mean()), *map(p, middle(drawn_means(diff[:,None], np.random.default_rng(seed))[:,0])))
 
-# %% ../nbs/21_sidebyside.ipynb #bb9cf1de
+# %% ../nbs/21_sidebyside.ipynb #39271522
 def _row(label, a, b, fmt, share=None, low=None, high=None):
     num = lambda v: '-' if v is None else format(v, fmt)
-    return [label, num(a), num(b), percent(b, a) if share is None and None not in (a, b) else share, low, high]
+    if share is None and None not in (a, b): share = percent(b, a)
+    return [label, num(a), num(b), share, low, high]
 
 def _pm(v, s, scale=1.): return f'{scale*v:.3f}' + ('' if s is None else f' ± {scale*s:.3f}')
 
@@ -559,31 +642,44 @@ def size_rows(parameters, memory): # of both
     "Parameters and bytes"
     yield _row('parameters (M)', *[p/1e6 for p in parameters], '.2f')
     yield _row('weights (MB)', *[m.weights/1e6 for m in memory], '.2f')
-    yield _row(f'KV cache of {memory[0].context} tokens (MB)', *[m.cache and m.cache/1e6 for m in memory], '.2f')
+    yield _row(f'KV cache of {memory[0].context} tokens (MB)', *[m.cache and m.cache/1e6 for m in memory],
+               '.2f')
 
+# %% ../nbs/21_sidebyside.ipynb #ae1b592b
 def text_rows(d, name, seed=0): # of a `Divergence`
     "Perplexity, KL and agreement"
-    yield _row('perplexity' + (f' ({name})' if name else ''), *[p.value for p in d.perplexities()], '.2f', *perplexity_ratio(d, seed))
+    yield _row('perplexity' + (f' ({name})' if name else ''), *[p.value for p in d.perplexities()], '.2f',
+               *perplexity_ratio(d, seed))
     yield ['KL (nats/token)', '0', _pm(d.value, d.stderr), None, None, None]
     yield ['same top token (%)', '100', _pm(d.agreement, d.agreement_stderr, 100), None, None, None]
 
+# %% ../nbs/21_sidebyside.ipynb #bb9cf1de
 def task_rows(records, shares, stability):
     "Scores, what is left of them above chance, stability, and the mean"
     for t,metrics in shares['tasks'].items():
         shots = records[0][t]['scores'].get('shots', 0)
-        for m,s in metrics.items(): yield _row(f'{t} {m} ({shots}-shot)', s['before'], s['after'], '.3f', s['percent'], s['low'], s['high'])
+        for m,s in metrics.items():
+            yield _row(f'{t} {m} ({shots}-shot)', s['before'], s['after'], '.3f',
+                       s['percent'], s['low'], s['high'])
         s = next(iter(metrics.values()))
-        if s['above'] is not None: yield [f'{t} above chance', '', '', s['above'], s['above_low'], s['above_high']]
+        if s['above'] is not None:
+            yield [f'{t} above chance', '', '', s['above'], s['above_low'], s['above_high']]
         if t in stability: yield [f'{t} stability', '1', f"{stability[t]['stability']:.3f}", None, None, None]
-    if (s := shares['mean']): yield _row(f"mean of {s['tasks']} task{'s'*(s['tasks']>1)}", s['before'], s['after'], '.3f', s['percent'], s['low'], s['high'])
+    if (s := shares['mean']):
+        yield _row(f"mean of {s['tasks']} task{'s'*(s['tasks']>1)}", s['before'], s['after'], '.3f',
+                   s['percent'], s['low'], s['high'])
 
+# %% ../nbs/21_sidebyside.ipynb #495a700c
 def speed_rows(speeds):
     "Time to the first token and tokens per second"
     for s in speeds:
         of = lambda r: [100*v for v in r]
-        yield _row(f'first token, batch {s.dense.batch} (ms)', s.dense.first, s.model.first, '.1f', *of(s.first_ratio))
-        yield _row(f'tokens per second, batch {s.dense.batch}', s.dense.rate, s.model.rate, '.1f', *of(s.rate_ratio))
+        yield _row(f'first token, batch {s.dense.batch} (ms)', s.dense.first, s.model.first, '.1f',
+                   *of(s.first_ratio))
+        yield _row(f'tokens per second, batch {s.dense.batch}', s.dense.rate, s.model.rate, '.1f',
+                   *of(s.rate_ratio))
 
+# %% ../nbs/21_sidebyside.ipynb #418b871e
 def shown(row)->list: # of text
     "A row as it is printed; an interval without an upper end is open"
     label, a, b, share, low, high = row
@@ -591,7 +687,8 @@ def shown(row)->list: # of text
     return [label, a, b, '-' if share is None else f'{share:.1f}%', span]
 
 # %% ../nbs/21_sidebyside.ipynb #247c1b7e
-NOTE = "% is the second model's value in percent of the first's; intervals are 95% by a paired bootstrap, and of speeds the lowest and highest pair."
+NOTE = ("% is the second model's value in percent of the first's; intervals are 95% by a paired bootstrap, "
+        "and of speeds the lowest and highest pair.")
 
 @dataclass(repr=False)
 class SideBySide:
@@ -608,23 +705,43 @@ class SideBySide:
     answers:list = field(default_factory=list) # {'prompt', 'before', 'after'}
     seed:int = 0 # of the draws
 
-    def rows(self)->list: # of [label, first, second, percent, low, high]
-        "One line for each number"
-        text = text_rows(self.divergence, self.text, self.seed) if self.divergence else ()
-        tasks = task_rows(self.records, self.retained, self.stability) if self.records else ()
-        return [*size_rows(self.parameters, self.memory), *text, *tasks, *speed_rows(self.speeds or ())]
-    def _header(self): return ['', *map(str, self.names), '%', 'interval']
-    def table(self)->str: return text_table(map(shown, self.rows()), self._header()) + '\n\n' + NOTE
-    def markdown(self)->str: return markdown_table(map(shown, self.rows()), self._header()) + '\n\n' + NOTE
-    def __repr__(self): return self.table()
-    def _repr_markdown_(self): return self.markdown()
-    def to_dict(self)->dict:
-        "Plain data, without the single questions"
-        d = dataclasses.asdict(dataclasses.replace(self, records=None))
-        d.pop('records')
-        if (v := self.divergence): d['divergence'].update(value=v.value, stderr=v.stderr, agreement=v.agreement, agreement_stderr=v.agreement_stderr, perplexity=[p.value for p in v.perplexities()], percent=perplexity_ratio(v, self.seed))
-        if self.records: d['tasks'] = [{t: r['scores'] for t,r in rec.items()} for rec in self.records]
-        return json.loads(json.dumps(d))
+# %% ../nbs/21_sidebyside.ipynb #b2cb1b62
+@patch
+def rows(self:SideBySide)->list: # of [label, first, second, percent, low, high]
+    "One line for each number"
+    text = text_rows(self.divergence, self.text, self.seed) if self.divergence else ()
+    tasks = task_rows(self.records, self.retained, self.stability) if self.records else ()
+    return [*size_rows(self.parameters, self.memory), *text, *tasks, *speed_rows(self.speeds or ())]
+
+# %% ../nbs/21_sidebyside.ipynb #ec1c783c
+def _header(side): return ['', *map(str, side.names), '%', 'interval']
+
+@patch
+def table(self:SideBySide)->str:
+    return text_table(map(shown, self.rows()), _header(self)) + '\n\n' + NOTE
+
+@patch
+def markdown(self:SideBySide)->str:
+    return markdown_table(map(shown, self.rows()), _header(self)) + '\n\n' + NOTE
+@patch
+def __repr__(self:SideBySide): return self.table()
+
+@patch
+def _repr_markdown_(self:SideBySide): return self.markdown()
+
+# %% ../nbs/21_sidebyside.ipynb #5227e0b1
+@patch
+def to_dict(self:SideBySide)->dict:
+    "Plain data, without the single questions"
+    d = dataclasses.asdict(dataclasses.replace(self, records=None))
+    d.pop('records')
+    if (v := self.divergence):
+        d['divergence'].update(value=v.value, stderr=v.stderr, agreement=v.agreement,
+                               agreement_stderr=v.agreement_stderr,
+                               perplexity=[p.value for p in v.perplexities()],
+                               percent=perplexity_ratio(v, self.seed))
+    if self.records: d['tasks'] = [{t: r['scores'] for t,r in rec.items()} for rec in self.records]
+    return json.loads(json.dumps(d))
 
 # %% ../nbs/21_sidebyside.ipynb #c161fa4f
 def plot_shares(rows, # as `SideBySide.rows` has them
@@ -643,19 +760,38 @@ def plot_shares(rows, # as `SideBySide.rows` has them
     ax.set_axisbelow(True)
     return ax
 
-def _plot(self, ax=None): return plot_shares(self.rows(), self.names, ax)
-SideBySide.plot = _plot
+# %% ../nbs/21_sidebyside.ipynb #63c4e926
+@patch
+def plot(self:SideBySide, ax=None):
+    "What each number of the second model is in percent of the first's"
+    return plot_shares(self.rows(), self.names, ax)
 
-# %% ../nbs/21_sidebyside.ipynb #9d0a8c2a
+# %% ../nbs/21_sidebyside.ipynb #57d39441
 def _context(models, most): # tokens that both have positions for
-    return min([most, *[n for m in models if (n := getattr(stack_config(m), 'max_position_embeddings', None))]])
+    positions = [getattr(stack_config(m), 'max_position_embeddings', None) for m in models]
+    return min([most, *[n for n in positions if n]])
 
 def check_pair(dense, model):
     "Raise unless two models can be laid side by side"
     for m in (dense, model):
-        if sees(m): raise ReplaceMeError(f"{type(m).__name__} is an image encoder, which writes no text: compare its states with replaceme.evaluate.agreement.")
+        if sees(m):
+            raise ReplaceMeError(f"{type(m).__name__} is an image encoder, which writes no text: compare its "
+                                 "states with replaceme.evaluate.agreement.")
     check_vocabularies(dense, model)
 
+# %% ../nbs/21_sidebyside.ipynb #43fa4216
+def _counted(models, names, context, text, seed):
+    "Two models side by side before anything is asked of them"
+    context = _context(models, context)
+    sizes, memory = tuple(m.num_parameters() for m in models), tuple(memory_of(m, context) for m in models)
+    return SideBySide(tuple(names), sizes, memory, text, seed=seed)
+
+def _answered(dense, model, tokenizer, prompt):
+    "What both models write after a prompt"
+    before, after = continuation(dense, tokenizer, prompt), continuation(model, tokenizer, prompt)
+    return dict(prompt=prompt, before=before, after=after)
+
+# %% ../nbs/21_sidebyside.ipynb #9d0a8c2a
 def side_by_side(dense, model, tokenizer, # of both
                  text=None, # as for `cut_pieces`; None leaves perplexity and divergence out
                  tasks=None, # as for `eval_tasks`; None leaves them out
@@ -673,12 +809,16 @@ def side_by_side(dense, model, tokenizer, # of both
                 )->SideBySide:
     "Everything about two models in memory"
     check_pair(dense, model)
-    both, context = (dense, model), _context((dense, model), context)
-    res = SideBySide(tuple(names), tuple(m.num_parameters() for m in both), tuple(memory_of(m, context) for m in both), text_name, seed=seed)
-    if text is not None: res.divergence = kept_divergence(dense, model, tokenizer, text, length, pieces, cache)
+    both = (dense, model)
+    res = _counted(both, names, context, text_name, seed)
+    if text is not None:
+        res.divergence = kept_divergence(dense, model, tokenizer, text, length, pieces, cache)
     if tasks is not None:
-        res.records = tuple(kept_tasks(m, tokenizer, tasks, limit, include_path, batch_size, cache, chat) for m in both)
+        res.records = tuple(kept_tasks(m, tokenizer, tasks, limit, include_path, batch_size, cache, chat)
+                            for m in both)
         res.retained, res.stability = retained(*res.records, seed), record_stability(*res.records)
-    if speed or isinstance(speed, dict): res.speeds = side_by_side_latency(dense, model, tokenizer, **(speed if isinstance(speed, dict) else {}))
-    res.answers = [dict(prompt=p, before=continuation(dense, tokenizer, p), after=continuation(model, tokenizer, p)) for p in prompts]
+    if speed or isinstance(speed, dict):
+        res.speeds = side_by_side_latency(dense, model, tokenizer,
+                                          **(speed if isinstance(speed, dict) else {}))
+    res.answers = [_answered(dense, model, tokenizer, p) for p in prompts]
     return res
