@@ -6,7 +6,7 @@
 __all__ = ['TARGETS', 'TRAINING', 'LOSSES', 'TextRows', 'pad_rows', 'Targets', 'state_targets', 'topk_targets', 'Kept', 'keep',
            'kd_terms', 'lm_loss', 'kd_loss', 'layers_on', 'mse_loss', 'frozen', 'Pupil', 'split_texts', 'check_trainer',
            'training_arguments', 'steps_for', 'make_trainer', 'common_folder', 'Trained', 'own', 'main_process',
-           'fit_weights', 'held_loss']
+           'held_loss', 'fit_weights']
 
 # %% ../nbs/17_train.ipynb #08209c80
 import contextlib, dataclasses, functools, json, logging, math, os, re, shutil, tempfile, warnings, zipfile
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch.func import functional_call
+from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from .core import *
@@ -38,9 +39,12 @@ class TextRows(torch.utils.data.Dataset):
     "Texts as rows of token ids; those under two tokens are left out"
     def __init__(self, batches, # of `input_ids`, `attention_mask`
                  first=0): # number of the first text
-        rows = [ids[mask.bool()].cpu() for b in batches for ids,mask in zip(b['input_ids'], b['attention_mask'])]
+        rows = [ids[mask.bool()].cpu() for b in batches
+                for ids,mask in zip(b['input_ids'], b['attention_mask'])]
         self.rows, self.first = [r for r in rows if len(r)>1], first
-        if not self.rows: raise ReplaceMeError("there is no text of two tokens or more to train on, or to judge by: give more texts.")
+        if not self.rows:
+            raise ReplaceMeError("there is no text of two tokens or more to train on, or to judge by: give "
+                                 "more texts.")
     def __len__(self): return len(self.rows)
     def __getitem__(self, i): return dict(item=self.first+i, ids=self.rows[i])
     @property
@@ -50,18 +54,22 @@ class TextRows(torch.utils.data.Dataset):
         ones = [dict(input_ids=r[None], attention_mask=torch.ones_like(r[None])) for r in self.rows]
         return digest_of(text_digests(ones))
 
+# %% ../nbs/17_train.ipynb #463a81a6
+def _padded(xs, S): return torch.stack([torch.cat([x, x.new_zeros(S-len(x))]) for x in xs])
+
+# %% ../nbs/17_train.ipynb #14aa7c64
 def pad_rows(rows, # of `TextRows`
              shift, # is the label of a position the token after it?
             )->dict: # `item`, `input_ids`, `attention_mask`, `labels`
     "Rows as a batch, padded on the right; a label of -100 is no term of the loss"
-    S = max(len(r['ids']) for r in rows)
-    def pad(x, v): return torch.cat([x, x.new_full((S-len(x),), v)])
-    ids, mask = [torch.stack([pad(x, 0) for x in xs]) for xs in zip(*[(r['ids'], torch.ones_like(r['ids'])) for r in rows])]
+    item, ids = torch.tensor([r['item'] for r in rows]), [r['ids'] for r in rows]
+    S = max(map(len, ids))
+    ids, mask = _padded(ids, S), _padded(map(torch.ones_like, ids), S)
     labels = ids.masked_fill(mask==0, -100)
     if shift: labels = torch.cat([labels[:,1:], labels.new_full((len(labels),1), -100)], 1)
-    return dict(item=torch.tensor([r['item'] for r in rows]), input_ids=ids, attention_mask=mask, labels=labels)
+    return dict(item=item, input_ids=ids, attention_mask=mask, labels=labels)
 
-# %% ../nbs/17_train.ipynb #e85d9175
+# %% ../nbs/17_train.ipynb #a4f91a94
 class Targets:
     "What a dense model says about a batch, and what that depends on"
     def __init__(self, of, # a function of a batch
@@ -72,6 +80,7 @@ class Targets:
     def __call__(self, batch):
         with judging(self.dense): return self.of(batch)
 
+# %% ../nbs/17_train.ipynb #0cfb8ca3
 def state_targets(dense,
                   a, # layer at which the trained layers begin
                   end, # end of the removed block
@@ -86,20 +95,23 @@ def state_targets(dense,
         return dict(x=got[a], y=got[end])
     return Targets(of, dense, says='states', layers=[a, end])
 
+# %% ../nbs/17_train.ipynb #e85d9175
 def topk_targets(dense,
                  k=64, # tokens
                 )->Targets:
     "The log-probabilities of the dense model's `k` likeliest next tokens: `logp` and `ids`, `(T,k)`"
     def of(batch):
-        mask, at = batch['attention_mask'], {n: v.to(input_device(dense)) for n,v in batch.items() if n in ('input_ids', 'attention_mask')}
+        at = {n: batch[n].to(input_device(dense)) for n in ('input_ids', 'attention_mask') if n in batch}
+        logits = masked(dense(**at, use_cache=False).logits, batch['attention_mask'])
         parts = [(q.float()-q.float().logsumexp(-1, keepdim=True)).topk(min(k, q.shape[-1]))
-                 for q in masked(dense(**at, use_cache=False).logits, mask).split(256)]
+                 for q in logits.split(256)]
         logp, ids = [torch.cat(p) for p in zip(*parts)]
-        if not logp.isfinite().all(): raise ReplaceMeError("the dense model's logits hold NaN or infinity: load it with another dtype.")
+        if not logp.isfinite().all():
+            raise ReplaceMeError("the dense model's logits hold NaN or infinity: load it with another dtype.")
         return dict(logp=logp, ids=ids.int())
     return Targets(of, dense, says=f'top {k}')
 
-# %% ../nbs/17_train.ipynb #51b652a9
+# %% ../nbs/17_train.ipynb #6fc2a9f2
 class Kept:
     "Targets on disk: `kept(items)` are those of the texts with these numbers"
     def __init__(self, folder, files, lengths): # {name: (dtype, width)}
@@ -108,13 +120,16 @@ class Kept:
         self.files = {k: np.memmap(Path(folder)/f'{k}.bin', dtype=dt, mode='r', shape=(offsets[-1], w))
                       for k,(dt,w) in files.items()}
     def __call__(self, items):
-        return {k: torch.from_numpy(np.concatenate([f[self.spans[i]] for i in items])) for k,f in self.files.items()}
+        return {k: torch.from_numpy(np.concatenate([f[self.spans[i]] for i in items]))
+                for k,f in self.files.items()}
 
+# %% ../nbs/17_train.ipynb #51b652a9
 def _write_kept(tmp, targets, parts, batch_size):
     "Write what the dense model says about all texts, a file for each name; returns `{name: (dtype, width)}`"
     rows, head = [r for p in parts for r in p], {}
     total = sum(p.tokens for p in parts)
-    with contextlib.ExitStack() as stack, tqdm(total=total, desc='dense model', unit=' tokens', unit_scale=True) as bar:
+    bar = tqdm(total=total, desc='dense model', unit=' tokens', unit_scale=True)
+    with contextlib.ExitStack() as stack, bar:
         for i in range(0, len(rows), batch_size):
             batch = pad_rows(rows[i:i+batch_size], False)
             for k,v in targets(batch).items():
@@ -126,7 +141,7 @@ def _write_kept(tmp, targets, parts, batch_size):
             bar.update(int(batch['attention_mask'].sum()))
     return {k: h for k,(h,_) in head.items()}
 
-# %% ../nbs/17_train.ipynb #1e013261
+# %% ../nbs/17_train.ipynb #35ff0f51
 TARGETS = 'replaceme targets 2'
 
 def _read_targets(folder, tokens)->dict: # {name: (dtype, width)}
@@ -138,9 +153,11 @@ def _read_targets(folder, tokens)->dict: # {name: (dtype, width)}
     for k,n in need.items():
         f = folder/f'{k}.bin'
         size = f.stat().st_size if f.exists() else 0
-        if size!=n: raise ReplaceMeError(f"{f} has {size} bytes, its kept.json promises {n}: delete the folder.")
+        if size!=n:
+            raise ReplaceMeError(f"{f} has {size} bytes, its kept.json promises {n}: delete the folder.")
     return files
 
+# %% ../nbs/17_train.ipynb #1e013261
 def keep(targets, # Targets
          parts, # of TextRows, whose numbers follow each other
          folder, batch_size=4)->Kept:
@@ -156,7 +173,7 @@ def keep(targets, # Targets
     files = _read_targets(folder, sum(p.tokens for p in parts))
     return Kept(folder, files, [len(r) for p in parts for r in p.rows])
 
-# %% ../nbs/17_train.ipynb #1de272d8
+# %% ../nbs/17_train.ipynb #a3a7a86c
 def kd_terms(logits:Tensor, # `(T,V)` of the pruned model
              logp:Tensor, ids:Tensor, # `(T,k)` of the dense one
             )->Tensor: # `(T,)` nats
@@ -166,21 +183,26 @@ def kd_terms(logits:Tensor, # `(T,V)` of the pruned model
     p, rest = logp.exp(), lambda l: (1-l.exp().sum(-1)).clamp(min=1e-7)
     return (p*(logp-logq)).sum(-1) + rest(logp)*(rest(logp).log()-rest(logq).log())
 
+# %% ../nbs/17_train.ipynb #e22d7755
 def _rows_of(x, batch): return x[batch['labels'].ne(-100).to(x.device)] # `(B,S,w)` -> `(T,w)`
 
 def _logits(model, batch): # `(T,V)`, of the positions with a term
     at = {k: batch[k].to(input_device(model)) for k in ('input_ids', 'attention_mask')}
     return _rows_of(model(**at, use_cache=False).logits, batch)
 
+# %% ../nbs/17_train.ipynb #7bcd5b51
 def lm_loss(model, batch, targets)->Tensor:
     "Sum of the cross-entropies of the next tokens"
     logits = _logits(model, batch)
-    return F.cross_entropy(logits.float(), batch['labels'][batch['labels'].ne(-100)].to(logits.device), reduction='sum')
+    labels = batch['labels'][batch['labels'].ne(-100)].to(logits.device)
+    return F.cross_entropy(logits.float(), labels, reduction='sum')
 
+# %% ../nbs/17_train.ipynb #1de272d8
 def kd_loss(model, batch, targets)->Tensor:
     "Sum of the divergences from the dense model's next-token distribution"
     logits = _logits(model, batch)
-    at = batch['labels'][batch['attention_mask'].bool()].ne(-100).to(logits.device) # of the real tokens, those with a term
+    # of the real tokens, those with a term
+    at = batch['labels'][batch['attention_mask'].bool()].ne(-100).to(logits.device)
     return kd_terms(logits, *[targets[k].to(logits.device)[at] for k in ('logp', 'ids')]).sum()
 
 # %% ../nbs/17_train.ipynb #c94d23ff
@@ -191,36 +213,48 @@ def layers_on(some, # a model of the trained layers alone
     mask, out = batch['attention_mask'].bool(), []
     def swap(layer, args, kwargs):
         h = hidden_arg(args, kwargs)
-        full = h.new_zeros(h.shape); full[mask.to(h.device)] = x.to(h)
+        full = h.new_zeros(h.shape)
+        full[mask.to(h.device)] = x.to(h)
         return ((full, *args[1:]), kwargs) if args else (args, {**kwargs, 'hidden_states': full})
-    def leave(layer, args, y): out.append(first(y)); raise _Stop
+    def leave(layer, args, y):
+        out.append(first(y))
+        raise _Stop
     layers = layers_of(some)
-    with hooks(layers[0].register_forward_pre_hook(swap, with_kwargs=True), layers[-1].register_forward_hook(leave)):
+    with hooks(layers[0].register_forward_pre_hook(swap, with_kwargs=True),
+               layers[-1].register_forward_hook(leave)):
         try: run(some, {k: batch[k] for k in ('input_ids', 'attention_mask')})
         except _Stop: pass
     return out[0][mask.to(out[0].device)]
 
+# %% ../nbs/17_train.ipynb #4954cefe
 def mse_loss(some, batch, targets)->Tensor:
     "Sum of the mean squared errors of hidden states"
     y = targets['y'].to(input_device(some)).float()
     return (layers_on(some, batch, targets['x'])-y).square().mean(-1).sum()
 
-# %% ../nbs/17_train.ipynb #6d1d6551
+# %% ../nbs/17_train.ipynb #46bb0852
 class _Within(nn.Module):
-    def __init__(self, model): super().__init__(); self.model = model
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
     def forward(self, f, *args): return f(self.model, *args)
 
+# %% ../nbs/17_train.ipynb #5d92f830
 @contextlib.contextmanager
 def frozen(model):
     "Evaluation mode, and no parameter asks for a gradient; all as before outside"
-    asked, modes = [p for p in model.parameters() if p.requires_grad], [(m, m.training) for m in model.modules()]
+    asked = [p for p in model.parameters() if p.requires_grad]
+    modes = [(m, m.training) for m in model.modules()]
     for p in asked: p.requires_grad_(False)
-    for m,_ in modes: m.training = hasattr(getattr(m, 'weight', None), 'quant_state') # in evaluation mode bitsandbytes packs 4 bit weights on the CPU, and has no gradients then
+    for m,_ in modes:
+        # in evaluation mode bitsandbytes packs 4 bit weights on the CPU, and has no gradients then
+        m.training = hasattr(getattr(m, 'weight', None), 'quant_state')
     try: yield model
     finally:
         for p in asked: p.requires_grad_(True)
         for m,mode in modes: m.training = mode
 
+# %% ../nbs/17_train.ipynb #6d1d6551
 class Pupil(nn.Module):
     "The trained weights of a model, and the loss they are trained by"
     accepts_loss_kwargs = True # Trainer says by how many terms to divide
@@ -228,61 +262,107 @@ class Pupil(nn.Module):
                  names, # of its parameters, those that are trained
                  loss, # a function of (model, batch, targets): a sum
                  targets=None, # what the dense model says: Targets, a `Kept` of the texts, or None
-                 per_row=None): # of the held-out texts, one over the mean number of terms: Trainer averages over texts
+                 per_row=None, # of held-out texts, one over their mean terms: Trainer averages over texts
+                ):
         super().__init__()
         ps = dict(model.named_parameters())
-        if lost := [n for n in names if ps[n].is_meta]: raise ReplaceMeError(f"{lost[0]} is offloaded and cannot be trained: keep the model in memory (device_map).")
+        if lost := [n for n in names if ps[n].is_meta]:
+            raise ReplaceMeError(f"{lost[0]} is offloaded and cannot be trained: keep the model in memory "
+                                 "(device_map).")
         if any(ps[n].dtype==torch.float16 for n in names):
-            raise ReplaceMeError("float16 loses small gradients: load the model with dtype bfloat16, or with float32 and trainer: {fp16: true}, which scales them.")
-        self.weights = nn.ParameterDict({n.replace('.', '/'): nn.Parameter(ps[n].detach().float().clone()) for n in names})
+            raise ReplaceMeError("float16 loses small gradients: load the model with dtype bfloat16, or with "
+                                 "float32 and trainer: {fp16: true}, which scales them.")
+        own = {n.replace('.', '/'): nn.Parameter(ps[n].detach().float().clone()) for n in names}
+        self.weights = nn.ParameterDict(own)
         self._own = [_Within(model)] # in a list, so that it is no submodule
         self.loss, self.targets, self.per_row = loss, targets, per_row
 
     @property
     def model(self): return self._own[0].model
-    def values(self): # in the model's own types and places
-        ps = dict(self.model.named_parameters())
-        return {n: w.to(ps[n]) for k,w in self.weights.items() for n in [k.replace('/', '.')]}
 
-    def total(self, item, batch): # the sum of the terms
-        says = {} if self.targets is None else self.targets(item.tolist()) if isinstance(self.targets, Kept) else self.targets(batch)
-        return functional_call(self._own[0], {f'model.{n}': w for n,w in self.values().items()}, (self.loss, batch, says))
+# %% ../nbs/17_train.ipynb #67db534a
+@patch
+def values(self:Pupil): # in the model's own types and places
+    ps = dict(self.model.named_parameters())
+    return {n: w.to(ps[n]) for k,w in self.weights.items() for n in [k.replace('/', '.')]}
 
-    def forward(self, item, num_items_in_batch=None, **batch):
-        total = self.total(item, batch)
-        if not self.training and self.per_row: return dict(loss=total/len(item)*self.per_row)
-        return dict(loss=total/(batch['labels'].ne(-100).sum() if num_items_in_batch is None else num_items_in_batch))
+# %% ../nbs/17_train.ipynb #f8439e62
+@patch
+def total(self:Pupil, item, batch): # the sum of the terms
+    says = self.targets
+    if says is not None: says = says(item.tolist() if isinstance(says, Kept) else batch)
+    weights = {f'model.{n}': w for n,w in self.values().items()}
+    return functional_call(self._own[0], weights, (self.loss, batch, {} if says is None else says))
+
+# %% ../nbs/17_train.ipynb #de6142b9
+@patch
+def forward(self:Pupil, item, num_items_in_batch=None, **batch):
+    total = self.total(item, batch)
+    if not self.training and self.per_row: return dict(loss=total/len(item)*self.per_row)
+    n = batch['labels'].ne(-100).sum() if num_items_in_batch is None else num_items_in_batch
+    return dict(loss=total/n)
 
 # %% ../nbs/17_train.ipynb #7b6caa7a
 def split_texts(texts, held=None)->tuple: # (batches to train on, batches to judge by)
     "Keep texts for judging"
     if held: return texts, held
     n = sum(len(b['attention_mask']) for b in texts)
-    if n<2: raise ReplaceMeError(f"{n} text: training needs two or more, one of them to judge by; give more texts.")
+    if n<2:
+        raise ReplaceMeError(f"{n} text: training needs two or more, one of them to judge by; "
+                             "give more texts.")
     return hold_out(texts, 1/16 if n>=16 else 1/4)
 
-# %% ../nbs/17_train.ipynb #f399483c
-_OWN = dict(mse=dict(learning_rate=2e-4, max_grad_norm=5.), lm=dict(learning_rate=2e-4, max_grad_norm=1., adam_beta2=.95),
+# %% ../nbs/17_train.ipynb #1b47ddd5
+_OWN = dict(mse=dict(learning_rate=2e-4, max_grad_norm=5.),
+            lm=dict(learning_rate=2e-4, max_grad_norm=1., adam_beta2=.95),
             kd=dict(learning_rate=2e-4, max_grad_norm=1., adam_beta2=.95))
-_OURS = ('output_dir', 'max_steps', 'num_train_epochs', 'seed', 'data_seed', 'label_names', 'remove_unused_columns', 'load_best_model_at_end', 'metric_for_best_model',
-         'greater_is_better', 'save_strategy', 'eval_strategy', 'eval_on_start', 'save_steps', 'prediction_loss_only', 'gradient_checkpointing', 'do_train', 'do_eval',
-         'resume_from_checkpoint', 'neftune_noise_alpha', 'use_liger_kernel', 'label_smoothing_factor', 'push_to_hub', 'full_determinism', 'dataloader_drop_last',
+_OURS = ('output_dir', 'max_steps', 'num_train_epochs', 'seed', 'data_seed', 'label_names',
+         'remove_unused_columns', 'load_best_model_at_end', 'metric_for_best_model',
+         'greater_is_better', 'save_strategy', 'eval_strategy', 'eval_on_start', 'save_steps',
+         'prediction_loss_only', 'gradient_checkpointing', 'do_train', 'do_eval',
+         'resume_from_checkpoint', 'neftune_noise_alpha', 'use_liger_kernel', 'label_smoothing_factor',
+         'push_to_hub', 'full_determinism', 'dataloader_drop_last',
          'include_num_input_tokens_seen')
-_COUNTS = ('per_device_train_batch_size', 'per_device_eval_batch_size', 'gradient_accumulation_steps', 'eval_steps')
+_COUNTS = ('per_device_train_batch_size', 'per_device_eval_batch_size', 'gradient_accumulation_steps',
+           'eval_steps')
 _NUMBERS = ('learning_rate', 'weight_decay', 'max_grad_norm', 'warmup_steps')
 
+# %% ../nbs/17_train.ipynb #f399483c
 def check_trainer(trainer)->dict:
     "Raise unless these are arguments of transformers' TrainingArguments that may be given"
     if not trainer: return {} # who trains nothing need not wait for the import
     from transformers import TrainingArguments
     known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
     for k,v in (trainer or {}).items():
-        if k in _OURS: raise ReplaceMeError(f"trainer: {k} is set by the training itself, or means nothing to it; leave it out.")
-        if k not in known: raise ReplaceMeError(f"trainer: unknown argument {k!r}.{nearest(k, known)} The known ones are those of transformers' TrainingArguments.")
-        if k in _COUNTS and not (type(v) is int and v>0): raise ReplaceMeError(f"trainer: {k} is {v!r}: it must be a whole number, at least 1.")
-        if k in _NUMBERS and not (type(v) in (int, float) and 0<=v<math.inf): raise ReplaceMeError(f"trainer: {k} is {v!r}: it must be a number, at least 0.")
+        if k in _OURS:
+            raise ReplaceMeError(f"trainer: {k} is set by the training itself, or means nothing to it; "
+                                 "leave it out.")
+        if k not in known:
+            raise ReplaceMeError(f"trainer: unknown argument {k!r}.{nearest(k, known)} "
+                                 "The known ones are those of transformers' TrainingArguments.")
+        if k in _COUNTS and not (type(v) is int and v>0):
+            raise ReplaceMeError(f"trainer: {k} is {v!r}: it must be a whole number, at least 1.")
+        if k in _NUMBERS and not (type(v) in (int, float) and 0<=v<math.inf):
+            raise ReplaceMeError(f"trainer: {k} is {v!r}: it must be a number, at least 0.")
     return dict(trainer or {})
 
+# %% ../nbs/17_train.ipynb #e3040cad
+def _defaults(kind, steps): # arguments that may be given otherwise
+    return dict(per_device_train_batch_size=4, per_device_eval_batch_size=4, weight_decay=1e-3,
+                lr_scheduler_type='cosine', warmup_steps=.01, save_total_limit=2,
+                logging_steps=max(1, steps//20), report_to='none', disable_tqdm=True,
+                dataloader_pin_memory=False,
+                # use_cpu: else Trainer sees no other processes there
+                use_cpu=not torch.accelerator.is_available(), **_OWN.get(kind, {}))
+
+def _fixed(folder, steps, every, seed): # arguments that the run itself sets
+    return dict(output_dir=str(folder), max_steps=steps, eval_steps=every, save_steps=every, seed=seed,
+                data_seed=seed, label_names=['labels'], remove_unused_columns=False, eval_on_start=True,
+                load_best_model_at_end=True, metric_for_best_model='eval_loss', greater_is_better=False,
+                save_strategy='steps', eval_strategy='steps', prediction_loss_only=True,
+                include_num_input_tokens_seen='non_padding')
+
+# %% ../nbs/17_train.ipynb #c200d62b
 def training_arguments(kind, # mse, lm, kd
                        folder, steps, # of the optimizer
                        seed, trainer, evals=4): # -> TrainingArguments
@@ -290,60 +370,71 @@ def training_arguments(kind, # mse, lm, kd
     from transformers import TrainingArguments
     trainer, seed = check_trainer(trainer), seed%2**32 # numpy knows no larger one
     every = min(steps, trainer.pop('eval_steps', max(1, math.ceil(steps/evals))))
-    own = dict(per_device_train_batch_size=4, per_device_eval_batch_size=4, weight_decay=1e-3, lr_scheduler_type='cosine', warmup_steps=.01, save_total_limit=2,
-               logging_steps=max(1, steps//20), report_to='none', disable_tqdm=True, dataloader_pin_memory=False,
-               use_cpu=not torch.accelerator.is_available(), **_OWN.get(kind, {})) # use_cpu: else Trainer sees no other processes there
-    fixed = dict(output_dir=str(folder), max_steps=steps, eval_steps=every, save_steps=every, seed=seed, data_seed=seed, label_names=['labels'], remove_unused_columns=False,
-                 eval_on_start=True, load_best_model_at_end=True, metric_for_best_model='eval_loss', greater_is_better=False, save_strategy='steps', eval_strategy='steps',
-                 prediction_loss_only=True, include_num_input_tokens_seen='non_padding')
-    try: args = TrainingArguments(**{**own, **trainer, **fixed})
-    except (ValueError, TypeError) as e: raise ReplaceMeError(f"trainer: {' '.join(str(e).split())[:300]}") from e
-    args._n_gpu = min(args.n_gpu, 1) # several accelerators take a process each (torchrun, accelerate launch), not copies of a module that does not own its model
+    fixed = _fixed(folder, steps, every, seed)
+    try: args = TrainingArguments(**{**_defaults(kind, steps), **trainer, **fixed})
+    except (ValueError, TypeError) as e:
+        raise ReplaceMeError(f"trainer: {' '.join(str(e).split())[:300]}") from e
+    # several accelerators take a process each (torchrun, accelerate launch), not copies of a module that
+    # does not own its model
+    args._n_gpu = min(args.n_gpu, 1)
     return args
 
-# %% ../nbs/17_train.ipynb #76d63e98
+# %% ../nbs/17_train.ipynb #7a96f344
 def steps_for(tokens, rows, args)->tuple: # (steps of the optimizer, tokens of a mean step)
     "Steps that train on about so many tokens; one at least"
     batches = math.ceil(len(rows)/(args.train_batch_size*args.world_size))
     per_step = rows.tokens/math.ceil(batches/args.gradient_accumulation_steps)
     return max(1, round(tokens/per_step)), per_step
 
+# %% ../nbs/17_train.ipynb #76d63e98
 def _bar(desc, tokens, per_step):
     "A progress bar with the losses, as a callback of Trainer"
     from transformers import TrainerCallback
     class Bar(TrainerCallback):
         def on_train_begin(self, args, state, control, **kw):
-            self.bar = tqdm(total=tokens, initial=min(tokens, round(state.global_step*per_step)), desc=desc, unit=' tokens', unit_scale=True, **({} if state.is_world_process_zero else dict(disable=True)))
+            done = min(tokens, round(state.global_step*per_step))
+            hidden = {} if state.is_world_process_zero else dict(disable=True)
+            self.bar = tqdm(total=tokens, initial=done, desc=desc, unit=' tokens', unit_scale=True, **hidden)
         def on_step_end(self, args, state, control, **kw):
             self.bar.update(min(round(per_step), tokens-self.bar.n))
-            if state.global_step>=state.max_steps: control.should_evaluate = True # the last weights are judged, too
+            if state.global_step>=state.max_steps:
+                control.should_evaluate = True # the last weights are judged, too
         def on_log(self, args, state, control, logs=None, **kw):
-            if 'loss' in logs and hasattr(self, 'bar'): self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+            if 'loss' in logs and hasattr(self, 'bar'):
+                self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
         def on_train_end(self, args, state, control, **kw): self.bar.close()
     return Bar()
 
+# %% ../nbs/17_train.ipynb #ed58bc80
 def make_trainer(pupil, args, rows, held, desc, tokens, per_step):
     "transformers' Trainer for a pupil, quiet but for a progress bar"
     from transformers import Trainer
     from transformers.trainer_callback import PrinterCallback
     class Quiet(Trainer):
-        def get_decay_parameter_names(self, model): return [n for n,p in model.named_parameters() if p.ndim>1] # norms and biases have one dimension, whatever their names
-    t = Quiet(pupil, args, lambda rows: pad_rows(rows, pupil.loss in (lm_loss, kd_loss)), rows, held, callbacks=[_bar(desc, tokens, per_step)])
+        def get_decay_parameter_names(self, model):
+            # norms and biases have one dimension, whatever their names
+            return [n for n,p in model.named_parameters() if p.ndim>1]
+    t = Quiet(pupil, args, lambda rows: pad_rows(rows, pupil.loss in (lm_loss, kd_loss)), rows, held,
+              callbacks=[_bar(desc, tokens, per_step)])
     t.remove_callback(PrinterCallback)
     return t
 
-# %% ../nbs/17_train.ipynb #dceeff69
+# %% ../nbs/17_train.ipynb #95892a52
 TRAINING = 'replaceme training 2'
 
 def _facts(model, names, kind, parts, steps, trainer, seed, about):
     "What a training depends on"
-    return dict(format=TRAINING, model=identity(model), loss=kind, parameters=digest_of(names), texts=[p.digest for p in parts],
+    texts = [p.digest for p in parts]
+    return dict(format=TRAINING, model=identity(model), loss=kind, parameters=digest_of(names), texts=texts,
                 steps=steps, seed=seed, trainer=trainer or {}, **(about or {}))
 
+# %% ../nbs/17_train.ipynb #97071481
 def _checkpoints(folder): # {step: Path}, first to last
-    found = {int(m[1]): p for p in folder.glob('checkpoint-*') if (m := re.fullmatch(r'checkpoint-(\d+)', p.name))}
+    names = [(re.fullmatch(r'checkpoint-(\d+)', p.name), p) for p in folder.glob('checkpoint-*')]
+    found = {int(m[1]): p for m,p in names if m}
     return dict(sorted(found.items()))
 
+# %% ../nbs/17_train.ipynb #dceeff69
 def _check_file(path):
     "Raise unless a file of a checkpoint can be read to its end"
     if path.suffix=='.json': return json.loads(path.read_text(encoding='utf-8'))['global_step']
@@ -351,19 +442,20 @@ def _check_file(path):
         with safe_open(path, 'pt') as f: return f.keys()
     if zipfile.ZipFile(path).testzip() is not None: raise ValueError
 
+# %% ../nbs/17_train.ipynb #72d323bd
 def _check_whole(checkpoint, files):
     "Refuse a checkpoint of which a file is missing or damaged"
     for name in files:
         try: _check_file(checkpoint/name)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError, zipfile.BadZipFile):
-            raise ReplaceMeError(f"{checkpoint} is damaged ({name}): delete this folder, and the training goes on from "
-                                 "the checkpoint before it.") from None
+            raise ReplaceMeError(f"{checkpoint} is damaged ({name}): delete this folder, and the training "
+                                 "goes on from the checkpoint before it.") from None
 
-# %% ../nbs/17_train.ipynb #484b0ade
+# %% ../nbs/17_train.ipynb #74cb61c9
 _STATE = 'trainer_state.json' # which is written last
 
 def _best_of(folder, last):
-    "The checkpoint with the best weights so far, found again where the folder has moved; its weights must be there"
+    "See to the best weights so far: found again where the folder has moved, and readable"
     state = json.loads((last/_STATE).read_text(encoding='utf-8'))
     was = state.get('best_model_checkpoint')
     if not was: return
@@ -371,6 +463,7 @@ def _best_of(folder, last):
     _check_whole(best, ['model.safetensors'])
     if str(best)!=was: write_whole(last/_STATE, json.dumps({**state, 'best_model_checkpoint': str(best)}))
 
+# %% ../nbs/17_train.ipynb #484b0ade
 def _go_on(folder, facts): # -> the checkpoint to go on from, or None
     "Refuse a folder of another training, or one in disorder"
     was = read_note(folder, 'training.json', TRAINING, 'a training')
@@ -378,7 +471,8 @@ def _go_on(folder, facts): # -> the checkpoint to go on from, or None
     check_facts(folder, 'a training', was, facts)
     whole = [p for p in _checkpoints(folder).values() if (p/_STATE).exists()]
     if not whole: return None
-    rest = [] if set(facts['trainer']) & {'save_only_model', 'deepspeed', 'fsdp'} else ['optimizer.pt', 'scheduler.pt']
+    bare = set(facts['trainer']) & {'save_only_model', 'deepspeed', 'fsdp'}
+    rest = [] if bare else ['optimizer.pt', 'scheduler.pt']
     rest += [p.name for p in whole[-1].glob('rng_state*.pth')]
     _check_whole(whole[-1], [_STATE, 'model.safetensors', *rest])
     _best_of(folder, whole[-1])
@@ -390,17 +484,21 @@ def common_folder(folder=None):
     "A folder that all processes of a training see: the given one, or a temporary one of the first process"
     import accelerate
     state = accelerate.PartialState(cpu=not torch.accelerator.is_available())
-    if folder is not None: yield local_path(folder).absolute(); return
+    if folder is not None:
+        yield local_path(folder).absolute()
+        return
     with temporary_folder() if state.is_main_process else contextlib.nullcontext() as tmp:
         made = [str(tmp)]
         if state.num_processes>1: accelerate.utils.broadcast_object_list(made)
         yield Path(made[0])
         state.wait_for_everyone()
 
+# %% ../nbs/17_train.ipynb #acfa5946
 @contextlib.contextmanager
 def _calm():
     "Other libraries' remarks on kernels and file systems held back for a while"
-    logs = [logging.getLogger(n) for n in ('bitsandbytes', 'transformers.trainer', 'transformers.trainer_utils')]
+    logs = [logging.getLogger(n)
+            for n in ('bitsandbytes', 'transformers.trainer', 'transformers.trainer_utils')]
     levels = [l.level for l in logs]
     for l in logs: l.setLevel(logging.ERROR)
     try: yield
@@ -421,6 +519,7 @@ class Trained:
         "Loss in training, and on the held-out texts"
         return plot_history(self.history, dict(loss='training', eval_loss='held-out'), ax=ax)
 
+# %% ../nbs/17_train.ipynb #7140f0fb
 def own(model, names):
     "Give a model its own copies of parameters that it may share with others, in place"
     for n in names:
@@ -430,11 +529,12 @@ def own(model, names):
         setattr(mod, k, nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad))
     return model
 
+# %% ../nbs/17_train.ipynb #d6b26346
 def main_process()->bool:
     "Is this the first of the processes that a launcher started, or the only one?"
     return int(os.environ.get('RANK', 0))==0
 
-# %% ../nbs/17_train.ipynb #7c39720d
+# %% ../nbs/17_train.ipynb #4f31fb41
 LOSSES = dict(mse=mse_loss, lm=lm_loss, kd=kd_loss)
 
 def _pupil(model, names, kind, parts, says, world):
@@ -443,17 +543,71 @@ def _pupil(model, names, kind, parts, says, world):
     terms = held.tokens - (len(held) if kind!='mse' else 0)
     return Pupil(model, names, loss, says, len(held)/terms/world)
 
-def fit_weights(model, # a pruned model, or the trained layers alone for mse; the trained weights change in place, none that others share may be among them
+# %% ../nbs/17_train.ipynb #81033c04
+@torch.no_grad()
+def held_loss(model, kind, held, targets=None)->float:
+    "The loss of a model on batches, the mean over all terms"
+    rows = TextRows(held)
+    pupil = _pupil(model, [], kind, [rows, rows], targets, 1)
+    with frozen(model):
+        batches = (pad_rows([rows[i]], kind!='mse') for i in range(len(rows)))
+        sums = [pupil.total(b.pop('item'), b).item() for b in batches]
+    return sum(sums)/(rows.tokens - (len(rows) if kind!='mse' else 0))
+
+# %% ../nbs/17_train.ipynb #eb641c49
+def _all_done(pupil, path, last): # -> TrainerState
+    "The best weights of a training whose steps are all done, without another one"
+    from transformers.trainer_callback import TrainerState
+    state = TrainerState.load_from_json(str(Path(last)/'trainer_state.json'))
+    best = path/Path(state.best_model_checkpoint or last).name
+    pupil.load_state_dict(load_file(best/'model.safetensors'))
+    return state
+
+# %% ../nbs/17_train.ipynb #f30ec0f9
+@torch.no_grad()
+def _write_back(pupil):
+    ps = dict(pupil.model.named_parameters())
+    for n,w in pupil.values().items():
+        if not w.isfinite().all():
+            raise ReplaceMeError(f"the trained {n} is not finite: lower learning_rate.")
+        ps[n].data.copy_(w)
+
+# %% ../nbs/17_train.ipynb #aea26207
+def _train(t, pupil, path, facts, resume):
+    "Begin or go on, and put the best weights into the model"
+    if t.is_world_process_zero():
+        path.mkdir(parents=True, exist_ok=True)
+        write_whole(path/'training.json', json.dumps(facts, default=str))
+    if resume and int(resume.split('-')[-1])>=t.args.max_steps:
+        state, seconds = _all_done(pupil, path, resume), 0.
+    else: # evaluating before would keep it from sharing the gradients between processes
+        seconds = t.train(resume_from_checkpoint=resume).metrics['train_runtime']
+        state = t.state
+    history = [{k: h[k] for k in ('step', 'loss', 'eval_loss') if k in h}
+               for h in state.log_history if 'loss' in h or 'eval_loss' in h]
+    before, best = next(h['eval_loss'] for h in history if 'eval_loss' in h), state.best_metric
+    if best is not None and best<before: _write_back(pupil)
+    else:
+        warnings.warn(f"training did not lower the loss on the held-out texts ({before:.4g} before, "
+                      f"{best:.4g} at best): the weights stay as they were.", ReplaceMeWarning, stacklevel=3)
+        best = before
+    return Trained(int(state.num_input_tokens_seen), before, best, seconds,
+                   sum(w.numel() for w in pupil.weights.values()), history)
+
+# %% ../nbs/17_train.ipynb #7c39720d
+def fit_weights(model, # a pruned model, or for mse the trained layers alone; its weights `names` change in
+                       # place, none that others share may be among them
                 names, # of the parameters that are trained
                 kind, # mse, lm or kd
                 texts, held, # batches to train on, and to judge by
                 tokens, # train on so many, in as many epochs as that takes
                 targets=None, # what the dense model says, from `state_targets` or `topk_targets`
-                keep_path=None, # folder in which the targets are kept; None asks the dense model in every step
-                folder=None, # for the checkpoints, which an interrupted call goes on from; None is a temporary one
+                keep_path=None, # folder in which the targets are kept; None asks the dense model each time
+                folder=None, # of checkpoints, from which an interrupted call goes on; None is a temporary one
                 seed=0, desc='training', trainer=None)->Trained:
     "Train weights of a model, and keep those that were best on the held-out texts"
-    if kind not in LOSSES: raise ReplaceMeError(f"loss is {kind!r}, not one of {', '.join(LOSSES)}.{nearest(kind, LOSSES)}")
+    if kind not in LOSSES:
+        raise ReplaceMeError(f"loss is {kind!r}, not one of {', '.join(LOSSES)}.{nearest(kind, LOSSES)}")
     if not tokens>=1: raise ReplaceMeError(f"tokens is {tokens}: train on 1 or more.")
     learn = TextRows(texts)
     parts = [learn, TextRows(held, len(learn))]
@@ -468,42 +622,5 @@ def fit_weights(model, # a pruned model, or the trained layers alone for mse; th
         if keep_path is not None and targets is not None:
             with args.main_process_first(): targets = keep(targets, parts, keep_path)
         pupil = _pupil(model, names, kind, parts, targets, args.world_size)
-        return _train(make_trainer(pupil, args, *parts, desc, round(steps*per_step), per_step), pupil, path, facts, resume)
-
-def _train(t, pupil, path, facts, resume):
-    "Begin or go on, and put the best weights into the model"
-    if t.is_world_process_zero(): path.mkdir(parents=True, exist_ok=True); write_whole(path/'training.json', json.dumps(facts, default=str))
-    if resume and int(resume.split('-')[-1])>=t.args.max_steps: state, seconds = _all_done(pupil, path, resume), 0.
-    else: # evaluating before would keep it from sharing the gradients between processes
-        seconds = t.train(resume_from_checkpoint=resume).metrics['train_runtime']
-        state = t.state
-    history = [{k: h[k] for k in ('step', 'loss', 'eval_loss') if k in h} for h in state.log_history if 'loss' in h or 'eval_loss' in h]
-    before, best = next(h['eval_loss'] for h in history if 'eval_loss' in h), state.best_metric
-    if best is not None and best<before: _write_back(pupil)
-    else:
-        warnings.warn(f"training did not lower the loss on the held-out texts ({before:.4g} before, {best:.4g} at best): the weights stay as they were.", ReplaceMeWarning, stacklevel=3)
-        best = before
-    return Trained(int(state.num_input_tokens_seen), before, best, seconds, sum(w.numel() for w in pupil.weights.values()), history)
-
-def _all_done(pupil, path, last): # -> TrainerState
-    "The best weights of a training whose steps are all done, without another one"
-    from transformers.trainer_callback import TrainerState
-    state = TrainerState.load_from_json(str(Path(last)/'trainer_state.json'))
-    best = path/Path(state.best_model_checkpoint or last).name
-    pupil.load_state_dict(load_file(best/'model.safetensors'))
-    return state
-
-@torch.no_grad()
-def _write_back(pupil):
-    ps = dict(pupil.model.named_parameters())
-    for n,w in pupil.values().items():
-        if not w.isfinite().all(): raise ReplaceMeError(f"the trained {n} is not finite: lower learning_rate.")
-        ps[n].data.copy_(w)
-
-@torch.no_grad()
-def held_loss(model, kind, held, targets=None)->float:
-    "The loss of a model on batches, the mean over all terms"
-    rows = TextRows(held)
-    pupil = _pupil(model, [], kind, [rows, rows], targets, 1)
-    with frozen(model): sums = [pupil.total(b['item'], {k: v for k,v in b.items() if k!='item'}).item() for i in range(len(rows)) for b in [pad_rows([rows[i]], kind!='mse')]]
-    return sum(sums)/(rows.tokens - (len(rows) if kind!='mse' else 0))
+        t = make_trainer(pupil, args, *parts, desc, round(steps*per_step), per_step)
+        return _train(t, pupil, path, facts, resume)
