@@ -22,13 +22,16 @@ from .merge import *
 from .unmerged import *
 from .train import *
 
-# %% ../nbs/19_recover.ipynb #eb961b97
+# %% ../nbs/19_recover.ipynb #e014ed56
 def cuts_of(blocks)->list:
     "Where the blocks were, as numbers of the pruned model's layers behind them"
     gone, cuts = 0, []
-    for b in sorted(blocks): cuts.append(b.start-gone); gone += len(b)
+    for b in sorted(blocks):
+        cuts.append(b.start-gone)
+        gone += len(b)
     return cuts
 
+# %% ../nbs/19_recover.ipynb #eb961b97
 def _names(model, mods): # the floating point parameters of modules
     ids = {id(p) for m in mods for p in m.parameters() if p.is_floating_point()}
     return [n for n,p in model.named_parameters() if id(p) in ids]
@@ -38,6 +41,7 @@ def _takes_adapter(model, name, m):
     inside = next(n for n,s in model.named_modules() if s is layers_of(model))+'.'
     return name.startswith(inside) and isinstance(m, nn.Linear)
 
+# %% ../nbs/19_recover.ipynb #bdad0dd2
 def _of_fold(model, cuts):
     layers = layers_of(model)
     maps = [layers[c-1].replaceme_map for c in cuts if hasattr(layers[c-1], 'replaceme_map')]
@@ -46,6 +50,7 @@ def _of_fold(model, cuts):
     ids = {id(getattr(w.module, k)) for w in writers for k in w.params}
     return [n for n,p in model.named_parameters() if id(p) in ids]
 
+# %% ../nbs/19_recover.ipynb #aef19d1b
 def _of_layer(model, cuts): return _names(model, [layers_of(model)[c-1] for c in cuts])
 
 def _of_cut(model, cuts):
@@ -62,46 +67,57 @@ def rung_names(model, # a pruned model
     "The weights that a rung trains; of `lora` and `qlora` those that take the adapters in the end"
     return RUNGS[rung](model, cuts)
 
-# %% ../nbs/19_recover.ipynb #06391104
+# %% ../nbs/19_recover.ipynb #077b36b8
 def with_adapters(model, rank, seed): # -> peft's model, around the same modules
     "Put low-rank adapters on every linear layer of the stack"
     from peft import LoraConfig, get_peft_model
     names = rung_names(model, [], 'lora')
-    if not names: raise ReplaceMeError(f"{type(model).__name__} has no plain linear layer that could take an adapter: leave lora out.")
+    if not names:
+        raise ReplaceMeError(f"{type(model).__name__} has no plain linear layer that could take an adapter: "
+                             "leave lora out.")
     with torch.random.fork_rng(), warnings.catch_warnings(action='ignore'):
         torch.manual_seed(seed)
-        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2*rank, target_modules=names, task_type='CAUSAL_LM'), autocast_adapter_dtype=False)
+        config = LoraConfig(r=rank, lora_alpha=2*rank, target_modules=names, task_type='CAUSAL_LM')
+        return get_peft_model(model, config, autocast_adapter_dtype=False)
 
+# %% ../nbs/19_recover.ipynb #352b8d46
 def merged(wrapped, model): # peft's model -> the model with the adapters in its weights
     "Add the adapters to weights that are the model's own, and take them out"
     base = [n for n,_ in wrapped.base_model.model.named_parameters() if '.base_layer.' in n]
     own(wrapped.base_model.model, base)
     with warnings.catch_warnings(action='ignore'): return wrapped.merge_and_unload()
 
-def train_adapters(model, texts, held, tokens, targets, quantise, rank=16, seed=0, **kw)->tuple: # (model, Trained)
-    "Train adapters, beside 4 bit weights if wished, and merge them; what is said of the loss is of the whole weights"
-    with common_folder() as d, frozen(model): # peft freezes what it finds, and some of it is the dense model's
-        if quantise:
-            save_checkpoint(model, d)
-            how = dict(dtype=model.dtype, device_map=placement(None), trust_remote_code=is_linear_model(model))
-            auto = getattr(transformers, auto_class(model))
-            base = from_checkpoint(auto, d, quantization_config=_quantization(model.dtype, 4), **how)
-        else: base = shared_copy(model)
+# %% ../nbs/19_recover.ipynb #06391104
+def _in_4_bits(model, folder):
+    "The model written to a folder, and loaded from there in NF4"
+    save_checkpoint(model, folder)
+    auto = getattr(transformers, auto_class(model))
+    return from_checkpoint(auto, folder, quantization_config=_quantization(model.dtype, 4), dtype=model.dtype,
+                           device_map=placement(None), trust_remote_code=is_linear_model(model))
+
+def _adapters_of(wrapped): return {k: v for k,v in wrapped.state_dict().items() if 'lora_' in k}
+
+# %% ../nbs/19_recover.ipynb #451f0446
+def train_adapters(model, texts, held, tokens, targets, quantise, rank=16, seed=0,
+                   **kw)->tuple: # (model, Trained)
+    "Train adapters, beside 4 bit weights if wished, and merge them; the loss is that of the whole weights"
+    with common_folder() as d, frozen(model): # peft freezes what it finds, some of it the dense model's
+        base = _in_4_bits(model, d) if quantise else shared_copy(model)
         wrapped = with_adapters(base, rank, seed)
         names = [n for n,p in wrapped.named_parameters() if 'lora_' in n]
         done = fit_weights(wrapped, names, 'kd', texts, held, tokens, targets, seed=seed, **kw)
         if quantise:
-            whole = with_adapters(shared_copy(model), rank, seed)
-            whole.load_state_dict({k: v for k,v in wrapped.state_dict().items() if 'lora_' in k}, strict=False)
-            wrapped = whole
+            learned, wrapped = _adapters_of(wrapped), with_adapters(shared_copy(model), rank, seed)
+            wrapped.load_state_dict(learned, strict=False)
         new = merged(wrapped, model)
     if not quantise: return new, done
-    done = replace(done, before=held_loss(model, 'kd', held, targets), after=held_loss(new, 'kd', held, targets))
-    if done.after<done.before: return new, done
-    warnings.warn(f"qlora did not lower the loss on the held-out texts ({done.before:.4g} before, {done.after:.4g} after): the weights stay as they were.", ReplaceMeWarning, stacklevel=3)
-    return model, replace(done, after=done.before)
+    before, after = [held_loss(m, 'kd', held, targets) for m in (model, new)]
+    if after<before: return new, replace(done, before=before, after=after)
+    warnings.warn(f"qlora did not lower the loss on the held-out texts ({before:.4g} before, "
+                  f"{after:.4g} after): the weights stay as they were.", ReplaceMeWarning, stacklevel=3)
+    return model, replace(done, before=before, after=before)
 
-# %% ../nbs/19_recover.ipynb #316a37bc
+# %% ../nbs/19_recover.ipynb #a8b27ac9
 @dataclass
 class Rung:
     "One training and what it brought"
@@ -115,23 +131,34 @@ class Rung:
 
     def plot(self, ax=None):
         "Divergence from the dense model in training, and on the held-out texts"
-        return plot_history(self.history, dict(loss='training', eval_loss='held-out'), ylabel='divergence (nats/token)', ax=ax)
+        return plot_history(self.history, dict(loss='training', eval_loss='held-out'),
+                            ylabel='divergence (nats/token)', ax=ax)
 
+# %% ../nbs/19_recover.ipynb #316a37bc
 def check_rungs(rungs)->list:
     "A list of names out of `RUNGS`, each once, from the one that trains least to the one that trains most"
     rungs = [rungs] if isinstance(rungs, str) else list(rungs or [])
     for r in rungs:
-        if r not in RUNGS: raise ReplaceMeError(f"recover: {r!r} is no rung.{nearest(r, RUNGS)} They are {', '.join(RUNGS)}.")
+        if r not in RUNGS:
+            raise ReplaceMeError(f"recover: {r!r} is no rung.{nearest(r, RUNGS)} "
+                                 f"They are {', '.join(RUNGS)}.")
     if len(set(rungs))<len(rungs) or rungs!=sorted(rungs, key=list(RUNGS).index):
-        raise ReplaceMeError(f"recover: {', '.join(rungs)} is no ladder: name each rung once, in the order {', '.join(RUNGS)}.")
+        raise ReplaceMeError(f"recover: {', '.join(rungs)} is no ladder: name each rung once, "
+                             f"in the order {', '.join(RUNGS)}.")
     return rungs
 
+# %% ../nbs/19_recover.ipynb #0320537c
 def climb(model, cuts, rung, texts, held, tokens, targets, rank=16, **kw)->tuple: # (model, Trained)
     "Train one rung; `model` is left as it is"
-    if rung in ('lora', 'qlora'): return train_adapters(model, texts, held, tokens, targets, rung=='qlora', rank, **kw)
+    if rung in ('lora', 'qlora'):
+        return train_adapters(model, texts, held, tokens, targets, rung=='qlora', rank, **kw)
     new = shared_copy(model)
     names = rung_names(new, cuts, rung)
     return new, fit_weights(own(new, names), names, 'kd', texts, held, tokens, targets, **kw)
+
+# %% ../nbs/19_recover.ipynb #6be18b4b
+_RATES = dict(fold=dict(learning_rate=1e-3), layer=dict(learning_rate=5e-4), cut=dict(learning_rate=5e-4),
+              lora=dict(learning_rate=2e-3), qlora=dict(learning_rate=2e-3))
 
 # %% ../nbs/19_recover.ipynb #ad24b455
 def recover(dense, pruned, # a model that came out of `dense`; it is left as it is
@@ -141,7 +168,7 @@ def recover(dense, pruned, # a model that came out of `dense`; it is left as it 
             tokens=None, # the budget of all rungs together; by default once each text
             held=None, # batches to judge by; by default the last of `texts`, which are then not trained on
             seed=0,
-            folder=None, # for the checkpoints and what the dense model says; a killed call goes on from there. None is a temporary one
+            folder=None, # checkpoints and dense targets, from which a killed call goes on; None is a temporary one
             k=64, # tokens of the dense model's distribution
             rank=16, # of the adapters
             **trainer, # arguments of transformers' TrainingArguments, for every rung; `{rung: {...}}` for one
@@ -151,14 +178,16 @@ def recover(dense, pruned, # a model that came out of `dense`; it is left as it 
     special = {r: trainer.pop(r) for r in RUNGS if isinstance(trainer.get(r), dict)}
     for kw in (trainer, *special.values()): check_trainer(kw)
     learn, held = split_texts(texts, held)
-    tokens, cuts, done, model = TextRows(learn).tokens if tokens is None else tokens, cuts_of(blocks), [], pruned
-    if not tokens>=len(rungs): raise ReplaceMeError(f"tokens is {tokens}: {len(rungs)} rungs need one or more each.")
+    if tokens is None: tokens = TextRows(learn).tokens
+    if not tokens>=len(rungs):
+        raise ReplaceMeError(f"tokens is {tokens}: {len(rungs)} rungs need one or more each.")
     says = topk_targets(dense, k)
+    cuts, done, model = cuts_of(blocks), [], pruned
     with common_folder(folder) as d:
         for i,rung in enumerate(rungs):
-            model, t = climb(model, cuts, rung, learn, held, tokens//len(rungs), says, rank, seed=seed+i, desc=f'recover: {rung}',
-                             keep_path=d/f'dense-top{k}', folder=d/f'{i}-{rung}', trainer={**_RATES.get(rung, {}), **trainer, **special.get(rung, {})})
+            kw = dict(seed=seed+i, desc=f'recover: {rung}',
+                      keep_path=d/f'dense-top{k}', folder=d/f'{i}-{rung}',
+                      trainer={**_RATES.get(rung, {}), **trainer, **special.get(rung, {})})
+            model, t = climb(model, cuts, rung, learn, held, tokens//len(rungs), says, rank, **kw)
             done.append(Rung(rung, t.tokens, t.parameters, t.before, t.after, t.seconds, t.history))
     return model, done
-
-_RATES = dict(fold=dict(learning_rate=1e-3), layer=dict(learning_rate=5e-4), cut=dict(learning_rate=5e-4), lora=dict(learning_rate=2e-3), qlora=dict(learning_rate=2e-3))
