@@ -20,23 +20,34 @@ from ._modidx import d as _index
 
 # %% ../nbs/00_core.ipynb #b7e8ac6f
 _TUTORIALS = dict(
-    your_architecture='arch merge unmerged contract', choose_the_block='distance blocks stats search', which_solver='solve optimize shards',
-    your_data='data', which_method='baselines streamline recover compare', evaluate_and_publish='evaluate sidebyside report', many_machines='models train')
+    your_architecture='arch merge unmerged contract',
+    choose_the_block='distance blocks stats search',
+    which_solver='solve optimize shards',
+    your_data='data',
+    which_method='baselines streamline recover compare',
+    evaluate_and_publish='evaluate sidebyside report',
+    many_machines='models train')
 
+# %% ../nbs/00_core.ipynb #571a8557
 def help_page(module # such as `arch`
              )->str: # an address
     "The page of the documentation that helps with an error of a module"
     s, name = _index['settings'], module.rpartition('.')[2]
-    page = next((f'tutorials/{t}' for t,ms in _TUTORIALS.items() if name in ms.split()), name if f'replaceme.{name}' in _index['syms'] else 'index')
+    own = name if f'replaceme.{name}' in _index['syms'] else 'index'
+    page = next((f'tutorials/{t}' for t,ms in _TUTORIALS.items() if name in ms.split()), own)
     return f"{s['doc_host']}{s['doc_baseurl']}/{page}.html"
 
+# %% ../nbs/00_core.ipynb #74dc6d79
 class ReplaceMeError(ValueError):
-    "What was wrong, which value, and what to do about it, in one line; `page` is where to read more, and stands below a traceback as its note"
-    def __init__(self, *args, page=None): # of an error that this one repeats; by default that of the module that raises
+    "What was wrong, which value, and what to do about it, in one line; `page` is where to read more"
+    def __init__(self, *args,
+                 page=None): # of an error that this one repeats; by default that of the module that raises
         super().__init__(*args)
         self.page = page or help_page(sys._getframe(1).f_globals.get('__name__', ''))
+        # a note stands below a traceback
         self.__notes__ = [f'Help: {self.page}']
 
+# %% ../nbs/00_core.ipynb #b07b2c8a
 class ReplaceMeWarning(UserWarning):
     "Something that will work but is probably not what was wanted, with the numbers"
 
@@ -48,24 +59,27 @@ def nearest(name, # what was written
     match = get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=.6)
     return f" Did you mean {match[0]!r}?" if match else ""
 
-# %% ../nbs/00_core.ipynb #7a83da8a
+# %% ../nbs/00_core.ipynb #06b26c21
 def said(e)->str: # one line
     "What an exception says"
     return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
 
+# %% ../nbs/00_core.ipynb #7a83da8a
 def spared(what, # in words, for the warning
            f, *args): # -> what `f` returns, or None
     "Do what a finished result can do without: a failure is a warning of one line"
     try: return f(*args)
     except Exception as e:
-        warnings.warn(f"{what} could not be made ({said(e)}): the result is complete without.", ReplaceMeWarning)
+        warnings.warn(f"{what} could not be made ({said(e)}): the result is complete without.",
+                      ReplaceMeWarning)
 
-# %% ../nbs/00_core.ipynb #b35d5aa2
+# %% ../nbs/00_core.ipynb #76e43064
 def local_path(path)->Path: # relative ones stay so
     "A path with its `~` written out; where there is no such user, the path as it is"
     try: return Path(path).expanduser()
     except RuntimeError: return Path(path)
 
+# %% ../nbs/00_core.ipynb #b35d5aa2
 def cache_dir()->Path: # made by who writes there
     "The folder for things that can be made again: `$REPLACEME_CACHE`, or `~/.cache/replaceme`"
     path = Path(os.environ.get('REPLACEME_CACHE') or '~/.cache/replaceme')
@@ -73,19 +87,22 @@ def cache_dir()->Path: # made by who writes there
     except RuntimeError:
         raise ReplaceMeError("this user has no home folder to keep things in: set REPLACEME_CACHE.") from None
 
-# %% ../nbs/00_core.ipynb #ecfeaba0
+# %% ../nbs/00_core.ipynb #cbb513b4
 def there(path)->Path: # the path itself, or the nearest folder above it that is there
     "How far a path leads"
     return next(p for p in (path, *path.parents) if os.path.exists(p))
 
+# %% ../nbs/00_core.ipynb #ce090273
 def real_path(path, key)->Path: # absolute, behind all links
     "Where a path leads; `key` is what names it"
     try: return Path(os.path.realpath(Path(path).expanduser()))
     except (RuntimeError, ValueError) as e: # no such user, or no name that this system could give
         raise ReplaceMeError(f"{key} {path!r} is no path here ({said(e)}).") from None
     except FileNotFoundError:
-        raise ReplaceMeError(f"{key} {path} lies in the current folder, which is gone: change to another one.") from None
+        raise ReplaceMeError(f"{key} {path} lies in the current folder, which is gone: "
+                             "change to another one.") from None
 
+# %% ../nbs/00_core.ipynb #ecfeaba0
 def prove_writable(path, # a folder, there or not
                    key, # of the configuration, or variable, that names another one
                    at=None, # where the trial is made, if not there: beside a folder that will be replaced
@@ -99,7 +116,8 @@ def prove_writable(path, # a folder, there or not
             os.fsync(f.fileno())
         if not os.access(folder, os.W_OK): raise PermissionError(errno.EACCES, 'Permission denied')
     except OSError as e:
-        why = f'{e.strerror or e}, in {folder}' if folder.is_dir() else f'it lies in {folder}, which is a file'
+        why = f'it lies in {folder}, which is a file'
+        if folder.is_dir(): why = f'{e.strerror or e}, in {folder}'
         raise ReplaceMeError(f"{key} {path} cannot be written ({why}): choose another place ({key}).") from e
 
 # %% ../nbs/00_core.ipynb #fb92666a
@@ -122,6 +140,7 @@ def _lock(folder, wait=True): # -> descriptor, whose closing gives it back; None
         _HELD[fd] = held
         return fd
 
+# %% ../nbs/00_core.ipynb #e31a81e4
 def _close(fd):
     if fd is None: return
     _HELD.pop(fd, None)
@@ -135,6 +154,7 @@ def left_over(path):
     except (psutil.NoSuchProcess, OSError): return True
     except psutil.Error: return False
 
+# %% ../nbs/00_core.ipynb #75f13a04
 def in_use(path)->bool:
     "Is a process at work in a folder, or on a file?"
     if path.is_dir():
@@ -155,6 +175,7 @@ def _discard(path):
         if gone.is_dir() and not gone.is_symlink(): shutil.rmtree(gone, ignore_errors=True)
         else: gone.unlink()
 
+# %% ../nbs/00_core.ipynb #7c4802a0
 def _sweep(path):
     "Remove what killed attempts at `path` left beside it; an older result that was being replaced goes back"
     busy = [p for p in _partials(path) if not p.name.endswith('-old') and in_use(p)]
@@ -175,7 +196,7 @@ def _flush(folder):
         except OSError as e:
             if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO): raise
 
-# %% ../nbs/00_core.ipynb #ba1b879f
+# %% ../nbs/00_core.ipynb #da8960af
 def _swap(new, path, sign):
     "The two renames; of what lacks the sign the second is not even tried"
     old, taken = new.with_name(new.name+'-old'), path.is_dir() and any(path.iterdir())
@@ -188,6 +209,7 @@ def _swap(new, path, sign):
         raise
     if old.exists(): _discard(old)
 
+# %% ../nbs/00_core.ipynb #ba1b879f
 def put_in_place(new, # a finished folder
         path, # its place, in the same folder
         sign=None): # file by which an older result of ours is known; what lacks it is somebody else's
@@ -204,7 +226,8 @@ def put_in_place(new, # a finished folder
 # %% ../nbs/00_core.ipynb #3fe0a3ab
 def disk_full(e)->bool:
     "Does an exception say that the disk is full? safetensors says it in words only"
-    return isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT) or 'os error 28' in str(e) or 'No space left' in str(e)
+    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT): return True
+    return 'os error 28' in str(e) or 'No space left' in str(e)
 
 # %% ../nbs/00_core.ipynb #d4cb2d94
 def _begin(path, alone=False): # -> (hidden folder, its lock)
@@ -254,7 +277,8 @@ def temporary_folder(): # -> Path
     "A folder that is gone when the block ends, and soon after where the process ends before"
     try: tmp, lock = _begin(Path(tempfile.gettempdir())/'replaceme')
     except OSError as e:
-        raise ReplaceMeError(f"no temporary folder can be made ({said(e)}): set TMPDIR to another place.") from e
+        raise ReplaceMeError(f"no temporary folder can be made ({said(e)}): "
+                             "set TMPDIR to another place.") from e
     try:
         tmp.chmod(0o700)
         yield tmp
@@ -325,12 +349,14 @@ def resident_memory()->int: # bytes
     acc = torch.accelerator.memory_allocated() if torch.accelerator.is_available() else 0
     return psutil.Process().memory_info().rss + acc
 
+# %% ../nbs/00_core.ipynb #a127e472
 def peak_memory()->int: # bytes
     "The most this process held since `reset_peak_memory`, with the accelerator's share"
     acc = torch.accelerator.max_memory_allocated() if torch.accelerator.is_available() else 0
     info = psutil.Process().memory_info() # Windows keeps a high-water mark of its own
     return (_status('VmHWM') or getattr(info, 'peak_wset', info.rss)) + acc
 
+# %% ../nbs/00_core.ipynb #2cd78b9f
 def reset_peak_memory():
     "Start a new measurement for `peak_memory` (where the system allows it)"
     if torch.accelerator.is_available(): torch.accelerator.reset_peak_memory_stats()

@@ -30,6 +30,7 @@ def digest_of(o)->str: # 16 hexadecimal digits
     "A hash of plain data"
     return hashlib.sha256(json.dumps(_canon(o), sort_keys=True).encode()).hexdigest()[:16]
 
+# %% ../nbs/00_kept.ipynb #4e1c864e
 def file_digest(path)->str: # 16 hexadecimal digits
     "A hash of a file's content"
     h = xxhash.xxh3_64()
@@ -37,13 +38,14 @@ def file_digest(path)->str: # 16 hexadecimal digits
         while block := f.read(1<<20): h.update(block)
     return h.hexdigest()
 
-# %% ../nbs/00_kept.ipynb #c16b1295
+# %% ../nbs/00_kept.ipynb #09a2cc4d
 def _mixed(x, at): # int64 words, and the place of the first
     "Their sum modulo 2**64, each mixed with its place: the same on any device, in any order of adding"
     z = x ^ torch.arange(at, at+len(x), device=x.device)*0x1E3779B97F4A7C15
     for k in 0x3F58476D1CE4E5B9, 0x14D049BB133111EB: z = (z ^ (z>>32))*k # as splitmix64 does
     return int((z ^ (z>>32)).sum()) % 2**64
 
+# %% ../nbs/00_kept.ipynb #40f222d2
 def words_sum(t)->tuple: # (sum of the words, the bytes left over)
     "What a tensor holds, seen from where it lies"
     b = t.detach().contiguous().flatten().view(torch.uint8)
@@ -52,6 +54,7 @@ def words_sum(t)->tuple: # (sum of the words, the bytes left over)
     parts = [part(i, x) for i,x in enumerate(b[:n].split(k))]
     return sum(parts) % 2**64, bytes(b[n:].tolist())
 
+# %% ../nbs/00_kept.ipynb #c16b1295
 def _tensor_digest(t):
     return xxhash.xxh3_128_digest(t.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
 
@@ -86,6 +89,7 @@ def told(o):
     if isinstance(o, dict): return {k: told(v) for k,v in o.items() if k not in _IDLE}
     return [told(v) for v in o] if isinstance(o, (list, tuple)) else o
 
+# %% ../nbs/00_kept.ipynb #3de33429
 _OURS = ('replaceme', 'transformers', 'accelerate', 'transformers_modules')
 
 def _from(o): return str(getattr(o, '__module__', None)).split('.')[0]
@@ -95,6 +99,7 @@ def keepable(model)->bool:
     hooks = [h for m in model.modules() for d in (m._forward_hooks, m._forward_pre_hooks) for h in d.values()]
     return all(_from(h) in _OURS for h in hooks)
 
+# %% ../nbs/00_kept.ipynb #9ff33262
 def _programs(model):
     "The programs that a model brought with it, by content"
     names = {type(m).__module__ for m in model.modules() if _from(type(m))=='transformers_modules'}
@@ -104,12 +109,13 @@ def _modules(model):
     "What a model is made of, module by module, with the settings that they say"
     return [(name, type(m).__name__, m.extra_repr()) for name,m in model.named_modules()]
 
-# %% ../nbs/00_kept.ipynb #2ba78bbc
+# %% ../nbs/00_kept.ipynb #0637e323
 def _fast_rules(tokenizer): # vocabulary among them; padding and truncation are what was asked for last
     fast = getattr(tokenizer, 'backend_tokenizer', None)
     if fast is None: return None
     return {k: v for k,v in json.loads(fast.to_str()).items() if k not in ('padding', 'truncation')}
 
+# %% ../nbs/00_kept.ipynb #9036f3aa
 def tokenizer_key(tokenizer)->str:
     "A hash of what a tokenizer, or an image processor, does"
     kind = type(tokenizer).__name__
@@ -119,6 +125,7 @@ def tokenizer_key(tokenizer)->str:
     more = [getattr(tokenizer, k, None) for k in own]
     return digest_of([kind, _fast_rules(tokenizer) or slow, tokenizer.special_tokens_map, more])
 
+# %% ../nbs/00_kept.ipynb #2ba78bbc
 def identity(model, tokenizer=None)->dict: # {what: its hash or name}
     "What everything that is measured on a model depends on; or, with a tokenizer, on its texts"
     c = model.config
@@ -139,11 +146,12 @@ def _row_digest(batch, i):
         h.update(f'{k} {tuple(v.shape)} {v.dtype}'.encode()); h.update(v.flatten().view(torch.uint8).numpy())
     return h.hexdigest()
 
+# %% ../nbs/00_kept.ipynb #f4296fa9
 def text_digests(batches)->list: # of 16 hexadecimal digits, one for each text or image
     "Hashes of texts as a model gets them"
     return [_row_digest(b, i) for b in batches for i in range(len(b['attention_mask']))]
 
-# %% ../nbs/00_kept.ipynb #0de25c8c
+# %% ../nbs/00_kept.ipynb #a691c5d0
 def _open_lock(file):
     "The file of a lock, open; None where none can be made"
     try: file.parent.mkdir(parents=True, exist_ok=True); return open(file, 'a+', encoding='utf-8')
@@ -154,6 +162,7 @@ def _still(f, file):
     try: return os.path.samestat(os.fstat(f.fileno()), os.stat(file))
     except OSError: return False
 
+# %% ../nbs/00_kept.ipynb #0de25c8c
 def _hold(f, path):
     "Wait until the lock is ours; False where there are no locks"
     try: fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
@@ -166,7 +175,7 @@ def _hold(f, path):
     except OSError: return False
     return True
 
-# %% ../nbs/00_kept.ipynb #402dd90d
+# %% ../nbs/00_kept.ipynb #7cff80b1
 def _take(file, path):
     "The open file that holds the lock, or None"
     while (f := _open_lock(file)) is not None:
@@ -176,6 +185,7 @@ def _take(file, path):
             return f
         f.close()
 
+# %% ../nbs/00_kept.ipynb #402dd90d
 @contextmanager
 def locked(path): # a file or folder, there or not
     "One process at a time: another one waits"
@@ -190,11 +200,12 @@ def locked(path): # a file or folder, there or not
     finally:
         if f is not None: file.unlink(missing_ok=True); f.close()
 
-# %% ../nbs/00_kept.ipynb #84a61556
+# %% ../nbs/00_kept.ipynb #8e815956
 def kept_path(folder, what, facts)->Path:
     "The file of a result: `what` is a word for what is computed, `facts` all that it depends on, plain data"
     return Path(folder)/f'{digest_of([what, facts])}.json'
 
+# %% ../nbs/00_kept.ipynb #e1825ed1
 def _sum(result): return xxhash.xxh3_64_hexdigest(json.dumps(result).encode())
 
 def read_kept(path): # -> the result, or None
@@ -204,12 +215,14 @@ def read_kept(path): # -> the result, or None
     whole = isinstance(d, dict) and d.get('hash')==Path(path).stem and d.get('sum')==_sum(d.get('result'))
     return d['result'] if whole else None
 
+# %% ../nbs/00_kept.ipynb #e2d85e78
 def write_kept(path, what, facts, result):
     "Keep a result: the file is there whole or not at all"
     path.parent.mkdir(parents=True, exist_ok=True)
     note = dict(hash=path.stem, what=what, facts=_canon(facts), sum=_sum(result), result=result)
     write_whole(path, json.dumps(note))
 
+# %% ../nbs/00_kept.ipynb #84a61556
 def kept(folder, what, facts, make): # `make()` computes it: plain data
     "A result that was kept, or a new one; if it cannot be written, it is still good"
     path = kept_path(folder, what, facts)
@@ -220,17 +233,18 @@ def kept(folder, what, facts, make): # `make()` computes it: plain data
         try: write_kept(path, what, facts, found)
         except (OSError, ReplaceMeError) as e:
             why = getattr(e, 'strerror', None) or e
-            warnings.warn(f"the {what} could not be kept in {path.parent} ({why}): it will be computed again next "
-                          "time.", ReplaceMeWarning)
+            warnings.warn(f"the {what} could not be kept in {path.parent} ({why}): "
+                          "it will be computed again next time.", ReplaceMeWarning)
     return found
 
-# %% ../nbs/00_kept.ipynb #cdd5cad8
+# %% ../nbs/00_kept.ipynb #ab2168a4
 _NOTE, _LARGE = '.kept.json', 1<<26 # bytes
 
 def _look(f): # of a file
     n = f.stat().st_size
     return [n, file_digest(f) if n<_LARGE else None]
 
+# %% ../nbs/00_kept.ipynb #e678ff97
 def is_whole(folder)->bool:
     "Are all files of a kept folder there, as they were written?"
     folder = Path(folder)
@@ -239,6 +253,7 @@ def is_whole(folder)->bool:
         return len(files)>0 and all(_look(folder/n)==v for n,v in files.items())
     except (OSError, ValueError, TypeError, AttributeError): return False
 
+# %% ../nbs/00_kept.ipynb #cdd5cad8
 def kept_folder(path, # in the cache, named by what it depends on
                 make, # `make(folder)` writes the files
                )->Path:
@@ -254,7 +269,7 @@ def kept_folder(path, # in the cache, named by what it depends on
             write_whole(tmp/_NOTE, json.dumps(files))
     return path
 
-# %% ../nbs/00_kept.ipynb #3f9974f7
+# %% ../nbs/00_kept.ipynb #c5812902
 def _names(folder, what):
     "What is in a folder that may not be there yet; hidden files are no matter"
     try: return sorted(p.name for p in folder.iterdir() if not p.name.startswith('.'))
@@ -263,6 +278,7 @@ def _names(folder, what):
     except OSError as e: why = f"cannot be read ({e.strerror})"
     raise ReplaceMeError(f"{folder} {why}: choose another folder for the {what}.")
 
+# %% ../nbs/00_kept.ipynb #3f9974f7
 def read_note(folder, name, # of the file
               format, # its first words; what says another version of them is of another version
               what, # a word for what the folder holds
@@ -295,6 +311,7 @@ def difference_of(was, now)->str|None: # such as `belongs.model.weights (abc, no
     short = lambda v: s if len(s := str(v))<60 else f'{s[:40]} ...'
     return None if odd is None else f'{odd} ({short(was.get(odd))}, now {short(now.get(odd))})'
 
+# %% ../nbs/00_kept.ipynb #b14a6366
 def check_facts(folder, what, was, now):
     "Refuse a folder that holds something else, naming the difference"
     if (odd := difference_of(was, now)):

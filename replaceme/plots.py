@@ -31,26 +31,42 @@ def styled_axes(ax, size, xlabel, ylabel):
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return ax
 
+# %% ../nbs/00_plots.ipynb #33f970d6
 def styled_legend(ax, **kw):
     ax.legend(frameon=False, labelcolor=INK, **kw)
 
-# %% ../nbs/00_plots.ipynb #ce204840
+# %% ../nbs/00_plots.ipynb #8add5756
+def _gridded(ax, axis='y'):
+    "Lines behind what is drawn"
+    ax.grid(axis=axis, color=LINE, lw=.8)
+    ax.set_axisbelow(True)
+
+def _colour_bar(ax, im, label):
+    bar = ax.figure.colorbar(im, ax=ax, pad=.02)
+    bar.set_label(label, color=INK)
+    bar.ax.tick_params(colors=INK)
+    bar.outline.set_visible(False)
+
+# %% ../nbs/00_plots.ipynb #1ae441e1
 def as_blocks(block, # `[s, e]`, a list of those, or None
              )->list: # of (start, end)
     "The removed blocks as a list, whether there is one or there are several"
     block = list(block or [])
     return [tuple(block)] if block and isinstance(block[0], int) else [tuple(b) for b in block]
 
+# %% ../nbs/00_plots.ipynb #ce204840
 def as_sinks(sinks, # {layer: share} with text or numbers for keys, a list of layers, or None
             )->dict: # {layer: share or None}, first to last
     "The layers of the attention sink; a negative share takes it away"
     return {int(l): sinks[l] if isinstance(sinks, dict) else None for l in sorted(sinks or (), key=int)}
 
+# %% ../nbs/00_plots.ipynb #27aa3831
 def and_words(words, last=' and '):
     "'a, b and c'"
     *most, end = [str(w) for w in words] or ['']
     return ', '.join(most) + last + end if most else end
 
+# %% ../nbs/00_plots.ipynb #cb1e5d53
 def spans(layers):
     "Layers as '13 to 18 and 20'"
     runs = []
@@ -59,15 +75,19 @@ def spans(layers):
         else: runs.append([l])
     return and_words(w for r in runs for w in ([f'{r[0]} to {r[-1]}'] if len(r)>2 else r))
 
+# %% ../nbs/00_plots.ipynb #294a31b2
 def sink_label(sinks):
     "'sink layers 11, 28 and 29', or their number when there are many"
-    names = spans(as_sinks(sinks))
-    return f"sink layer{'s' if len(as_sinks(sinks))>1 else ''} {names}" if len(names)<24 else f'{len(as_sinks(sinks))} sink layers'
+    names, k = spans(as_sinks(sinks)), len(as_sinks(sinks))
+    if len(names)>=24: return f'{k} sink layers'
+    return f"sink layer{'s' if k>1 else ''} {names}"
 
+# %% ../nbs/00_plots.ipynb #b9a8c4cd
 def holds(block, sinks)->list:
     "The sink layers in a block"
     return [l for l in as_sinks(sinks) if block[0]<=l<block[1]]
 
+# %% ../nbs/00_plots.ipynb #25f2342f
 def by_length(profile)->dict: # {n: distances for start = 1, 2, ...}
     "A profile with whole numbers for lengths, shortest first; JSON turns them into strings"
     return {n: profile[k] for n,k in sorted((int(k), k) for k in (profile or {}))}
@@ -80,9 +100,31 @@ def _shade(ax, starts, n, sinks):
         ax.axvspan(s-.5, s+.5, color=LINE, lw=0, zorder=0, label=None if i else sink_label(sinks))
 
 # %% ../nbs/00_plots.ipynb #8ead7a68
+def _starts_chosen(d, n, block, out, held): # -> (indices chosen, all indices from the nearest on)
+    "The starts marked as chosen: those given, or the nearest that is neither left out nor holds a sink layer"
+    order = sorted((i for i in range(len(d)) if math.isfinite(d[i])), key=d.__getitem__)
+    given = [s-1 for s,e in as_blocks(block) if e-s==n]
+    if given or block: return given, order
+    return [i for i in order if i not in out|held or len(held)==len(d)][:1], order
+
+# %% ../nbs/00_plots.ipynb #7fab94d4
+def _mark_starts(ax, d, n, block, out, held):
+    "Mark the chosen block, the runner-up and those left out, each with its distance in the legend"
+    chosen, order = _starts_chosen(d, n, block, out, held)
+    never = out if any(i in held for i in chosen) else out|held # not runners-up
+    def mark(i, what, **kw):
+        label = what and f'{what} [{i+1},{i+1+n}): {d[i]:.4f}'
+        ax.plot(i+1, d[i], ls='none', mec=MARK, label=label, zorder=3, **kw)
+    for i in chosen: mark(i, 'chosen', marker='o', ms=9, mfc=MARK)
+    for i in [i for i in order if i not in chosen and i not in never][:1]:
+        mark(i, 'next', marker='s', ms=9, mfc='none', mew=1.5)
+    for k,i in enumerate(i for i in order if i in out and i not in chosen):
+        mark(i, None if k else 'left out', marker='x', ms=8, mew=1.8)
+
+# %% ../nbs/00_plots.ipynb #c258923c
 def plot_profile(distances, # for start = 1, 2, ..., or a whole profile {n: distances}
                  n, # length of the block
-                 block=None, # the chosen one, `(start, end)`; by default the one with the smallest distance that holds no sink layer
+                 block=None, # the chosen one, `(start, end)`; by default the nearest that holds no sink layer
                  metric='angular',
                  ax=None,
                  sinks=None, # layers that make or take away the attention sink: {layer: share} or a list
@@ -90,21 +132,11 @@ def plot_profile(distances, # for start = 1, 2, ..., or a whole profile {n: dist
     "The distance across every block of `n` layers, the chosen one and the runner-up marked"
     d = by_length(distances)[n] if isinstance(distances, dict) else list(distances)
     ax = styled_axes(ax, (6.4,3.4), f'first removed layer (of {n})', UNITS.get(metric, metric))
-    out = {s-1 for s,e in as_blocks(avoided) if e-s==n}
-    order = sorted((i for i in range(len(d)) if math.isfinite(d[i])), key=d.__getitem__)
-    held = {i for i in range(len(d)) if holds((i+1, i+1+n), sinks)}
-    chosen = [s-1 for s,e in as_blocks(block) if e-s==n] or ([] if block else [i for i in order if i not in out|held or len(held)==len(d)][:1])
     ax.plot(range(1, len(d)+1), d, color=ACCENT, lw=1.5, marker='.', ms=5, zorder=2)
-    never = out if any(i in held for i in chosen) else out|held # not runners-up
-    def mark(i, what, **kw):
-        ax.plot(i+1, d[i], ls='none', mec=MARK, label=what and f'{what} [{i+1},{i+1+n}): {d[i]:.4f}', zorder=3, **kw)
-    for i in chosen: mark(i, 'chosen', marker='o', ms=9, mfc=MARK)
-    for i in [i for i in order if i not in chosen and i not in never][:1]: mark(i, 'next', marker='s', ms=9, mfc='none', mew=1.5)
-    for k,i in enumerate(i for i in order if i in out and i not in chosen):
-        mark(i, None if k else 'left out', marker='x', ms=8, mew=1.8)
+    out = {s-1 for s,e in as_blocks(avoided) if e-s==n}
+    _mark_starts(ax, d, n, block, out, {i for i in range(len(d)) if holds((i+1, i+1+n), sinks)})
     _shade(ax, len(d), n, sinks)
-    ax.grid(axis='y', color=LINE, lw=.8)
-    ax.set_axisbelow(True)
+    _gridded(ax)
     ax.set_xlim(0, len(d)+1)
     styled_legend(ax, loc='lower left', bbox_to_anchor=(0, 1), ncols=2, fontsize='small', borderaxespad=.2)
     return ax
@@ -118,7 +150,8 @@ def _hatch(ax, rows, sinks):
     low = [min([l-s+.5 for l in layers if l>=s] + [t]) for s,t in zip(starts, top)]
     edges = [s-.5 for s in [*starts, len(starts)+1]]
     with plt.rc_context({'hatch.linewidth': .6}):
-        ax.stairs(top, edges, baseline=[min(a, b) for a,b in zip(low, top)], fill=True, fc='none', ec='white', lw=0, hatch='////')
+        ax.stairs(top, edges, baseline=[min(a, b) for a,b in zip(low, top)],
+                  fill=True, fc='none', ec='white', lw=0, hatch='////')
     ax.set_title(f'hatched: with {sink_label(layers)}', loc='left', size='small', color=INK)
 
 # %% ../nbs/00_plots.ipynb #922c5eca
@@ -134,17 +167,15 @@ def plot_heatmap(profile, # {n: distances for start = 1, 2, ...}
     grid = [rows.get(n, []) + [math.nan]*(width-len(rows.get(n, []))) for n in range(1, height+1)]
     ax = styled_axes(ax, (6.4,4.4), 'first removed layer', 'layers removed')
     im = ax.pcolormesh(range(1, width+1), range(1, height+1), grid, cmap='viridis', rasterized=True)
-    best = [(1+d.index(min(filter(math.isfinite, d))), n) for n,d in rows.items() if any(map(math.isfinite, d))]
+    best = [(1+d.index(min(filter(math.isfinite, d))), n) for n,d in rows.items()
+            if any(map(math.isfinite, d))]
     ax.plot(*zip(*best), ls='none', marker='o', ms=3.5, mfc='none', mec='white', mew=.9)
     for s,e in as_blocks(block):
         for c,lw in (('white', 4.5), (MARK, 2.5)):
             ax.add_patch(plt.Rectangle((s-.5, e-s-.5), 1, 1, fill=False, ec=c, lw=lw))
     for s,e in as_blocks(avoided): ax.plot(s, e-s, marker='X', ms=8, mfc=MARK, mec='white', mew=.9)
     _hatch(ax, rows, sinks)
-    bar = ax.figure.colorbar(im, ax=ax, pad=.02)
-    bar.set_label(UNITS.get(metric, metric), color=INK)
-    bar.ax.tick_params(colors=INK)
-    bar.outline.set_visible(False)
+    _colour_bar(ax, im, UNITS.get(metric, metric))
     return ax
 
 # %% ../nbs/00_plots.ipynb #985a3160
@@ -154,16 +185,18 @@ def plot_influence(influence, # one number for each layer
     "The influence of every layer; those that went are dark"
     ax = styled_axes(ax, (6.4,3), 'layer (dark: removed)', 'block influence (1 - cos)')
     gone = {l for s,e in as_blocks(blocks) for l in range(s, e)}
-    ax.bar(range(len(influence)), influence, color=[INK if l in gone else ACCENT for l in range(len(influence))])
+    layers = range(len(influence))
+    ax.bar(layers, influence, color=[INK if l in gone else ACCENT for l in layers])
     if any(x>0 for x in influence): ax.set_yscale('log', nonpositive='clip')
     return ax
 
-# %% ../nbs/00_plots.ipynb #aa72c024
+# %% ../nbs/00_plots.ipynb #9a48787a
 def ridge_rows(ridge):
     "(value, error) of the ridges whose error is a number, weakest first"
     pairs = zip((ridge or {}).get('values') or [], (ridge or {}).get('errors') or [])
     return sorted((v, e) for v,e in pairs if isinstance(e, (int, float)) and math.isfinite(e) and v>=0)
 
+# %% ../nbs/00_plots.ipynb #aa72c024
 def plot_ridge(ridge, # `values`, `errors` and the `chosen` value
                ax=None):
     "The held-out error of each ridge, the chosen one marked"
@@ -174,12 +207,13 @@ def plot_ridge(ridge, # `values`, `errors` and the `chosen` value
     ax.set_xscale('log')
     ax.plot([at(v) for v,_ in rows], [e for _,e in rows], color=ACCENT, lw=1.5, marker='.', ms=6, zorder=2)
     for v,e in rows:
-        if v==ridge.get('chosen'): ax.plot(at(v), e, ls='none', marker='o', ms=9, mfc=MARK, mec=MARK, zorder=3, label=f'chosen {v:.3g}: {e:.4f}')
+        if v!=ridge.get('chosen'): continue
+        label = f'chosen {v:.3g}: {e:.4f}'
+        ax.plot(at(v), e, ls='none', marker='o', ms=9, mfc=MARK, mec=MARK, zorder=3, label=label)
     shown = rows[::math.ceil(len(rows)/6) or 1]
     ax.set_xticks([at(v) for v,_ in shown], [f'{v:.1g}' for v,_ in shown])
     ax.minorticks_off()
-    ax.grid(axis='y', color=LINE, lw=.8)
-    ax.set_axisbelow(True)
+    _gridded(ax)
     if ax.get_legend_handles_labels()[1]: styled_legend(ax, loc='best')
     return ax
 
@@ -189,46 +223,48 @@ def plot_choice(choice, # dicts with `block` or `blocks`, `distance`, `fit_error
     "What each candidate was judged by, over its distance"
     number = lambda x: isinstance(x, (int, float)) and math.isfinite(x)
     judge = 'loss' if any(number(c.get('loss')) for c in choice) else 'fit_error'
-    ax = styled_axes(ax, (6.4,3.2), 'distance', dict(loss='held-out loss (nats/token)', fit_error='held-out relative error of the fit')[judge])
+    said = dict(loss='held-out loss (nats/token)', fit_error='held-out relative error of the fit')
+    ax = styled_axes(ax, (6.4,3.2), 'distance', said[judge])
     ax.xaxis.set_major_locator(MaxNLocator(6))
     for c in choice:
         if not (number(c.get('distance')) and number(c.get(judge))): continue
-        on = bool(c.get('chosen'))
-        ax.plot(c['distance'], c[judge], ls='none', marker='o' if on else 's', ms=9 if on else 6, mfc=MARK if on else 'none', mec=MARK if on else ACCENT, mew=1.5)
-        ax.annotate(and_words(f'[{s},{e})' for s,e in as_blocks(c.get('blocks') or c.get('block'))), (c['distance'], c[judge]), xytext=(7,4),
-                    textcoords='offset points', color=INK, fontsize='small')
+        look = dict(marker='s', ms=6, mfc='none', mec=ACCENT)
+        if c.get('chosen'): look = dict(marker='o', ms=9, mfc=MARK, mec=MARK)
+        ax.plot(c['distance'], c[judge], ls='none', mew=1.5, **look)
+        where = and_words(f'[{s},{e})' for s,e in as_blocks(c.get('blocks') or c.get('block')))
+        ax.annotate(where, (c['distance'], c[judge]), xytext=(7,4), textcoords='offset points',
+                    color=INK, fontsize='small')
     ax.margins(.12)
-    ax.grid(color=LINE, lw=.8)
-    ax.set_axisbelow(True)
+    _gridded(ax, 'both')
     return ax
 
 # %% ../nbs/00_plots.ipynb #ed3be3e7
-def plot_errors(errors, # `layers`, `places` (first and last token, from 1) and `grid`, `(layers, places)` relative errors
+def plot_errors(errors, # `layers`, `places` (first and last token, from 1) and `grid`, their relative errors
                 ax=None):
     "The error of the state that each layer behind the cut reads, by its place in the text"
     names, places, grid = errors['layers'], errors['places'], errors['grid']
     ax = styled_axes(ax, (6.4, 1.4+.22*len(names)), 'token of the text', 'state read by')
-    im = ax.pcolormesh(range(len(places)+1), range(len(names)+1), grid, cmap='viridis', vmin=0, rasterized=True)
-    ax.set_xticks([i+.5 for i in range(len(places))], [str(a) if a==b else f'{a}-{b}' for a,b in places], rotation=30 if len(places)>7 else 0)
+    edges = range(len(places)+1), range(len(names)+1)
+    im = ax.pcolormesh(*edges, grid, cmap='viridis', vmin=0, rasterized=True)
+    said = [str(a) if a==b else f'{a}-{b}' for a,b in places]
+    ax.set_xticks([i+.5 for i in range(len(places))], said, rotation=30 if len(places)>7 else 0)
     ax.set_yticks([i+.5 for i in range(len(names))], names)
     ax.invert_yaxis()
-    bar = ax.figure.colorbar(im, ax=ax, pad=.02)
-    bar.set_label("|h' - h| / |h|", color=INK)
-    bar.ax.tick_params(colors=INK)
-    bar.outline.set_visible(False)
+    _colour_bar(ax, im, "|h' - h| / |h|")
     return ax
 
 # %% ../nbs/00_plots.ipynb #5ce363c8
 def plot_history(history, # dicts with `step` and some of the keys of `lines`
                  lines, # {key: label}
-                 xlabel='step', ylabel='loss', ax=None, **kw): # `kw` for the lines, such as a label of one's own
+                 xlabel='step', ylabel='loss', ax=None,
+                 **kw): # for the lines, such as a label of one's own
     "Numbers over the steps"
     ax = styled_axes(ax, (6.4,3), xlabel, ylabel)
-    for (k,label), style in zip(lines.items(), (dict(color=ACCENT, marker='.'), dict(color=MARK, marker='s', mfc='none', ls='--'))):
+    styles = dict(color=ACCENT, marker='.'), dict(color=MARK, marker='s', mfc='none', ls='--')
+    for (k,label), style in zip(lines.items(), styles):
         at = [(h['step'], h[k]) for h in history if k in h]
         if at: ax.plot(*zip(*at), **{'lw': 1.5, 'label': label, **style, **kw})
-    ax.grid(axis='y', color=LINE, lw=.8)
-    ax.set_axisbelow(True)
+    _gridded(ax)
     if ax.get_legend_handles_labels()[1]: styled_legend(ax)
     return ax
 
@@ -240,7 +276,8 @@ def plot_bars(rows, # of (label, value) or (label, value, low, high)
     for y,(label, v, *ends) in enumerate(rows):
         ax.barh(y, v, height=.6, color=ACCENT)
         if ends: ax.plot(ends, [y, y], color=INK, lw=1.5)
-        ax.annotate(format(v, fmt), (max([v, *ends]), y), xytext=(4,0), textcoords='offset points', va='center', color=INK, fontsize='small')
+        ax.annotate(format(v, fmt), (max([v, *ends]), y), xytext=(4,0), textcoords='offset points',
+                    va='center', color=INK, fontsize='small')
     if log: ax.set_xscale('log')
     else: ax.xaxis.set_major_locator(MaxNLocator(6))
     ax.set_yticks(range(len(rows)), [str(r[0]) for r in rows])
@@ -255,7 +292,8 @@ def plot_pieces(values, # {label: one number for each piece}
     ax = styled_axes(ax, (6.4,3), 'piece of the text', ylabel)
     for (label, xs), colour, marker in zip(values.items(), (ACCENT, MARK), 'os'):
         mean = sum(xs)/len(xs)
-        ax.plot(range(1, len(xs)+1), xs, ls='none', marker=marker, mfc='none', mec=colour, label=f'{label}, mean {mean:.3f}')
+        said = f'{label}, mean {mean:.3f}'
+        ax.plot(range(1, len(xs)+1), xs, ls='none', marker=marker, mfc='none', mec=colour, label=said)
         ax.axhline(mean, color=colour, lw=1)
     styled_legend(ax)
     return ax
