@@ -22,7 +22,7 @@ from .merge import *
 from .unmerged import *
 from .train import *
 
-# %% ../nbs/19_recover.ipynb #e014ed56
+# %% ../nbs/19_recover.ipynb #7e6fbbbd
 def cuts_of(blocks)->list:
     "Where the blocks were, as numbers of the pruned model's layers behind them"
     gone, cuts = 0, []
@@ -41,7 +41,7 @@ def _takes_adapter(model, name, m):
     inside = next(n for n,s in model.named_modules() if s is layers_of(model))+'.'
     return name.startswith(inside) and isinstance(m, nn.Linear)
 
-# %% ../nbs/19_recover.ipynb #bdad0dd2
+# %% ../nbs/19_recover.ipynb #9d84780b
 def _of_fold(model, cuts):
     layers = layers_of(model)
     maps = [layers[c-1].replaceme_map for c in cuts if hasattr(layers[c-1], 'replaceme_map')]
@@ -50,7 +50,7 @@ def _of_fold(model, cuts):
     ids = {id(getattr(w.module, k)) for w in writers for k in w.params}
     return [n for n,p in model.named_parameters() if id(p) in ids]
 
-# %% ../nbs/19_recover.ipynb #aef19d1b
+# %% ../nbs/19_recover.ipynb #dd28f17e
 def _of_layer(model, cuts): return _names(model, [layers_of(model)[c-1] for c in cuts])
 
 def _of_cut(model, cuts):
@@ -67,7 +67,7 @@ def rung_names(model, # a pruned model
     "The weights that a rung trains; of `lora` and `qlora` those that take the adapters in the end"
     return RUNGS[rung](model, cuts)
 
-# %% ../nbs/19_recover.ipynb #077b36b8
+# %% ../nbs/19_recover.ipynb #f3884806
 def with_adapters(model, rank, seed): # -> peft's model, around the same modules
     "Put low-rank adapters on every linear layer of the stack"
     from peft import LoraConfig, get_peft_model
@@ -80,7 +80,7 @@ def with_adapters(model, rank, seed): # -> peft's model, around the same modules
         config = LoraConfig(r=rank, lora_alpha=2*rank, target_modules=names, task_type='CAUSAL_LM')
         return get_peft_model(model, config, autocast_adapter_dtype=False)
 
-# %% ../nbs/19_recover.ipynb #352b8d46
+# %% ../nbs/19_recover.ipynb #4398e587
 def merged(wrapped, model): # peft's model -> the model with the adapters in its weights
     "Add the adapters to weights that are the model's own, and take them out"
     base = [n for n,_ in wrapped.base_model.model.named_parameters() if '.base_layer.' in n]
@@ -97,7 +97,7 @@ def _in_4_bits(model, folder):
 
 def _adapters_of(wrapped): return {k: v for k,v in wrapped.state_dict().items() if 'lora_' in k}
 
-# %% ../nbs/19_recover.ipynb #451f0446
+# %% ../nbs/19_recover.ipynb #22be49a5
 def train_adapters(model, texts, held, tokens, targets, quantise, rank=16, seed=0,
                    **kw)->tuple: # (model, Trained)
     "Train adapters, beside 4 bit weights if wished, and merge them; the loss is that of the whole weights"
@@ -117,7 +117,7 @@ def train_adapters(model, texts, held, tokens, targets, quantise, rank=16, seed=
                   f"{after:.4g} after): the weights stay as they were.", ReplaceMeWarning, stacklevel=3)
     return model, replace(done, before=before, after=before)
 
-# %% ../nbs/19_recover.ipynb #a8b27ac9
+# %% ../nbs/19_recover.ipynb #2cf0d43d
 @dataclass
 class Rung:
     "One training and what it brought"
@@ -147,7 +147,7 @@ def check_rungs(rungs)->list:
                              f"in the order {', '.join(RUNGS)}.")
     return rungs
 
-# %% ../nbs/19_recover.ipynb #0320537c
+# %% ../nbs/19_recover.ipynb #9bf144be
 def climb(model, cuts, rung, texts, held, tokens, targets, rank=16, **kw)->tuple: # (model, Trained)
     "Train one rung; `model` is left as it is"
     if rung in ('lora', 'qlora'):
@@ -156,7 +156,7 @@ def climb(model, cuts, rung, texts, held, tokens, targets, rank=16, **kw)->tuple
     names = rung_names(new, cuts, rung)
     return new, fit_weights(own(new, names), names, 'kd', texts, held, tokens, targets, **kw)
 
-# %% ../nbs/19_recover.ipynb #6be18b4b
+# %% ../nbs/19_recover.ipynb #5949ed33
 _RATES = dict(fold=dict(learning_rate=1e-3), layer=dict(learning_rate=5e-4), cut=dict(learning_rate=5e-4),
               lora=dict(learning_rate=2e-3), qlora=dict(learning_rate=2e-3))
 
@@ -168,7 +168,7 @@ def recover(dense, pruned, # a model that came out of `dense`; it is left as it 
             tokens=None, # the budget of all rungs together; by default once each text
             held=None, # batches to judge by; by default the last of `texts`, which are then not trained on
             seed=0,
-            folder=None, # checkpoints and dense targets, from which a killed call goes on; None is a temporary one
+            folder=None, # checkpoints and dense targets, from which a killed call goes on; None is temporary
             k=64, # tokens of the dense model's distribution
             rank=16, # of the adapters
             **trainer, # arguments of transformers' TrainingArguments, for every rung; `{rung: {...}}` for one

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAPERS', 'no_path', 'blocks_of', 'model_name', 'text_table', 'markdown_table', 'result_rows', 'passed_over',
            'sink_notes', 'choice_rows', 'choice_note', 'was_trained', 'training_rows', 'training_words',
-           'results_table', 'is_peer', 'collapses', 'peer_words', 'try_rows', 'suggestions', 'shown_config', 'hub_id',
+           'results_table', 'is_peer', 'collapses', 'try_rows', 'peer_words', 'suggestions', 'shown_config', 'hub_id',
            'eval_results', 'front_matter', 'story', 'model_card', 'report_html', 'write_report', 'save_plots']
 
 # %% ../nbs/20_report.ipynb #58eeab71
@@ -24,18 +24,22 @@ def _get(result, *keys):
     for k in keys: result = result.get(k) if isinstance(result, dict) else None
     return result
 
+# %% ../nbs/20_report.ipynb #11ea9a1a
 def no_path(o):
     "The same without this machine's paths: of each the last part stays"
     if isinstance(o, dict): return {no_path(k): no_path(v) for k,v in o.items()}
     if isinstance(o, (list, tuple)): return [no_path(v) for v in o]
     if not isinstance(o, (str, Path)): return o
     is_path = isinstance(o, Path) or o.startswith(('/', '~', './', '../')) or '\\' in o or o.count('/')>1
-    return Path(str(o).replace('\\', '/')).name if is_path or (o and '\n' not in o and Path(o).exists()) else o
+    here = is_path or (o and '\n' not in o and Path(o).exists())
+    return Path(str(o).replace('\\', '/')).name if here else o
 
+# %% ../nbs/20_report.ipynb #fba4c82b
 def blocks_of(result)->list: # of (start, end), first to last
     "All removed blocks, whether the result names `blocks` or one `block`"
     return sorted(as_blocks(result.get('blocks') or result.get('block')))
 
+# %% ../nbs/20_report.ipynb #70fe06b4
 def model_name(result)->str: # short, without where it lies on this machine
     "The name of the model that was pruned: a hub id, or the last part of a path"
     name = str(result.get('model') or '').removeprefix('package:')
@@ -55,6 +59,7 @@ def text_table(rows, # lists of strings
     w = _widths(rows, headers)
     return '\n'.join(_line(r, w, '  ').rstrip() for r in [headers, ['-'*x for x in w], *rows])
 
+# %% ../nbs/20_report.ipynb #7fc505a1
 def markdown_table(rows, # lists of strings
                    headers)->str:
     "An aligned table in Markdown"
@@ -64,7 +69,7 @@ def markdown_table(rows, # lists of strings
     rule = ['-'*x if i==0 else '-'*(x-1)+':' for i,x in enumerate(w)]
     return '\n'.join(f"| {_line(r, w, ' | ')} |" for r in [headers, rule, *rows])
 
-# %% ../nbs/20_report.ipynb #3d43c0e6
+# %% ../nbs/20_report.ipynb #4c254bf5
 def _num(x, fmt, stderr=None):
     return '-' if x is None else format(x, fmt) + (f' ± {stderr:.3f}' if stderr is not None else '')
 
@@ -74,12 +79,14 @@ def _row(label, before, after, fmt, percent=True, errs=(None, None)):
     else: change = f'{100*(after/before-1):+.1f}%' if percent and before else format(after-before, '+'+fmt)
     return [label, _num(before, fmt, errs[0]), _num(after, fmt, errs[1]), change]
 
+# %% ../nbs/20_report.ipynb #3d43c0e6
 def _pair(result, *keys):
     "The values before and after at `result[...][before|after][...]`"
     return [_get(result, keys[0], when, *keys[1:]) for when in ('before', 'after')]
 
+# %% ../nbs/20_report.ipynb #9b26b8f4
 def _task_rows(result):
-    names = list(dict.fromkeys(t for when in ('before','after') for t in _get(result, 'tasks', when) or {}))
+    names = dict.fromkeys(t for tasks in _pair(result, 'tasks') for t in tasks or {})
     for t in names:
         one = _get(result, 'tasks', 'before', t) or _get(result, 'tasks', 'after', t)
         for m in one:
@@ -89,126 +96,171 @@ def _task_rows(result):
             label, vals = f"{t} {m} ({one.get('shots', 0)}-shot)", _pair(result, 'tasks', t, m)
             yield _row(label, *vals, '.3f', False, _pair(result, 'tasks', t, err))
 
+# %% ../nbs/20_report.ipynb #27d2585f
+_IMAGES = dict(agreement='cosine of the last states with the dense model', worst='the same, worst patch',
+               same_class='images with the same class')
+
+def _text_rows(result):
+    text, errs = no_path(_get(result, 'perplexity', 'text')), _pair(result, 'perplexity', 'stderr')
+    yield _row('perplexity' + (f' ({text})' if text else ''), *_pair(result, 'perplexity', 'value'), '.2f')
+    yield _row('loss (nats/token)', *_pair(result, 'perplexity', 'loss'), '.3f', False, errs)
+
 # %% ../nbs/20_report.ipynb #75f75cb9
 _HEADERS = ['', 'before', 'after', 'change']
 
 def result_rows(result)->list: # of [label, before, after, change]
     "What the pruning changed, one line each"
-    rows = [_row('layers', *_pair(result, 'n_layers'), 'd', False)]
     params = [p and p/1e6 for p in _pair(result, 'parameters')]
-    rows.append(_row('parameters (M)', *params, '.1f'))
-    text = no_path(_get(result, 'perplexity', 'text'))
-    rows.append(_row('perplexity' + (f' ({text})' if text else ''), *_pair(result, 'perplexity', 'value'), '.2f'))
-    errs = _pair(result, 'perplexity', 'stderr')
-    rows.append(_row('loss (nats/token)', *_pair(result, 'perplexity', 'loss'), '.3f', False, errs))
-    rows += [r for r in _task_rows(result)]
-    for k,label in dict(agreement='cosine of the last states with the dense model', worst='the same, worst patch', same_class='images with the same class').items():
-        if (v := _get(result, 'features', k)) is not None: rows.append(_row(label, 1., v, '.3f', False))
+    rows = [_row('layers', *_pair(result, 'n_layers'), 'd', False), _row('parameters (M)', *params, '.1f')]
+    rows += [*_text_rows(result), *_task_rows(result)]
+    found = {label: _get(result, 'features', k) for k,label in _IMAGES.items()}
+    rows += [_row(label, 1., v, '.3f', False) for label,v in found.items() if v is not None]
     return [r for r in rows if r[1:3]!=['-','-']]
 
 # %% ../nbs/20_report.ipynb #63ca712b
 _STRUCTURES = dict(diag='diagonal', lower='lower triangular', two_vectors='rank 1', thri='lower triangular')
 _WEIGHTS = dict(inv_norm='1/|y|', inv_sq_norm='1/|y|²')
-_SOLVERS = dict(lstsq='least squares', irls='reweighted least squares', closed='closed form', closed_form='closed form')
+_SOLVERS = dict(lstsq='least squares', irls='reweighted least squares', closed='closed form',
+                closed_form='closed form')
 _USUAL = (None, '', 'none', 'full', 'equal', 'uniform', 1, [])
 
-def _kind_words(result):
-    "The kind of fit in words, such as 'wide map', 'tokens weighted by 1/|y|'"
-    kind, affine, shape, rank, w, solver, ridge, behind = (_get(result, 'fit', k) for k in
-                                                           ('map', 'affine', 'structure', 'rank', 'weights', 'solver', 'ridge', 'behind'))
+def _map_words(result):
+    "The kind of map, such as 'affine rank 4 narrow map'"
+    kind, affine, shape, rank = (_get(result, 'fit', k) for k in ('map', 'affine', 'structure', 'rank'))
     shape = None if shape in _USUAL else f'rank {rank}' if shape=='rank' else _STRUCTURES.get(shape, shape)
     kind = {'state': 'unmerged', 'none': None}.get(kind, kind)
     what = ' '.join(str(o) for o in (affine and 'affine', shape, kind) if o)
-    words = [what and f'{what} map', w not in _USUAL and f'tokens weighted by {_WEIGHTS.get(w, w)}',
+    return what and f'{what} map'
+
+# %% ../nbs/20_report.ipynb #0217105c
+def _kind_words(result):
+    "The kind of fit in words, such as 'wide map', 'tokens weighted by 1/|y|'"
+    w, solver, ridge, behind = (_get(result, 'fit', k) for k in ('weights', 'solver', 'ridge', 'behind'))
+    words = [_map_words(result), w not in _USUAL and f'tokens weighted by {_WEIGHTS.get(w, w)}',
              solver not in _USUAL and f'solved by {_SOLVERS.get(solver, solver)}', ridge and f'ridge {ridge}',
              behind and f"layer{'s' if len(behind)>1 else ''} {spans(behind)} behind the cut corrected too"]
     return [w for w in words if w]
 
-# %% ../nbs/20_report.ipynb #8c1c149e
+# %% ../nbs/20_report.ipynb #7f61b746
 def _sink_words(layers, sinks):
     "'layer 11, which makes the attention sink'"
     share = as_sinks(sinks)
-    name = lambda ls: f"layer{'s' if len(ls)>1 else ''} {and_words(ls)}, which "
     made, taken = [l for l in layers if (share[l] or 1)>0], [l for l in layers if (share[l] or 1)<0]
-    made = made and name(made) + ('make' if len(made)>1 else 'makes') + ' the attention sink'
-    taken = taken and name(taken) + ('take' if len(taken)>1 else 'takes') + f" {'it' if made else 'the attention sink'} away"
-    return ', and '.join(filter(None, [made, taken]))
+    def say(ls, one, many, what):
+        layer, verb = ('layers', many) if len(ls)>1 else ('layer', one)
+        return ls and f'{layer} {and_words(ls)}, which {verb} {what}'
+    sink = 'the attention sink'
+    said = [say(made, 'makes', 'make', sink), say(taken, 'takes', 'take', f"{'it' if made else sink} away")]
+    return ', and '.join(filter(None, said))
 
+# %% ../nbs/20_report.ipynb #54ccb9fc
 def passed_over(result)->list: # of (distance, (start, end)), nearest first
     "Blocks nearer than a chosen one of their length that were left out because of the attention sink"
     chosen, prof = blocks_of(result), by_length(_get(result, 'distance', 'profile'))
     value = lambda s,e: prof[e-s][s-1] if 0<s<=len(prof.get(e-s, [])) else math.nan
     worst = lambda n: max((value(s, e) for s,e in chosen if e-s==n), default=math.nan)
-    out = [(value(s, e), (s, e)) for s,e in as_blocks(_get(result, 'distance', 'avoided')) if (s, e) not in chosen]
+    out = [(value(s, e), (s, e)) for s,e in as_blocks(_get(result, 'distance', 'avoided'))
+           if (s, e) not in chosen]
     return sorted((d, (s, e)) for d,(s,e) in out if d<worst(e-s))
 
+# %% ../nbs/20_report.ipynb #8c1c149e
 def sink_notes(result)->list: # of sentences
     "What to know about the attention sink and the choice of block"
-    sinks, out = _get(result, 'distance', 'sinks'), passed_over(result)
-    notes = []
+    sinks, out, notes = _get(result, 'distance', 'sinks'), passed_over(result), []
     for d,b in out[:1]:
         why = _sink_words(holds(b, sinks), sinks) or 'a layer of the attention sink'
-        notes.append(f'[{b[0]},{b[1]}) has the smaller distance {d:.4f} but holds {why}; set sinks: allow to take it.')
-    if len(out)>1: notes.append(f"{len(out)-1} more {'blocks' if len(out)>2 else 'block'} nearer than the chosen one "
-                                f"{'were' if len(out)>2 else 'was'} left out for the same reason.")
+        notes.append(f'[{b[0]},{b[1]}) has the smaller distance {d:.4f} but holds {why}; '
+                     'set sinks: allow to take it.')
+    if len(out)>1:
+        blocks, were = ('blocks', 'were') if len(out)>2 else ('block', 'was')
+        notes.append(f'{len(out)-1} more {blocks} nearer than the chosen one {were} left out '
+                     'for the same reason.')
     lost = [l for b in blocks_of(result) for l in holds(b, sinks)]
-    return notes + ([f'Among the removed layers: {_sink_words(lost, sinks)}. Compare with a block that leaves such layers in.'] if lost else [])
+    if lost:
+        notes.append(f'Among the removed layers: {_sink_words(lost, sinks)}. '
+                     'Compare with a block that leaves such layers in.')
+    return notes
 
-# %% ../nbs/20_report.ipynb #d8867f6c
-_JUDGES = dict(loss=('loss', 'the held-out loss after the fit', '.4f'), fit_error=('fit error', 'the held-out error of the fit', '.4f'),
+# %% ../nbs/20_report.ipynb #b08c873c
+_JUDGES = dict(loss=('loss', 'the held-out loss after the fit', '.4f'),
+               fit_error=('fit error', 'the held-out error of the fit', '.4f'),
                distance=('distance', 'the distance', '.4f'))
 
 def _choice_keys(result):
     "What is known of the candidates, the judge last"
-    return [k for k in ('distance', 'fit_error', 'loss') if any(isinstance(c.get(k), (int, float)) for c in result.get('choice') or [])]
+    return [k for k in ('distance', 'fit_error', 'loss')
+            if any(isinstance(c.get(k), (int, float)) for c in result.get('choice') or [])]
+
+# %% ../nbs/20_report.ipynb #d8867f6c
+def _no_number(x): return not isinstance(x, (int, float)) or not math.isfinite(x)
 
 def choice_rows(result)->tuple: # (rows, headers)
     "The candidates that were compared, best first by what they were judged by"
     keys = _choice_keys(result)
     if not keys: return [], []
-    bad = lambda x: not isinstance(x, (int, float)) or not math.isfinite(x)
-    order = sorted(result['choice'], key=lambda c: (bad(c.get(keys[-1])), 0 if bad(c.get(keys[-1])) else c[keys[-1]]))
-    name = lambda c: and_words(f'[{s},{e})' for s,e in blocks_of(c)) + (' (chosen)' if c.get('chosen') else '')
-    cell = lambda c,k: '-' if bad(c.get(k)) else format(c[k], _JUDGES[k][2])
-    return [[name(c), *(cell(c, k) for k in keys)] for c in order], ['candidate', *(_JUDGES[k][0] for k in keys)]
+    def rank(c): return (True, 0) if _no_number(c.get(keys[-1])) else (False, c[keys[-1]])
+    def name(c):
+        return and_words(f'[{s},{e})' for s,e in blocks_of(c)) + (' (chosen)' if c.get('chosen') else '')
+    def cell(c, k): return '-' if _no_number(c.get(k)) else format(c[k], _JUDGES[k][2])
+    rows = [[name(c), *(cell(c, k) for k in keys)] for c in sorted(result['choice'], key=rank)]
+    return rows, ['candidate', *(_JUDGES[k][0] for k in keys)]
 
+# %% ../nbs/20_report.ipynb #cba94422
 def choice_note(result)->str:
     "By what the candidates were judged"
     keys = _choice_keys(result)
     return f"{len(result['choice'])} candidates, judged by {_JUDGES[keys[-1]][1]}." if keys else ''
 
-# %% ../nbs/20_report.ipynb #91267c5a
-_UNITS = dict(mse='squared error', lm='nats', kd='nats')
-_RUNGS = dict(fold='the weights that take the maps', layer='the layer before each cut', cut='the layers on both sides of each cut',
-              lora='low-rank adapters on all linear layers', qlora='low-rank adapters on all linear layers, beside 4 bit weights')
-
+# %% ../nbs/20_report.ipynb #96d556ab
 def was_trained(result)->bool:
     "Were weights of the pruned model trained?"
     return bool(result.get('recovery') or result.get('training'))
 
+# %% ../nbs/20_report.ipynb #91267c5a
+_UNITS = dict(mse='squared error', lm='nats', kd='nats')
+
+def _network(result):
+    "A network that was trained in the place of the layers, told as a rung is"
+    t, rungs = result.get('training') or {}, result.get('recovery') or []
+    if not t.get('network'): return []
+    alone = t.get('tokens', 0) - sum(r.get('trained', 0) for r in rungs)
+    return [dict(name=f"network ({t['network']})", parameters=t.get('parameters'), trained=alone,
+                 loss_before=t.get('before'), loss_after=t.get('after'),
+                 loss=t.get('loss'), seconds=t.get('seconds'))]
+
+def _training_row(r):
+    counts = [_num(r.get(k), ',') for k in ('parameters', 'trained')]
+    losses = [_num(r.get(k), '.4g') for k in ('loss_before', 'loss_after')]
+    unit = _UNITS.get(r.get('loss'), 'nats')
+    return [r.get('name', '-'), *counts, *losses, unit, _num(r.get('seconds'), '.1f')]
+
+# %% ../nbs/20_report.ipynb #83218fab
 def training_rows(result)->tuple: # (rows, headers)
     "What was trained, on how much, and what it brought"
-    t, rungs = result.get('training') or {}, result.get('recovery') or []
-    alone = t.get('tokens', 0) - sum(r.get('trained', 0) for r in rungs)
-    network = [dict(name=f"network ({t['network']})", parameters=t.get('parameters'), trained=alone, loss_before=t.get('before'), loss_after=t.get('after'),
-                    loss=t.get('loss'), seconds=t.get('seconds'))] if t.get('network') else []
-    def row(r):
-        n, k, before, after, s = (r.get(key) for key in ('parameters', 'trained', 'loss_before', 'loss_after', 'seconds'))
-        return [r.get('name', '-'), _num(n, ','), _num(k, ','), _num(before, '.4g'), _num(after, '.4g'), _UNITS.get(r.get('loss'), 'nats'), _num(s, '.1f')]
-    rows = [row(r) for r in [*network, *rungs]]
-    return (rows, ['trained', 'weights', 'tokens', 'held-out loss before', 'after', 'unit', 'seconds']) if rows else ([], [])
+    rows = [_training_row(r) for r in [*_network(result), *(result.get('recovery') or [])]]
+    headers = ['trained', 'weights', 'tokens', 'held-out loss before', 'after', 'unit', 'seconds']
+    return (rows, headers) if rows else ([], [])
+
+# %% ../nbs/20_report.ipynb #9f115494
+_RUNGS = dict(fold='the weights that take the maps', layer='the layer before each cut',
+              cut='the layers on both sides of each cut',
+              lora='low-rank adapters on all linear layers',
+              qlora='low-rank adapters on all linear layers, beside 4 bit weights')
+
+def _rung_words(r):
+    what, on = _RUNGS.get(r.get('name'), r.get('name')), f"on {_num(r.get('trained'), ',')} tokens"
+    before, after = r.get('loss_before'), r.get('loss_after')
+    learnt = f'Afterwards {what} learnt {on} to say what the dense model says'
+    if before is None or after is None: return learnt + '.'
+    if after<before:
+        return (f'{learnt}: the divergence from it on held-out texts went from {before:.4g} to {after:.4g} '
+                'nats a token.')
+    return (f'Training {what} {on} did not lower the divergence from the dense model on held-out texts, '
+            'so nothing was changed.')
 
 def training_words(result)->str: # '' where nothing was trained
     "The trainings that followed, in a sentence each"
-    words = []
-    for r in result.get('recovery') or []:
-        what, on, before, after = _RUNGS.get(r.get('name'), r.get('name')), f"on {_num(r.get('trained'), ',')} tokens", r.get('loss_before'), r.get('loss_after')
-        if before is None or after is None: words.append(f'Afterwards {what} learnt {on} to say what the dense model says.')
-        elif after<before:
-            words.append(f"Afterwards {what} learnt {on} to say what the dense model says: the divergence from it on held-out texts went from "
-                         f"{before:.4g} to {after:.4g} nats a token.")
-        else: words.append(f"Training {what} {on} did not lower the divergence from the dense model on held-out texts, so nothing was changed.")
-    return ' '.join(words)
+    return ' '.join(map(_rung_words, result.get('recovery') or []))
 
 # %% ../nbs/20_report.ipynb #f4be8318
 def _block_text(result, blocks=None):
@@ -223,6 +275,7 @@ def _fit_text(result):
     error = '' if e is None else f'fit error {e:.3f}' + (f' (plain removal {r:.3f})' if r is not None else '')
     return ', '.join(filter(None, [*_kind_words(result), error]))
 
+# %% ../nbs/20_report.ipynb #3f0bfe4a
 def _cost_lines(result):
     "Seconds by stage, and memory"
     sec, peak, base = result.get('seconds') or {}, result.get('peak_memory'), result.get('loaded_memory')
@@ -232,16 +285,24 @@ def _cost_lines(result):
     return lines + ([f'peak memory: {peak/1e9:.2f} GB{above}'] if peak else [])
 
 # %% ../nbs/20_report.ipynb #0afd5f7e
+def _parts(result, table, notes):
+    "Head, notes and tables of a result, without what it cost"
+    head = [f'{model_name(result)}: {_block_text(result)} removed', result.get('method'), _fit_text(result)]
+    yield ', '.join(filter(None, head))
+    if notes and sink_notes(result): yield ' '.join(sink_notes(result))
+    yield table(result_rows(result), _HEADERS)
+    choice, headers = choice_rows(result)
+    if choice: yield from (choice_note(result), table(choice, headers))
+    if was_trained(result): yield table(*training_rows(result))
+
+# %% ../nbs/20_report.ipynb #dd10c776
 def results_table(result, # as saved in `replaceme.json`
                   markdown=False, # for a README instead of a terminal?
                   notes=True, # with the sentences about the attention sink?
                  )->str:
     "What was done, before and after, and what it cost"
-    table, cost, (choice, headers) = markdown_table if markdown else text_table, _cost_lines(result), choice_rows(result)
-    head = [f'{model_name(result)}: {_block_text(result)} removed', result.get('method'), _fit_text(result)]
-    parts = [', '.join(filter(None, head)), *([' '.join(sink_notes(result))] if notes and sink_notes(result) else []), table(result_rows(result), _HEADERS)]
-    if choice: parts += [choice_note(result), table(choice, headers)]
-    if was_trained(result): parts.append(table(*training_rows(result)))
+    cost = _cost_lines(result)
+    parts = _parts(result, markdown_table if markdown else text_table, notes)
     return '\n\n'.join([*parts, *(cost if markdown else ['\n'.join(cost)])]).rstrip() + '\n'
 
 # %% ../nbs/20_report.ipynb #4bc421a5
@@ -255,68 +316,96 @@ def _data_text(result):
     data = c.get('dataset') or 'calibration text'
     names = data if isinstance(data, (list, tuple)) else [data]
     what = and_words('text that the model wrote itself' if d=='self' else no_path(str(d)) for d in names)
+    if not ('texts' in c and 'tokens' in c): return what
     units = ('images', 'patches') if result.get('kind')=='images' else ('texts', 'tokens')
-    return what + (f" ({c['texts']} {units[0]}, {c['tokens']:,} {units[1]})" if 'texts' in c and 'tokens' in c else '')
+    return what + f" ({c['texts']} {units[0]}, {c['tokens']:,} {units[1]})"
 
-# %% ../nbs/20_report.ipynb #7e5ae55b
-PAPERS = dict(uidl=('UIDL', '2403.17887'), shortgpt=('ShortGPT', '2403.03853'), laco=('LaCo', '2402.11187'), linearpatch=('LinearPatch', '2505.24680'),
-              streamline=('LLM-Streamline', '2403.19135'))
-_CHOSE = dict(uidl='across which the last token of a text turns least', linearpatch='whose two ends are nearest to each other over all tokens',
-             streamline='across which the cosine over all tokens is largest')
+# %% ../nbs/20_report.ipynb #08bd47b8
+_CHOSE = dict(uidl='across which the last token of a text turns least',
+              linearpatch='whose two ends are nearest to each other over all tokens',
+              streamline='across which the cosine over all tokens is largest')
+_LACO = ('The differences between their weights and those of the layer that takes them were added to '
+         'that layer, which keeps its shape.')
+_PATCH = ("Behind layer {before} stands a matrix of its own, H diag(r) H' with {basis}, which brings each "
+          "channel of that basis to the mean magnitude it has behind the removed layers. No weight can take "
+          "it{cost}, so loading the model takes trust_remote_code=True.")
 _INSTEAD = dict(uidl='Nothing stands in their place.', shortgpt='Nothing stands in their place.',
-                laco='The differences between their weights and those of the layer that takes them were added to that layer, which keeps its shape.',
-                linearpatch="Behind layer {before} stands a matrix of its own, H diag(r) H' with {basis}, which brings each channel of that basis to the mean "
-                            "magnitude it has behind the removed layers. No weight can take it{cost}, so loading the model takes trust_remote_code=True.",
-                streamline='{network}')
+                laco=_LACO, linearpatch=_PATCH, streamline='{network}')
 _NETWORKS = dict(layer='Layer {before} was trained to stand for itself and them.',
                  none='Nothing stands in their place, and nothing was trained for it.')
-_SMALL = 'Behind layer {before} stands a small network of its own ({kind}{cost}) that was trained in their place, so loading the model takes trust_remote_code=True.'
-
+_SMALL = ('Behind layer {before} stands a small network of its own ({kind}{cost}) that was trained in '
+          'their place, so loading the model takes trust_remote_code=True.')
 def _no_map(result): return _get(result, 'fit', 'map')=='none'
+
+# %% ../nbs/20_report.ipynb #7e5ae55b
+PAPERS = dict(uidl=('UIDL', '2403.17887'), shortgpt=('ShortGPT', '2403.03853'), laco=('LaCo', '2402.11187'),
+              linearpatch=('LinearPatch', '2505.24680'),
+              streamline=('LLM-Streamline', '2403.19135'))
 
 def is_peer(result)->bool:
     "Was the result made by one of the methods that ReplaceMe is compared with?"
     return result.get('method') in PAPERS
 
+# %% ../nbs/20_report.ipynb #86160d89
+def _tries(result): return _get(result, 'peer', 'tries') or []
+
 def collapses(result)->list: # of (layer, layers it took, cosine)
     "What LaCo collapsed into what"
-    return [(t['layer'], t['takes'], t['cosine']) for t in _get(result, 'peer', 'tries') or [] if t.get('accepted')]
+    return [(t['layer'], t['takes'], t['cosine']) for t in _tries(result) if t.get('accepted')]
 
+def try_rows(result)->tuple: # (rows, headers)
+    "The collapses that LaCo tried, in their order"
+    rows = [[str(t['layer']), spans(t['takes']), f"{t['cosine']:.4f}",
+             'kept' if t.get('accepted') else 'refused'] for t in _tries(result)]
+    return (rows, ['layer', 'takes', 'cosine', '']) if rows else ([], [])
+
+# %% ../nbs/20_report.ipynb #8a5ddd05
+def _shortgpt_choice(result, what):
+    value, low = _get(result, 'distance', 'value'), _get(result, 'peer', 'passed')
+    total = f' Their influences add up to {value:.4f}.' if value is not None else ''
+    stays = ' Layer 0 was among the lowest, but the first layer stays.' if low else ''
+    return (f'removed {what}: those that turn the hidden state least, each taken by itself, wherever they '
+            f'are.{total}{stays}')
+
+def _laco_choice(result, what):
+    each = and_words(f'{spans(took)} into {l} (cosine {c:.4f})' for l,took,c in collapses(result))
+    limit = _get(result, 'peer', 'threshold')
+    kept = ('' if limit is None else ' A collapse was kept when the cosine of the last hidden states '
+            f"with the dense model's exceeded {limit:g}.")
+    return f'collapsed into layers before them {what}' + (f': {each}.' if each else '.') + kept
+
+# %% ../nbs/20_report.ipynb #1f00d9cd
 def _peer_choice(result):
     "Which layers went, and why these"
-    what, value, metric = f'({_block_text(result)})', _get(result, 'distance', 'value'), _get(result, 'distance', 'metric')
+    value, metric = (_get(result, 'distance', k) for k in ('value', 'metric'))
+    what = f'({_block_text(result)})'
     much = f' ({metric} distance {value:.4f})' if value is not None else ''
-    if result['method']=='shortgpt':
-        sum_ = f' Their influences add up to {value:.4f}.' if value is not None else ''
-        stays = ' Layer 0 was among the lowest, but the first layer stays.' if _get(result, 'peer', 'passed') else ''
-        return f'removed {what}: those that turn the hidden state least, each taken by itself, wherever they are.{sum_}{stays}'
-    if result['method']=='laco':
-        each = and_words(f'{spans(took)} into {l} (cosine {c:.4f})' for l,took,c in collapses(result))
-        limit = _get(result, 'peer', 'threshold')
-        kept = '' if limit is None else f' A collapse was kept when the cosine of the last hidden states with the dense model\'s exceeded {limit:g}.'
-        return f'collapsed into layers before them {what}' + (f': {each}.' if each else '.') + kept
-    if _get(result, 'peer', 'simple'): return f'removed {what}: the deepest ones but the last, whatever the text.'
+    if result['method']=='shortgpt': return _shortgpt_choice(result, what)
+    if result['method']=='laco': return _laco_choice(result, what)
+    if _get(result, 'peer', 'simple'):
+        return f'removed {what}: the deepest ones but the last, whatever the text.'
     return f'removed {what}: those {_CHOSE[result["method"]]}{much}.'
+
+# %% ../nbs/20_report.ipynb #87d29092
+_MIXED = 'H a Hadamard matrix mixed with a cosine transform, since none is known for this width'
+
+def _instead(result):
+    "What stands in the place of the layers that a peer removed"
+    kind, cost = _get(result, 'peer', 'network'), _get(result, 'fit', 'cost')
+    before = and_words(s-1 for s,_ in blocks_of(result))
+    network = _NETWORKS.get(kind, _SMALL).format(before=before, kind=kind, cost=f', {cost}' if cost else '')
+    basis = 'H the Hadamard matrix' if _get(result, 'peer', 'hadamard') is not False else _MIXED
+    cost = f' ({cost})' if cost else ''
+    return _INSTEAD[result['method']].format(before=before, cost=cost, network=network, basis=basis)
 
 # %% ../nbs/20_report.ipynb #86830207
 def peer_words(result)->str: # '' where the method is not a peer's
     "What a peer's method did, in sentences"
     if not is_peer(result): return ''
-    hadamard = _get(result, 'peer', 'hadamard')
-    kind = _get(result, 'peer', 'network')
-    cost, before = _get(result, 'fit', 'cost'), and_words(s-1 for s,_ in blocks_of(result))
-    network = _NETWORKS.get(kind, _SMALL).format(before=before, kind=kind, cost=f', {cost}' if cost else '')
-    words = dict(before=before, cost=f' ({cost})' if cost else '', network=network,
-                 basis='H the Hadamard matrix' if hadamard is not False else 'H a Hadamard matrix mixed with a cosine transform, since none is known for this width')
     on = '' if _get(result, 'peer', 'simple') else f' Measured on {_data_text(result)}.'
-    return f'Layers {_layer_names(result)} were {_peer_choice(result)} {_INSTEAD[result["method"]].format(**words)}{on}'
+    return f'Layers {_layer_names(result)} were {_peer_choice(result)} {_instead(result)}{on}'
 
-def try_rows(result)->tuple: # (rows, headers)
-    "The collapses that LaCo tried, in their order"
-    rows = [[str(t['layer']), spans(t['takes']), f"{t['cosine']:.4f}", 'kept' if t.get('accepted') else 'refused'] for t in _get(result, 'peer', 'tries') or []]
-    return (rows, ['layer', 'takes', 'cosine', '']) if rows else ([], [])
-
-# %% ../nbs/20_report.ipynb #ec0eb66b
+# %% ../nbs/20_report.ipynb #55650d5a
 def _advise_depth(result):
     "More layers or fewer?"
     before, after = _pair(result, 'perplexity', 'value')
@@ -327,55 +416,67 @@ def _advise_depth(result):
         yield f'{change} Half as many layers usually cost less than half of that: try layers_to_skip: {n//2}.'
     elif after < 1.15*before: yield f'{change} There is room: try layers_to_skip: {n+2}.'
 
+# %% ../nbs/20_report.ipynb #ec0eb66b
+def _close_blocks(result, s, e, within):
+    "Blocks as long as [s,e) and almost as near, nearest first"
+    d, sinks = by_length(_get(result, 'distance', 'profile')).get(e-s, []), _get(result, 'distance', 'sinks')
+    if not s<=len(d): return []
+    near = [(x, i) for i,x in enumerate(d, 1) if i!=s and x <= d[s-1]*(1+within)]
+    return [(i, i+e-s) for x,i in sorted(near) if not holds((i, i+e-s), sinks)]
+
 def _advise_block(result, within=.03):
     "Is the choice of block settled?"
-    blocks, prof = blocks_of(result), by_length(_get(result, 'distance', 'profile'))
+    blocks = blocks_of(result)
     if len(blocks)!=1 or 'loss' in _choice_keys(result) or is_peer(result): return
-    (s, e), d = blocks[0], prof.get(blocks[0][1]-blocks[0][0], [])
-    if not s<=len(d): return
-    close = sorted((x, i) for i,x in enumerate(d, 1) if i!=s and x <= d[s-1]*(1+within)
-                   and not holds((i, i+e-s), _get(result, 'distance', 'sinks')))[:3]
-    names = ', '.join(f'[{i},{i+e-s})' for x,i in close)
-    if close: yield (f'By distance {names} come within {within:.0%} of [{s},{e}). The distance does not settle such a '
-                     'choice; the perplexity after the fit does, so compare them.')
+    (s, e), close = blocks[0], _close_blocks(result, *blocks[0], within)[:3]
+    names = ', '.join(f'[{i},{j})' for i,j in close)
+    if close:
+        yield (f'By distance {names} come within {within:.0%} of [{s},{e}). The distance does not settle '
+               'such a choice; the perplexity after the fit does, so compare them.')
 
-# %% ../nbs/20_report.ipynb #753965bd
+# %% ../nbs/20_report.ipynb #a30c1f87
 def _advise_data(result):
     "Enough text, and the right one?"
     data, tokens = _get(result, 'calibration', 'dataset'), _get(result, 'calibration', 'tokens')
-    if tokens and tokens<200_000 and _get(result, 'fit', 'map')!='none' and not is_peer(result):
-        yield (f'The map was fitted on {tokens:,} tokens. The rule of thumb is the hidden width squared: a larger '
-               'dataset_size costs time alone and mostly lowers the perplexity.')
+    text = _get(result, 'perplexity', 'text')
+    if tokens and tokens<200_000 and not _no_map(result) and not is_peer(result):
+        yield (f'The map was fitted on {tokens:,} tokens. The rule of thumb is the hidden width squared: '
+               'a larger dataset_size costs time alone and mostly lowers the perplexity.')
     if data=='self' and tokens!=0:
-        yield ('The calibration text is what the model wrote itself. Text of the kind you will use the model for '
-               'decides what survives: try it as dataset.')
-    elif data and (text := _get(result, 'perplexity', 'text')) in (data if isinstance(data, list) else [data]):
+        yield ('The calibration text is what the model wrote itself. Text of the kind you will use the model '
+               'for decides what survives: try it as dataset.')
+    elif data and text in (data if isinstance(data, list) else [data]):
         yield f'{no_path(text)} served to fit and to judge. Judge on another text as well.'
 
+# %% ../nbs/20_report.ipynb #753965bd
 def _advise_fit(result):
     "Does the map help, and is perplexity all that is known?"
     if is_peer(result):
-        yield f'{PAPERS[result["method"]][0]} fits no map in closed form: method: auto removes as many layers and fits one, to the same text.'
-    elif _get(result, 'fit', 'map')=='none':
-        yield 'Nothing stands in for the removed layers: method: auto fits a map, and method: lstsq a simple one.'
+        yield (f'{PAPERS[result["method"]][0]} fits no map in closed form: method: auto removes as many '
+               'layers and fits one, to the same text.')
+    elif _no_map(result):
+        yield ('Nothing stands in for the removed layers: method: auto fits a map, '
+               'and method: lstsq a simple one.')
         return
     e, r = _get(result, 'fit', 'error'), _get(result, 'fit', 'removal_error')
     if e is not None and r and e>.95*r:
         yield (f'The map leaves an error of {e:.3f} where plain removal leaves {r:.3f}: it hardly helps. '
                'More calibration text or another block may change that.')
     if not result.get('tasks') and result.get('kind')!='images':
-        yield ('Perplexity says how well the model reads, not what it can still do: give tasks, and run '
-               'evaluate_model --config with the same file.')
+        yield ('Perplexity says how well the model reads, not what it can still do: give tasks, '
+               'and run evaluate_model --config with the same file.')
 
+# %% ../nbs/20_report.ipynb #ed51003e
 def suggestions(result)->list: # sentences
     "What to try next, from what this result shows"
     return [s for f in (_advise_depth, _advise_block, _advise_fit, _advise_data) for s in f(result)]
 
-# %% ../nbs/20_report.ipynb #0703f8cc
+# %% ../nbs/20_report.ipynb #30f1a490
 def shown_config(result)->dict:
     "The config to show: without secrets, empty keys and this machine's paths"
     return {k: no_path(v) for k,v in (result.get('config') or {}).items() if v is not None and k!='token'}
 
+# %% ../nbs/20_report.ipynb #0703f8cc
 def hub_id(name)->str|None:
     "A model's name, if a hub knows models by such names, and nothing here has it"
     from huggingface_hub.utils import validate_repo_id, HFValidationError
@@ -384,154 +485,228 @@ def hub_id(name)->str|None:
     except HFValidationError: return
     return None if name.endswith('.gguf') or Path(name).exists() or not name else name
 
-# %% ../nbs/20_report.ipynb #de443205
+# %% ../nbs/20_report.ipynb #c488fa82
 def _measured(v): return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
 
-def eval_results(result)->list: # of `EvalResult`
-    "What was measured of the pruned model, as a hub reads it"
+def _text_results(result, task): # of `EvalResult`
     from huggingface_hub import EvalResult
-    p, conf, task = result.get('perplexity') or {}, result.get('config') or {}, 'text-generation'
+    p, conf = result.get('perplexity') or {}, result.get('config') or {}
     text, value = str(no_path(p.get('text') or 'text')), _get(p, 'after', 'value')
+    if not _measured(value): return
     args = {k: v for k,v in dict(tokens=p.get('tokens'), piece_length=conf.get('eval_length')).items() if v}
-    where = dict(dataset_type=text, dataset_name=text, dataset_args=args or None)
-    where |= dict(dataset_config=conf.get('eval_subset'), dataset_split=conf.get('eval_split'))
-    found = [EvalResult(task, metric_type='perplexity', metric_value=value, **where)] if _measured(value) else []
+    yield EvalResult(task, metric_type='perplexity', metric_value=value, dataset_type=text, dataset_name=text,
+                     dataset_args=args or None, dataset_config=conf.get('eval_subset'),
+                     dataset_split=conf.get('eval_split'))
+
+# %% ../nbs/20_report.ipynb #b6df2225
+def _score_results(result, task): # of `EvalResult`
+    from huggingface_hub import EvalResult
     for t,row in (_get(result, 'tasks', 'after') or {}).items():
+        known = dict(num_few_shot=row.get('shots'), samples=row.get('samples'))
+        args = {k: n for k,n in known.items() if n is not None}
         for m,v in row.items():
             if m in ('shots', 'samples') or '_stderr' in m or not _measured(v): continue
-            args = {k: row[j] for k,j in dict(num_few_shot='shots', samples='samples').items() if row.get(j) is not None}
-            found.append(EvalResult(task, t, t, m.split(',')[0], v, metric_name=m, dataset_args=args or None))
-    return found
+            yield EvalResult(task, t, t, m.split(',')[0], v, metric_name=m, dataset_args=args or None)
+
+# %% ../nbs/20_report.ipynb #de443205
+def eval_results(result)->list: # of `EvalResult`
+    "What was measured of the pruned model, as a hub reads it"
+    return [r for f in (_text_results, _score_results) for r in f(result, 'text-generation')]
 
 # %% ../nbs/20_report.ipynb #08d21d1c
+def _card_name(result, found):
+    "A hub wants a name where there are results"
+    n = _pair(result, 'n_layers')
+    title = model_name(result) + (f', {n[1]} of {n[0]} layers' if all(n) else '')
+    return dict(model_name=title) if found else {}
+
+def _card_kind(result, base):
+    "The library that loads it, and what for"
+    if _get(result, 'config', 'save_transform_only'): return dict(library_name='replaceme', pipeline_tag=None)
+    kind = 'image-feature-extraction' if result.get('kind')=='images' else 'text-generation'
+    return dict(library_name='transformers', pipeline_tag=base.get('task') or kind)
+
+# %% ../nbs/20_report.ipynb #0083bb48
 def front_matter(result)->str: # YAML between two lines of dashes
     "What a hub reads from a model card"
     from huggingface_hub import ModelCardData
-    base = result.get('base') or dict(id=hub_id(result.get('model')))
-    alone, images, n = _get(result, 'config', 'save_transform_only'), result.get('kind')=='images', _pair(result, 'n_layers')
+    base, found = result.get('base') or dict(id=hub_id(result.get('model'))), eval_results(result)
     tags = ['replaceme', 'depth-pruning', 'pruned', *([] if was_trained(result) else ['training-free'])]
-    kind = base.get('task') or ('image-feature-extraction' if images else 'text-generation')
-    found = eval_results(result)
-    name = dict(model_name=model_name(result) + (f', {n[1]} of {n[0]} layers' if all(n) else '')) if found else {}
-    data = ModelCardData(base_model=base.get('id'), library_name='replaceme' if alone else 'transformers', tags=tags,
-                         pipeline_tag=None if alone else kind, eval_results=found or None, **name,
-                         **{k: base.get(k) for k in ('license', 'license_name', 'license_link')})
+    rights = {k: base.get(k) for k in ('license', 'license_name', 'license_link')}
+    data = ModelCardData(base_model=base.get('id'), tags=tags, eval_results=found or None, **rights,
+                         **_card_name(result, found), **_card_kind(result, base))
+    alone = _get(result, 'config', 'save_transform_only')
     if base.get('id'): data.base_model_relation = 'adapter' if alone else 'finetune'
     return f'---\n{data.to_yaml()}\n---\n'
 
-# %% ../nbs/20_report.ipynb #23c1627d
+# %% ../nbs/20_report.ipynb #3e67395b
 _LSTSQ, _COSINE = r'\lVert {p} - (B{t} - A{t}) \rVert^2', r'1 - \cos({p}, {y})'
 _FORMULAS = dict( # of each kind of map: what is sought, what it predicts, what is folded
-    narrow=('T', 'M{t} T', r'W_{down} \leftarrow T^{*\top} W_{down}'), wide=('W', r'H{t} W^\top', r'W_{down} \leftarrow W^*'),
+    narrow=('T', 'M{t} T', r'W_{down} \leftarrow T^{*\top} W_{down}'),
+    wide=('W', r'H{t} W^\top', r'W_{down} \leftarrow W^*'),
     state=('T', 'S{t} T', r'S \leftarrow S T^*'))
 
 def _method(result):
     "'lstsq' or 'cosine' where the formula is known, otherwise None"
     method, loss = result.get('method'), _get(result, 'fit', 'loss') or _get(result, 'config', 'loss')
-    return dict(lstsq='lstsq', auto='lstsq', cosine='cosine' if loss in (None, 'cosine') else None).get(method)
+    if method=='cosine': return 'cosine' if loss in (None, 'cosine') else None
+    return 'lstsq' if method in ('lstsq', 'auto') else None
 
+# %% ../nbs/20_report.ipynb #23c1627d
+def _sum_text(result):
+    if _method(result)=='cosine': return r'\sum_t '
+    return '' if _get(result, 'fit', 'weights') in _USUAL else r'\sum_t w_t '
+
+def _term(result, p):
+    "What is minimised, of one token or of all; `p` is what the map predicts"
+    t, y = '_t' if _sum_text(result) else '', 'B_t - A_t'
+    if _get(result, 'fit', 'affine'): p += ' + b'
+    if _method(result)=='cosine' and _get(result, 'config', 'accurate'): p, y = p+' + A_t', 'B_t'
+    found = _LSTSQ if _method(result)=='lstsq' else _COSINE
+    found = found.replace('{p}', p).replace('{y}', y).replace('{t}', t)
+    return found.replace(f'(B{t} - A{t})', 'B'+t) if _get(result, 'fit', 'map')=='state' else found
+
+# %% ../nbs/20_report.ipynb #5dc96aec
 def _formula(result)->str:
     "What was minimised and what was folded, as TeX, or '' where the method has no such formula"
-    method, kind, alpha, w = _method(result), *(_get(result, 'fit', k) for k in ('map', 'alpha', 'weights'))
-    if not method: return ''
-    what, p, fold = _FORMULAS.get(kind, _FORMULAS['narrow'])
-    if _get(result, 'fit', 'affine'): p += ' + b'
-    y, each = 'B_t - A_t', r'\sum_t ' if method=='cosine' else '' if w in _USUAL else r'\sum_t w_t '
-    if method=='cosine' and _get(result, 'config', 'accurate'): p, y = p+' + A_t', 'B_t'
-    found = (_LSTSQ if method=='lstsq' else _COSINE).replace('{p}', p).replace('{y}', y).replace('{t}', '_t' if each else '')
+    if not _method(result): return ''
+    alpha, affine = _get(result, 'fit', 'alpha'), _get(result, 'fit', 'affine')
+    what, p, fold = _FORMULAS.get(_get(result, 'fit', 'map'), _FORMULAS['narrow'])
     ridge = rf' + {alpha:g}\,\lVert T \rVert^2' if isinstance(alpha, (int, float)) and alpha else ''
-    if kind=='state': found = found.replace('(B_t - A_t)' if each else '(B - A)', 'B_t' if each else 'B')
-    sought = (what, f'{{{what},b}}')['+ b' in p]
-    return rf"{what}^*{', b^*' if '+ b' in p else ''} = \arg\min_{sought} {each}{found}{ridge} \qquad {fold}"
+    best, sought = (f'{what}^*, b^*', f'{{{what},b}}') if affine else (f'{what}^*', what)
+    return rf"{best} = \arg\min_{sought} {_sum_text(result)}{_term(result, p)}{ridge} \qquad {fold}"
 
 # %% ../nbs/20_report.ipynb #ee72a776
-_STORY = """Layers {layers} were removed: {block}, {chosen}. {maps}, fitted on {data}{untrained}:
+_PAPER = '([ReplaceMe, arXiv 2505.02819](https://arxiv.org/abs/2505.02819))'
+_STORY = '\n\n'.join(["Layers {layers} were removed: {block}, {chosen}. {maps}, fitted on {data}{untrained}:",
+                      '$$ {formula} $$',
+                      '{given}, $B$ the stream after the removed layers{letters}. {where} ' + _PAPER + '.'])
+_PLAIN = ("Layers {layers} were removed ({block}, {metric} distance {value}), with the method `{method}` "
+          "on {data}.")
 
-$$ {formula} $$
-
-{given}, $B$ the stream after the removed layers{letters}. {where} ([ReplaceMe, arXiv 2505.02819](https://arxiv.org/abs/2505.02819))."""
-
-_PLAIN = "Layers {layers} were removed ({block}, {metric} distance {value}), with the method `{method}` on {data}."
-
-# %% ../nbs/20_report.ipynb #4d38b3cc
+# %% ../nbs/20_report.ipynb #91f22f56
 def _chosen_text(result):
     "Why these blocks"
-    keys, metric, value = _choice_keys(result), _get(result, 'distance', 'metric') or '', _num(_get(result, 'distance', 'value'), '.4f')
     if _get(result, 'config', 'blocks'): return 'as the configuration asked for'
-    if keys: return f"chosen among {len(result['choice'])} candidates by {_JUDGES[keys[-1]][1]} ({metric} distance {value})"
-    return f'chosen because the hidden state changes least across {"them" if len(blocks_of(result))>1 else "it"} ({metric} distance {value})'
+    keys, metric = _choice_keys(result), _get(result, 'distance', 'metric') or ''
+    much = f"({metric} distance {_num(_get(result, 'distance', 'value'), '.4f')})"
+    if keys: return f"chosen among {len(result['choice'])} candidates by {_JUDGES[keys[-1]][1]} {much}"
+    them = 'them' if len(blocks_of(result))>1 else 'it'
+    return f'chosen because the hidden state changes least across {them} {much}'
 
 def _details(result):
     "What is to be said of the fit beyond its formula"
-    kinds, chosen = _kind_words(result), _get(result, 'ridge', 'chosen')
-    fit = f"The fit: {', '.join(kinds)}." if kinds else None
-    ridge = 'The ridge was chosen by the error on held-out tokens.' if isinstance(chosen, (int, float)) else None
-    return [*filter(None, [fit, ridge]), *sink_notes(result)]
+    kinds = _kind_words(result)
+    if kinds: yield f"The fit: {', '.join(kinds)}."
+    if isinstance(_get(result, 'ridge', 'chosen'), (int, float)):
+        yield 'The ridge was chosen by the error on held-out tokens.'
+    yield from sink_notes(result)
 
-_FOLDED = "The map is folded into {the} output projection, so the model is an ordinary checkpoint with fewer layers and no new parameters"
-_BESIDE = "The map is a matrix of its own behind the layer before the cut{cost}, so loading the model takes `trust_remote_code=True`"
+# %% ../nbs/20_report.ipynb #54bb8664
+_FOLDED = ("The map is folded into {the} output projection, so the model is an ordinary checkpoint with "
+           "fewer layers and no new parameters")
+_BESIDE = ("The map is a matrix of its own behind the layer before the cut{cost}, so loading the model takes "
+           "`trust_remote_code=True`")
 
 def _where_words(result):
     "Where the map is now"
-    if _get(result, 'fit', 'map')!='state': return _FOLDED.format(the=f"{n}, which is the MLP's" if (n := _get(result, 'fit', 'writes')) else "that MLP's")
-    cost = _get(result, 'fit', 'cost')
-    return _BESIDE.format(cost=f' ({cost})' if cost else '')
+    cost, writes = _get(result, 'fit', 'cost'), _get(result, 'fit', 'writes')
+    if _get(result, 'fit', 'map')=='state': return _BESIDE.format(cost=f' ({cost})' if cost else '')
+    return _FOLDED.format(the=f"{writes}, which is the MLP's" if writes else "that MLP's")
 
+# %% ../nbs/20_report.ipynb #9290b001
 def _peer_story(result):
     "The story of a peer's method, with its paper"
     name, paper = PAPERS[result['method']]
     trained = '' if was_trained(result) else ' Nothing was trained'
     return f'{peer_words(result)}{trained} ([{name}, arXiv {paper}](https://arxiv.org/abs/{paper})).'
 
+def _letters(result):
+    "The letters of the formula: the given stream or output, and what else there is"
+    a = 'each' if len(blocks_of(result))>1 else 'the'
+    given = f'$M$ is the output of the MLP of the last layer before {a} cut, $A$ the stream it is added to'
+    if _get(result, 'fit', 'map')=='state': given = f'$S$ is the stream at {a} cut'
+    wide = ', $H$ what the last matrix of that MLP reads' if _get(result, 'fit', 'map')=='wide' else ''
+    bias = ', $b$ a bias that is folded in as well' if _get(result, 'fit', 'affine') else ''
+    return given, wide+bias
+
+# %% ../nbs/20_report.ipynb #b2d9908c
+def _story(result):
+    "What was fitted, with its formula, or where there is none what was done"
+    several, (given, letters) = len(blocks_of(result))>1, _letters(result)
+    how = ', fitted in closed form on' if _method(result)=='lstsq' else ', fitted on'
+    value, metric = _num(_get(result, 'distance', 'value'), '.4f'), _get(result, 'distance', 'metric') or ''
+    words = dict(layers=_layer_names(result), block=_block_text(result), data=_data_text(result), value=value,
+                 chosen=_chosen_text(result), metric=metric, method=result.get('method'),
+                 maps=f"One linear map stands in for {'each block' if several else 'them'}",
+                 formula=_formula(result), given=given, letters=letters, where=_where_words(result),
+                 untrained='' if was_trained(result) else ', without any training')
+    return (_STORY if words['formula'] else _PLAIN).replace(', fitted on', how).format(**words)
+
+# %% ../nbs/20_report.ipynb #4d38b3cc
 def story(result)->str: # Markdown
     "What was done to the model, in a paragraph and a formula"
-    if is_peer(result): return '\n\n'.join([_peer_story(result), *filter(None, [' '.join(sink_notes(result)), training_words(result)])])
-    several = len(blocks_of(result))>1
-    how = ', fitted in closed form on' if _method(result)=='lstsq' else ', fitted on'
-    letters = [', $H$ what the last matrix of that MLP reads'] if _get(result, 'fit', 'map')=='wide' else []
-    state, a = _get(result, 'fit', 'map')=='state', 'each' if several else 'the'
-    given = f'$S$ is the stream at {a} cut' if state else f'$M$ is the output of the MLP of the last layer before {a} cut, $A$ the stream it is added to'
-    if _get(result, 'fit', 'affine'): letters += [', $b$ a bias that is folded in as well']
-    words = dict(layers=_layer_names(result), block=_block_text(result), data=_data_text(result), chosen=_chosen_text(result),
-                 value=_num(_get(result, 'distance', 'value'), '.4f'), metric=_get(result, 'distance', 'metric') or '', method=result.get('method'),
-                 maps=f"One linear map stands in for {'each block' if several else 'them'}", formula=_formula(result), given=given,
-                 letters=''.join(letters), where=_where_words(result), untrained='' if was_trained(result) else ', without any training')
-    after = [' '.join(_details(result)), training_words(result)]
-    return '\n\n'.join([(_STORY if words['formula'] else _PLAIN).replace(', fitted on', how).format(**words), *filter(None, after)])
+    peer = is_peer(result)
+    details = sink_notes(result) if peer else _details(result)
+    after = [' '.join(details), training_words(result)]
+    return '\n\n'.join([_peer_story(result) if peer else _story(result), *filter(None, after)])
+
+# %% ../nbs/20_report.ipynb #8a43f2c5
+def _python(*lines): return '\n'.join(['```python', *lines, '```'])
+
+def _load_images(name, trust):
+    return _python('from transformers import AutoImageProcessor, AutoModel',
+                   f'model = AutoModel.from_pretrained({name!r}{trust})',
+                   f'processor = AutoImageProcessor.from_pretrained({name!r})')
+
+def _load_text(name, trust):
+    return _python('from transformers import AutoModelForCausalLM, AutoTokenizer',
+                   f'model = AutoModelForCausalLM.from_pretrained({name!r}{trust})',
+                   f'tokenizer = AutoTokenizer.from_pretrained({name!r})')
+
+# %% ../nbs/20_report.ipynb #41529002
+def _load_map(result, name):
+    "How to apply a saved map"
+    if len(blocks_of(result))!=1:
+        return (f'This folder holds the maps alone (`{name}/transform.safetensors`), for the model they were '
+                f'measured on: {_block_text(result)}.')
+    kind, affine = _get(result, 'fit', 'map') or 'narrow', bool(_get(result, 'fit', 'affine'))
+    plain = kind=='narrow' and not affine
+    fit = 'T' if plain else f'Fit(T, 0, 0, 0, kind={kind!r}, affine={affine})'
+    code = ['from safetensors.torch import load_file', 'from replaceme.blocks import Block',
+            'from replaceme.merge import replace_block',
+            *([] if plain else ['from replaceme.solve import Fit']),
+            f"T = load_file('{name}/transform.safetensors')['T']",
+            f"pruned = replace_block(model, Block(*{list(blocks_of(result)[0])}), {fit})"]
+    return 'This folder holds the map alone, for the model it was measured on:\n\n' + _python(*code)
 
 # %% ../nbs/20_report.ipynb #e7ee098b
-def _python(*lines): return '\n'.join(['```python', *lines, '```'])
+_CARRIES = 'It carries a small Python file, `modeling_replaceme.py`, which applies the {what}.'
+_ORDINARY = 'It loads like any checkpoint; nothing of `replaceme` is needed.'
 
 def _how_to_load(result, name):
     "The lines that load a saved model, or apply a saved map"
-    if not _get(result, 'config', 'save_transform_only'):
-        trust = ', trust_remote_code=True' if _get(result, 'fit', 'map') in ('state', 'network') else ''
-        if result.get('kind')=='images':
-            return _python('from transformers import AutoImageProcessor, AutoModel', f'model = AutoModel.from_pretrained({name!r}{trust})',
-                           f'processor = AutoImageProcessor.from_pretrained({name!r})')
-        if trust: return _python('from transformers import AutoModelForCausalLM, AutoTokenizer', f'model = AutoModelForCausalLM.from_pretrained({name!r}{trust})',
-                                 f'tokenizer = AutoTokenizer.from_pretrained({name!r})') + f'\n\nIt carries a small Python file, `modeling_replaceme.py`, which applies the {"map" if _get(result, "fit", "map")=="state" else "network"}.'
-        return _python('from transformers import AutoModelForCausalLM, AutoTokenizer', f'model = AutoModelForCausalLM.from_pretrained({name!r})',
-                       f'tokenizer = AutoTokenizer.from_pretrained({name!r})') + '\n\nIt loads like any checkpoint; nothing of `replaceme` is needed.'
-    if len(blocks_of(result))!=1: return f'This folder holds the maps alone (`{name}/transform.safetensors`), for the model they were measured on: {_block_text(result)}.'
-    kind, affine = _get(result, 'fit', 'map') or 'narrow', bool(_get(result, 'fit', 'affine'))
-    fit = 'T' if kind=='narrow' and not affine else f'Fit(T, 0, 0, 0, kind={kind!r}, affine={affine})'
-    code = _python('from safetensors.torch import load_file', 'from replaceme.blocks import Block', 'from replaceme.merge import replace_block',
-                   *(['from replaceme.solve import Fit'] if fit!='T' else []), f"T = load_file('{name}/transform.safetensors')['T']",
-                   f"pruned = replace_block(model, Block(*{list(blocks_of(result)[0])}), {fit})")
-    return 'This folder holds the map alone, for the model it was measured on:\n\n' + code
+    if _get(result, 'config', 'save_transform_only'): return _load_map(result, name)
+    what = dict(state='map', network='network').get(_get(result, 'fit', 'map'))
+    trust = ', trust_remote_code=True' if what else ''
+    if result.get('kind')=='images': return _load_images(name, trust)
+    return _load_text(name, trust) + '\n\n' + (_CARRIES.format(what=what) if what else _ORDINARY)
 
-# %% ../nbs/20_report.ipynb #2f8ec6c7
+# %% ../nbs/20_report.ipynb #13c89b33
 _LOST = "- Nothing was trained afterwards: what the removed layers knew{but} is lost."
-_LEARNT = "- What was trained saw {tokens:,} tokens of {data}: what the removed layers knew and these texts do not show is lost."
+_LEARNT = ("- What was trained saw {tokens:,} tokens of {data}: what the removed layers knew and these texts "
+           "do not show is lost.")
+_LIMITS = ("- The calibration text decides what survives. Judge the model on your own text, on more than one "
+           "kind of it.\n- Perplexity and a few sentences are no safety evaluation; the original model's "
+           "limits are this one's too.")
 
 def _limits(result):
-    if was_trained(result): return _LEARNT.format(tokens=_get(result, 'training', 'tokens') or 0, data=_data_text({**result, 'calibration': dict(dataset=_get(result, 'calibration', 'dataset'))}))
-    return _LOST.format(but='' if _no_map(result) else ' and the map could not carry')
+    but = '' if _no_map(result) else ' and the map could not carry'
+    if not was_trained(result): return _LOST.format(but=but)
+    data = _data_text({**result, 'calibration': dict(dataset=_get(result, 'calibration', 'dataset'))})
+    return _LEARNT.format(tokens=_get(result, 'training', 'tokens') or 0, data=data)
 
-_LIMITS = """- The calibration text decides what survives. Judge the model on your own text, on more than one kind of it.
-- Perplexity and a few sentences are no safety evaluation; the original model's limits are this one's too."""
-
+# %% ../nbs/20_report.ipynb #2f8ec6c7
 def model_card(result, # as saved in `replaceme.json`
                name=None, # folder or hub id to load from
                plots=(), # picture files that lie beside the card
@@ -540,10 +715,12 @@ def model_card(result, # as saved in `replaceme.json`
     n, name = _pair(result, 'n_layers'), name or 'path/to/this/folder'
     kept = dict(config=shown_config(result), seed=result.get('seed'), versions=result.get('versions'))
     parts = ['# ' + model_name(result) + (f', {n[1]} of {n[0]} layers' if all(n) else ''), story(result),
-             '## Results', results_table(result, markdown=True, notes=False).strip(), *(f'![{Path(p).stem}]({p})' for p in plots),
+             '## Results', results_table(result, markdown=True, notes=False).strip(),
+             *(f'![{Path(p).stem}]({p})' for p in plots),
              '## Load it', _how_to_load(result, name),
              '## Limits', _limits(result) + '\n' + _LIMITS,
-             '## Where it comes from', f"```yaml\n{yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)}```",
+             '## Where it comes from',
+             f"```yaml\n{yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)}```",
              'The whole record is in `replaceme.json`, a page to look at in `report.html`.']
     return front_matter(result) + '\n' + '\n\n'.join(parts) + '\n'
 
@@ -563,11 +740,11 @@ def _svg(draw, # function of the axes
     return Safe(svg.replace('<svg', f'<svg role="img" aria-label="{html.escape(label)}"', 1))
 
 # %% ../nbs/20_report.ipynb #5d5614c3
-_CSS = """
+_PAGE_CSS = """
 :root{color-scheme:light dark;--bg:#fff;--ink:#222426;--soft:#5d646d;--line:#d8dbdf;--panel:#f4f5f7;
  --accent:#2f6690;--mark:#b3470b}
-@media (prefers-color-scheme:dark){:root{--bg:#16181b;--ink:#e4e6e9;--soft:#a0a8b1;--line:#3a3f46;--panel:#202327;
- --accent:#86b9de;--mark:#f39a63}}
+@media (prefers-color-scheme:dark){:root{--bg:#16181b;--ink:#e4e6e9;--soft:#a0a8b1;--line:#3a3f46;
+ --panel:#202327;--accent:#86b9de;--mark:#f39a63}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);
  font:16px/1.55 system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif}
@@ -592,7 +769,10 @@ th:last-child,td:last-child{padding-right:0}
 .card,.say{background:var(--panel);border-radius:.5rem;padding:.6rem .8rem}
 .card{flex:1 1 auto;min-width:7rem}
 .card b{display:block;font-size:1.1rem;font-weight:600;white-space:nowrap}
-.strip{display:flex;flex-wrap:wrap;gap:3px;margin:1rem 0 .4rem}
+"""
+
+# %% ../nbs/20_report.ipynb #7df93cfc
+_CSS = _PAGE_CSS + """.strip{display:flex;flex-wrap:wrap;gap:3px;margin:1rem 0 .4rem}
 .strip span{min-width:1.7rem;padding:.2rem 0;text-align:center;font-size:.75rem;border:1px solid var(--line);
  border-radius:3px;background:var(--panel)}
 .strip .gone{color:var(--soft);border:1px dashed var(--mark);text-decoration:line-through;
@@ -631,6 +811,7 @@ def _html_table(rows, headers=None, cls=''):
     head = Thead(Tr(*(Th(h) for h in headers))) if headers else ''
     return Div(Table(head, Tbody(*(Tr(*map(_cell, r)) for r in rows)), cls=cls), cls='scroll')
 
+# %% ../nbs/20_report.ipynb #2bd9d08c
 def _section(title, *parts):
     parts = [p for p in parts if p is not None and p!='']
     return Section(H2(title), *parts) if parts else None
@@ -638,22 +819,30 @@ def _section(title, *parts):
 # %% ../nbs/20_report.ipynb #4293a4a8
 def _cards(result):
     "The few numbers to see first"
-    n, params, ppl = _pair(result, 'n_layers'), _pair(result, 'parameters'), _pair(result, 'perplexity', 'value')
-    sec, peak = result.get('seconds'), result.get('peak_memory')
+    n, params = _pair(result, 'n_layers'), _pair(result, 'parameters')
+    ppl, sec, peak = _pair(result, 'perplexity', 'value'), result.get('seconds'), result.get('peak_memory')
     found = dict(layers=f'{n[0]} → {n[1]}' if all(n) else None,
                  parameters=f'{params[0]/1e6:.0f} → {params[1]/1e6:.0f} M' if all(params) else None,
                  perplexity=f'{ppl[0]:.1f} → {ppl[1]:.1f}' if all(ppl) else None,
-                 time=f'{sum(sec.values()):.0f} s' if sec else None, memory=f'{peak/1e9:.2f} GB' if peak else None)
+                 time=f'{sum(sec.values()):.0f} s' if sec else None,
+                 memory=f'{peak/1e9:.2f} GB' if peak else None)
     return Div(*(Div(Span(k, cls='soft small'), B(v), cls='card') for k,v in found.items() if v), cls='cards')
 
-# %% ../nbs/20_report.ipynb #5d0fb0ed
+# %% ../nbs/20_report.ipynb #ec8ca35b
 def _bold(result):
     "Layers to show in bold, and what is special about them"
     takers, before = [l for l,*_ in collapses(result)], [s-1 for s,_ in blocks_of(result)]
     if takers: return takers, ' Bold: a layer that others were added to.'
     if _no_map(result): return [], ''
-    what = dict(state='behind which a matrix of its own stands', network='behind which the trained network stands', layer='that was trained to stand for the removed ones')
+    what = dict(state='behind which a matrix of its own stands',
+                network='behind which the trained network stands',
+                layer='that was trained to stand for the removed ones')
     return before, f" Bold: the layer {what.get(_get(result, 'fit', 'map'), 'whose MLP now holds the map')}."
+
+# %% ../nbs/20_report.ipynb #5d0fb0ed
+def _legend(why, behind, sinks):
+    return ('Struck out: removed.' + why + (' Framed: corrected as well.' if behind else '')
+            + (' Thick foot: makes or takes away the attention sink.' if sinks else ''))
 
 def _strip(result):
     "All layers in a row: which went, and which one holds the map"
@@ -661,101 +850,140 @@ def _strip(result):
     if not total or not blocks: return
     sinks, behind = as_sinks(_get(result, 'distance', 'sinks')), _get(result, 'fit', 'behind') or []
     bold, why = _bold(result)
-    role = lambda i: 'gone' if any(s<=i<e for s,e in blocks) else 'fold' if i in bold else 'behind' if i in behind else ''
-    cls = lambda i: ' '.join(filter(None, [role(i), 'sink' if i in sinks else ''])) or None
+    def cls(i):
+        gone = any(s<=i<e for s,e in blocks)
+        role = 'gone' if gone else 'fold' if i in bold else 'behind' if i in behind else ''
+        return ' '.join(filter(None, [role, 'sink' if i in sinks else ''])) or None
+    layers = (Span(str(i), cls=cls(i)) for i in range(total))
     label = f"{total} layers, removed: {_layer_names(result)}"
-    return Div(Div(*(Span(str(i), cls=cls(i)) for i in range(total)), cls='strip', role='img', aria_label=label),
-               P('Struck out: removed.' + why + (' Framed: corrected as well.' if behind else '')
-                 + (' Thick foot: makes or takes away the attention sink.' if sinks else ''), cls='soft small'))
+    return Div(Div(*layers, cls='strip', role='img', aria_label=label),
+               P(_legend(why, behind, sinks), cls='soft small'))
 
-# %% ../nbs/20_report.ipynb #032d1bef
+# %% ../nbs/20_report.ipynb #b97c5e69
 def _picture(plot, size, title, caption):
     return Figure(_svg(plot, size, title), Figcaption(caption))
 
 def _drawings(result):
     "What the plots of the profile need: the profile by length, and keywords"
     prof, get = by_length(_get(result, 'distance', 'profile')), lambda k: _get(result, 'distance', k)
-    return prof, dict(block=as_blocks(get('block')) or blocks_of(result), metric=get('metric') or 'angular', sinks=get('sinks'), avoided=[b for _,b in passed_over(result)])
+    return prof, dict(block=as_blocks(get('block')) or blocks_of(result), metric=get('metric') or 'angular',
+                      sinks=get('sinks'), avoided=[b for _,b in passed_over(result)])
+
+# %% ../nbs/20_report.ipynb #032d1bef
+_BY_START = 'How much each run of {n} layers turns the hidden state. The lowest point changes it least.'
+_BY_LENGTH = 'All lengths at once, dark is near. Rings: best start for each length. Square: what is gone.'
+_HOLDS = ' {how}: holds a layer that makes or takes away the attention sink.'
 
 def _pictures(result):
     "Profile and heat map, as far as there are distances"
     prof, kw = _drawings(result)
-    shaded, hatched = ((f' {w}: holds a layer that makes or takes away the attention sink.' if kw['sinks'] else '') for w in ('Shaded', 'Hatched'))
+    shaded, hatched = (_HOLDS.format(how=w) if kw['sinks'] else '' for w in ('Shaded', 'Hatched'))
     for n in dict.fromkeys(e-s for s,e in kw['block'] if e-s in prof):
         yield _picture(lambda ax: plot_profile(prof, n, ax=ax, **kw), (4.8,3), f'Distance across {n} layers',
-                       f'How much each run of {n} layers turns the hidden state. The lowest point changes it least.' + shaded)
+                       _BY_START.format(n=n) + shaded)
     if (bi := _get(result, 'peer', 'influence')):
-        yield _picture(lambda ax: plot_influence(bi, kw['block'], ax), (4.8,2.6), 'Influence of each layer', 'How much each layer turns its input. Dark: removed.')
+        yield _picture(lambda ax: plot_influence(bi, kw['block'], ax), (4.8,2.6), 'Influence of each layer',
+                       'How much each layer turns its input. Dark: removed.')
     if len(prof)>1:
         yield _picture(lambda ax: plot_heatmap(prof, ax=ax, **kw), (4.8,3.6), 'Distance by start and length',
-                       'All lengths at once, dark is near. Rings: best start for each length. Square: what is gone.' + hatched)
+                       _BY_LENGTH + hatched)
 
-# %% ../nbs/20_report.ipynb #7c7638c3
+# %% ../nbs/20_report.ipynb #d3482563
+_AT = dict(last=', measured at the last token of each text', all=', measured at all tokens')
+
 def _where(result):
     "The block, in words and pictures"
     if not blocks_of(result): return
     value, metric, tokens = (_get(result, 'distance', k) for k in ('value', 'metric', 'tokens'))
-    at = dict(last=', measured at the last token of each text', all=', measured at all tokens').get(tokens, '')
-    several = len(blocks_of(result))>1
+    several, notes = len(blocks_of(result))>1, sink_notes(result)
     its = f"Their {metric or ''} distances add up to" if several else f"Its {metric or ''} distance is"
-    how = f' {its} {value:.4f}{at}.' if value is not None else ''
+    how = f" {its} {value:.4f}{_AT.get(tokens, '')}." if value is not None else ''
     intro = peer_words(result) or f'The {_block_text(result)}: layers {_layer_names(result)} went.{how}'
-    return _section('Where the layers went', P(intro), P(' '.join(sink_notes(result))) if sink_notes(result) else None, _strip(result), *_pictures(result))
+    return _section('Where the layers went', P(intro), P(' '.join(notes)) if notes else None, _strip(result),
+                    *_pictures(result))
 
+# %% ../nbs/20_report.ipynb #129ab6ca
 def _choice(result):
     "The candidates that were compared"
     rows, headers = choice_rows(result)
     if not rows: rows, headers = try_rows(result)
-    keys = _choice_keys(result)
-    picture = _picture(lambda ax: plot_choice(result['choice'], ax), (4.8,2.8), 'Candidates', 'Each candidate by its distance and by what it was judged by.') if len(keys)>1 else None
-    return _section('What else was tried', _html_table(rows, headers), P(choice_note(result), cls='soft small'), picture) if rows else None
+    if not rows: return
+    picture = None
+    if len(_choice_keys(result))>1:
+        picture = _picture(lambda ax: plot_choice(result['choice'], ax), (4.8,2.8), 'Candidates',
+                           'Each candidate by its distance and by what it was judged by.')
+    note = P(choice_note(result), cls='soft small')
+    return _section('What else was tried', _html_table(rows, headers), note, picture)
 
+# %% ../nbs/20_report.ipynb #0e666308
 def _html_formula(result):
     "The formula of a least squares fit, or nothing"
     if _method(result)!='lstsq': return
     kind, alpha, w = (_get(result, 'fit', k) for k in ('map', 'alpha', 'weights'))
     what, p = ('W', [I('H W'), 'ᵀ']) if kind=='wide' else ('T', [I('S T' if kind=='state' else 'M T')])
     if _get(result, 'fit', 'affine'): what, p = what+', b', [*p, ' + ', I('b')]
-    ridge, weight = f' + {alpha:g} ‖T‖²' if isinstance(alpha, (int, float)) and alpha else '', ' Σ w ‖' if w not in _USUAL else ' ‖'
+    ridge = f' + {alpha:g} ‖T‖²' if isinstance(alpha, (int, float)) and alpha else ''
+    weight = ' Σ w ‖' if w not in _USUAL else ' ‖'
     target = (' − ', I('B')) if kind=='state' else (' − (', I('B'), ' − ', I('A'), ')')
     return P(I(what), ' = argmin', weight, *p, *target, f'‖²{ridge}', cls='formula')
+
+# %% ../nbs/20_report.ipynb #cb7a9f82
+_TRIED = 'The error on tokens that the fit did not see, for each strength of the ridge.'
 
 def _fit_section(result):
     "The formula, and how well it did"
     e, r, ridge = _get(result, 'fit', 'error'), _get(result, 'fit', 'removal_error'), _get(result, 'ridge')
     if e is None: return
     plain = f'; plain removal leaves {r:.1%}' if r is not None else ''
-    left = P(f'Of the squared length of B − A, the map leaves {e:.1%} unexplained{plain}. Fitted on {_data_text(result)}.')
-    kinds = _kind_words(result)
-    ridges = _picture(lambda ax: plot_ridge(ridge, ax), (4.8,2.6), 'Held-out error by ridge',
-                      'The error on tokens that the fit did not see, for each strength of the ridge.') if ridge_rows(ridge) else None
-    return _section('The map that stands in for them', _html_formula(result), left, P(f"The fit: {', '.join(kinds)}.") if kinds else None, ridges)
+    left = f'Of the squared length of B − A, the map leaves {e:.1%} unexplained{plain}.'
+    parts = [_html_formula(result), P(f'{left} Fitted on {_data_text(result)}.')]
+    if (kinds := _kind_words(result)): parts.append(P(f"The fit: {', '.join(kinds)}."))
+    if ridge_rows(ridge):
+        parts.append(_picture(lambda ax: plot_ridge(ridge, ax), (4.8,2.6), 'Held-out error by ridge', _TRIED))
+    return _section('The map that stands in for them', *parts)
 
+# %% ../nbs/20_report.ipynb #a20759fa
 def _words(errors):
     "The first tokens of the text, the darker the further their state is off"
     words = errors.get('words') or []
     if not words: return
     seen = sorted(e for _,e in words)
-    low, top = seen[len(seen)//20], seen[-1-len(seen)//20] # a few tokens far from the others would leave these alike
+    # a few tokens far from the others would leave these alike
+    low, top = seen[len(seen)//20], seen[-1-len(seen)//20]
     shade = lambda e: .65*min(1, max(0, (e-low)/((top-low) or 1)))
-    return P(*(Span(w, title=f'{e:.3f}', style=f'background:rgba(179,71,11,{shade(e):.2f})') for w,e in words), cls='say words')
+    return P(*(Span(w, title=f'{e:.3f}', style=f'background:rgba(179,71,11,{shade(e):.2f})')
+               for w,e in words), cls='say words')
 
+# %% ../nbs/20_report.ipynb #291491d6
+def _first_row(result):
+    "What the first row of the errors is the error of"
+    if was_trained(result) or collapses(result): return 'of all that was changed before it'
+    gone = 'first block' if len(blocks_of(result))>1 else 'removed layers'
+    return f'of what stands in for the {gone}'
+
+_PLACES = 'By layer and place in the text. The first token often carries the attention sink.'
+
+# %% ../nbs/20_report.ipynb #7c7638c3
 def _errors(result):
     "What becomes of the error behind the cut"
     errors = result.get('errors')
     if not errors: return
-    behind, several = errors['layers'][0], len(blocks_of(result))>1
-    first = 'of all that was changed before it' if was_trained(result) or collapses(result) else f"of what stands in for the {'first block' if several else 'removed layers'}"
-    return _section('Where the error goes', P(f"How far the state is off that each layer behind the {'first ' if several else ''}cut reads, {errors['tokens']:,} tokens of the evaluation text: "
-                                              f"the first row is the error {first}, the last what the model makes of it."),
-                    _picture(lambda ax: plot_errors(errors, ax), (4.8, 1.2+.2*len(errors['layers'])), 'Error by layer and place', 'By layer and place in the text. The first token often carries the attention sink.'),
-                    P(f'The beginning of that text as {behind} reads it: the darker a token, the further off.', cls='soft small') if errors.get('words') else None, _words(errors))
+    behind, first = errors['layers'][0], 'first ' if len(blocks_of(result))>1 else ''
+    size = (4.8, 1.2+.2*len(errors['layers']))
+    intro = P(f'How far the state is off that each layer behind the {first}cut reads, {errors["tokens"]:,} '
+              f'tokens of the evaluation text: the first row is the error {_first_row(result)}, '
+              'the last what the model makes of it.')
+    picture = _picture(lambda ax: plot_errors(errors, ax), size, 'Error by layer and place', _PLACES)
+    words = P(f'The beginning of that text as {behind} reads it: the darker a token, the further off.',
+              cls='soft small') if errors.get('words') else None
+    return _section('Where the error goes', intro, picture, words, _words(errors))
 
 # %% ../nbs/20_report.ipynb #9250c77f
 def _training(result):
     "What was trained, and what it brought"
     rows, headers = training_rows(result)
-    if rows: return _section('What was trained', P(training_words(result)) if training_words(result) else None, _html_table(rows, headers))
+    words = P(training_words(result)) if training_words(result) else None
+    if rows: return _section('What was trained', words, _html_table(rows, headers))
 
 def _generations(result):
     "What both models say, side by side"
@@ -766,6 +994,7 @@ def _generations(result):
                  Div(say('before', g.get('before')), say('after', g.get('after')), cls='sides')]
     return _section('What they say', *said)
 
+# %% ../nbs/20_report.ipynb #25012670
 def _cost(result):
     "Seconds as bars, and memory"
     sec = result.get('seconds') or {}
@@ -784,28 +1013,37 @@ def _flat(d, prefix=''):
 def _record(result):
     "Enough to do it again"
     versions = {**(result.get('versions') or {}), 'seed': result.get('seed')}
-    folds = [('Config', shown_config(result)), ('Versions', {k: v for k,v in versions.items() if v is not None})]
+    folds = [('Config', shown_config(result)),
+             ('Versions', {k: v for k,v in versions.items() if v is not None})]
     folds = [Details(Summary(title), _html_table(list(_flat(d)), cls='keys')) for title,d in folds if d]
     return _section('How to do it again', *folds)
 
+# %% ../nbs/20_report.ipynb #3a66fdff
 def _scores(result):
     "The table of the command, as a table of the page"
     rows, p = result_rows(result), result.get('perplexity') or {}
-    text = no_path(p.get('text') or 'text')
-    note = f"Perplexity on {p['tokens']:,} tokens of {text}; ± is one standard error." if p.get('tokens') else ''
-    return _section('Before and after', _html_table(rows, _HEADERS), P(note, cls='soft small')) if rows else None
+    if not rows: return
+    text, tokens = no_path(p.get('text') or 'text'), p.get('tokens')
+    note = f"Perplexity on {tokens:,} tokens of {text}; ± is one standard error." if tokens else ''
+    return _section('Before and after', _html_table(rows, _HEADERS), P(note, cls='soft small'))
+
+# %% ../nbs/20_report.ipynb #7e2daa4a
+def _lead(result):
+    "The sentence under the title"
+    free = '' if was_trained(result) else ' without training'
+    paper = ', {}, arXiv {}'.format(*PAPERS[result['method']]) if is_peer(result) else ''
+    return f'Layers {_layer_names(result)} were removed{free} (method {result.get("method")}{paper}).'
+
+def _tips(result): return _section('What to try next', Ul(*map(Li, suggestions(result))))
 
 # %% ../nbs/20_report.ipynb #10b3faab
 def report_html(result)->str:
     "The whole page as text"
     n = _pair(result, 'n_layers')
     title = model_name(result) + (f': {n[0]} → {n[1]} layers' if all(n) else '')
-    paper = f', {PAPERS[result["method"]][0]}, arXiv {PAPERS[result["method"]][1]}' if is_peer(result) else ''
-    free = '' if was_trained(result) else ' without training'
-    lead = f'Layers {_layer_names(result)} were removed{free} (method {result.get("method")}{paper}).'
-    tips = _section('What to try next', Ul(*map(Li, suggestions(result))))
-    parts = (_cards, _scores, _where, _choice, _fit_section, _errors, _training, _generations, lambda r: tips, _cost, _record)
-    body = [H1(title), P(lead, cls='soft'), *(f(result) for f in parts)]
+    parts = (_cards, _scores, _where, _choice, _fit_section, _errors, _training, _generations, _tips, _cost,
+             _record)
+    body = [H1(title), P(_lead(result), cls='soft'), *(f(result) for f in parts)]
     phone = Meta(name='viewport', content='width=device-width, initial-scale=1')
     head = Head(Meta(charset='utf-8'), phone, Title(title), Style(Safe(_CSS)))
     page = ft('html', head, Body(Main(*(b for b in body if b is not None))), lang='en')
@@ -819,22 +1057,31 @@ def write_report(folder, result, # as saved in `replaceme.json`
     write_whole(path, report_html(result))
     return path
 
-# %% ../nbs/20_report.ipynb #473eef8d
+# %% ../nbs/20_report.ipynb #d7fc2976
 def _png(draw, height=3.6):
     fig, png = matplotlib.figure.Figure(figsize=(6.4, height), layout='constrained'), io.BytesIO()
     draw(fig.subplots())
     fig.savefig(png, dpi=150, facecolor='white', format='png')
     return png.getvalue()
 
-def save_plots(folder, result)->list: # names of the files, for the card
-    "Write profile.png, heatmap.png, ridge.png and errors.png, as far as there is something to draw, and it can be drawn"
+# %% ../nbs/20_report.ipynb #e89d1226
+def _card_plots(result): # {name of the file: function of the axes}
     (prof, kw), ridge, errors = _drawings(result), result.get('ridge'), result.get('errors')
     n = next((e-s for s,e in kw['block'] if e-s in prof), None)
     draw = {'profile.png': lambda ax: plot_profile(prof, n, ax=ax, **kw)} if n else {}
     if len(prof)>1: draw['heatmap.png'] = lambda ax: plot_heatmap(prof, ax=ax, **kw)
-    if (bi := _get(result, 'peer', 'influence')): draw['profile.png'] = lambda ax: plot_influence(bi, kw['block'], ax)
+    if (bi := _get(result, 'peer', 'influence')):
+        draw['profile.png'] = lambda ax: plot_influence(bi, kw['block'], ax)
     if ridge_rows(ridge): draw['ridge.png'] = lambda ax: plot_ridge(ridge, ax)
     if errors: draw['errors.png'] = lambda ax: plot_errors(errors, ax)
-    height = {'errors.png': max(3.6, 1.4+.22*len(errors['layers']))} if errors else {}
-    def save(name, f): write_whole(Path(folder)/name, _png(f, height.get(name, 3.6))); return name
-    return [p for name,f in draw.items() if (p := spared(f'the plot {name}', save, name, f))]
+    return draw
+
+# %% ../nbs/20_report.ipynb #473eef8d
+def save_plots(folder, result)->list: # names of the files, for the card
+    "Write the pictures of a result as PNG, as far as there is something to draw, and it can be drawn"
+    height = {'errors.png': max(3.6, 1.4+.22*len(e['layers']))} if (e := result.get('errors')) else {}
+    def save(name, f):
+        write_whole(Path(folder)/name, _png(f, height.get(name, 3.6)))
+        return name
+    plots = _card_plots(result).items()
+    return [p for name,f in plots if (p := spared(f'the plot {name}', save, name, f))]
