@@ -16,13 +16,14 @@ from .core import *
 from .arch import *
 from .arch import _Stop
 
-# %% ../nbs/04_activations.ipynb #39ecc760
+# %% ../nbs/04_activations.ipynb #0d44612c
 def masked(x:Tensor, # hidden states, `(B,S,d)` or already flattened `(B*S,d)`
            mask:Tensor, # 1 for real tokens, `(B,S)`
           )->Tensor: # `(T,d)`, a copy
     "The rows of real tokens"
     return x.reshape(-1, x.shape[-1])[mask.reshape(-1).bool().to(x.device)]
 
+# %% ../nbs/04_activations.ipynb #39ecc760
 def last_rows(x:Tensor, # hidden states, `(B,S,d)`
               mask:Tensor, # 1 for real tokens, `(B,S)`
              )->Tensor: # `(B,d)`, a copy
@@ -30,7 +31,7 @@ def last_rows(x:Tensor, # hidden states, `(B,S,d)`
     last = mask.shape[1]-1 - mask.long().flip(1).argmax(1)
     return x[torch.arange(len(x), device=x.device), last.to(x.device)]
 
-# %% ../nbs/04_activations.ipynb #8b6555ad
+# %% ../nbs/04_activations.ipynb #38781f1e
 def _hidden_hooks(layers, hidden, until):
     "Hooks that report what enters each layer, and what leaves the last one"
     def enter(i):
@@ -39,9 +40,11 @@ def _hidden_hooks(layers, hidden, until):
             if i==until: raise _Stop
         return hook
     def leave(layer, args, out): hidden(len(layers), first(out))
-    hs = [layers[i].register_forward_pre_hook(enter(i), with_kwargs=True) for i in range(min(until+1, len(layers)))]
+    seen = range(min(until+1, len(layers)))
+    hs = [layers[i].register_forward_pre_hook(enter(i), with_kwargs=True) for i in seen]
     return hs + ([layers[-1].register_forward_hook(leave)] if until==len(layers) else [])
 
+# %% ../nbs/04_activations.ipynb #8b6555ad
 def _mlp_hooks(points, mlp):
     "Hooks that report the MLP's contribution at each fold point"
     def watch(i, p):
@@ -60,23 +63,24 @@ def _mlp_hooks(points, mlp):
 @torch.no_grad()
 def tap(model,
         batch, # `input_ids` and `attention_mask`, `(B,S)`
-        hidden, # called as `hidden(i, x)` with what enters layer `i`; `i==L` is the last layer's output, before the final norm
-        mlp=None, # called as `mlp(i, m, h)` with what the MLP of layer `i` adds to the stream and what its last matrix reads, if it has one
+        hidden, # called as `hidden(i, x)` with what enters layer `i`; `i==L` is what leaves the last one
+        mlp=None, # called as `mlp(i, m, h)` with what the MLP of layer `i` adds and its last matrix reads
         points=None, # `{i: FoldPoint}` of the layers that `mlp` is called for
         until=None, # stop once this hidden state was seen; by default run to the last
        ):
-    "Run one batch through the backbone and report hidden states as they pass; the callbacks copy what they keep"
+    "Run one batch through the backbone and report states as they pass; the callbacks copy what they keep"
     layers = layers_of(model)
     until = len(layers) if until is None else until
     with hooks(*_hidden_hooks(layers, hidden, until), *_mlp_hooks(points or {}, mlp)):
         try: run(model, batch)
         except _Stop: pass
 
-# %% ../nbs/04_activations.ipynb #d945311d
+# %% ../nbs/04_activations.ipynb #fedd350f
 class Acts:
     "What one batch left behind: `S[i]`, `M[i]` and `H[i]`, rows of real tokens `(T,d)`, `(T,f)`, by layer"
     def __init__(self): self.S, self.M, self.H = {}, {}, {}
 
+# %% ../nbs/04_activations.ipynb #d945311d
 def capture(model,
             batch, # `input_ids` and `attention_mask`, `(B,S)`
             points=None, # `{i: FoldPoint}`, to have `M[i]` too
@@ -99,6 +103,8 @@ def blame_nonfinite(model, batch, # the batch in which something was not finite
         if not bad and rows.any(): bad.append((i, int(rows.nonzero()[0])))
     tap(model, batch, look)
     i, row = bad[0] if bad else (None, 0)
-    where = "a state that was finite when it was looked for again" if i is None else f"the output of layer {i-1}" if i>0 else "the embeddings"
-    raise ReplaceMeError(f"NaN or infinity in {where}, text {offset+row} (counted from 0, without texts under two tokens): load the model with another dtype (it runs in "
-                         f"{model.dtype}), or look at that text and that layer's weights.")
+    where = "the embeddings" if i==0 else f"the output of layer {(i or 0)-1}"
+    if i is None: where = "a state that was finite when it was looked for again"
+    raise ReplaceMeError(f"NaN or infinity in {where}, text {offset+row} (counted from 0, "
+                         "without texts under two tokens): load the model with another dtype "
+                         f"(it runs in {model.dtype}), or look at that text and that layer's weights.")
