@@ -13,14 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastcore.basics import patch
+
 from .core import *
 from .plots import *
 from .stats import *
 
-# %% ../nbs/09_solve.ipynb #0e0670b6
+# %% ../nbs/09_solve.ipynb #e75ca60b
 def _singular(n, width):
-    return ReplaceMeError(f"The least squares system is singular: {n} calibration tokens for a width of {width}. "
-                          f"Use at least {4*width} tokens (dataset_size, max_length) or a ridge (alpha > 0 or ridge > 0).")
+    return ReplaceMeError(f"The least squares system is singular: {n} calibration tokens for a width of "
+                          f"{width}. Use at least {4*width} tokens (dataset_size, max_length) or a ridge "
+                          "(alpha > 0 or ridge > 0).")
 
 def _cholesky(A, n):
     "Scales `s` and the lower triangular `L` of `s[:,None]*A*s = L@L.T`"
@@ -29,6 +32,7 @@ def _cholesky(A, n):
     if info.item() or L.diagonal().min()**2 < 1e-12: raise _singular(n, len(A))
     return s, L
 
+# %% ../nbs/09_solve.ipynb #0e0670b6
 def spd_solve(A:Tensor, # `(p,p)` symmetric positive definite, float64
               B:Tensor, # `(p,d)`
               n, # tokens behind `A`, for the message
@@ -55,6 +59,7 @@ def _kind(g):
     p, d = g.E.shape
     return 'narrow' if p-d in (0, 1) and torch.equal(g.E, torch.eye(p, d).to(g.E)) else 'wide'
 
+# %% ../nbs/09_solve.ipynb #3f33d3ef
 @dataclass
 class Fit:
     "A map and what it is worth on the tokens it was fitted on"
@@ -72,15 +77,21 @@ class Fit:
     history: list = None # of an iterative solver: what it saw on its way
 
     def __repr__(self):
-        what = {'wide ': self.kind=='wide', 'affine ': self.affine, f'{self.structure} ': self.structure!='full', f'{self.rank} ': self.rank}
-        return (f"Fit({''.join(k for k,v in what.items() if v)}{'x'.join(map(str, self.T.shape))}, {self.tokens} tokens, "
-                f"relative squared error {self.error:.4f}, plain removal {self.removal_error:.4f})")
+        what = {'wide ': self.kind=='wide', 'affine ': self.affine,
+                f'{self.structure} ': self.structure!='full', f'{self.rank} ': self.rank}
+        name = ''.join(k for k,v in what.items() if v) + 'x'.join(map(str, self.T.shape))
+        return (f"Fit({name}, {self.tokens} tokens, relative squared error {self.error:.4f}, "
+                f"plain removal {self.removal_error:.4f})")
 
-    def plot(self, ax=None):
-        "The held-out error over the ridge, where one was sought; otherwise the error beside that of plain removal"
-        if self.curve: return plot_ridge(self.curve, ax)
-        return plot_bars([('plain removal', self.removal_error), (f'{self.kind} map', self.error)], 'relative squared error', ax)
+# %% ../nbs/09_solve.ipynb #f5212ece
+@patch
+def plot(self:Fit, ax=None):
+    "The held-out error over the ridge where one was sought; otherwise the error beside that of plain removal"
+    if self.curve: return plot_ridge(self.curve, ax)
+    bars = [('plain removal', self.removal_error), (f'{self.kind} map', self.error)]
+    return plot_bars(bars, 'relative squared error', ax)
 
+# %% ../nbs/09_solve.ipynb #7b201f30
 def _fit(g, D, **kwargs): # the change `D` and what it is called
     V = g.E+D
     return Fit(V, fit_error(g, V), fit_error(g, g.E), g.n, kind=_kind(g), affine=_affine(g), **kwargs)
@@ -90,8 +101,9 @@ def _check_ridge(alpha, ridge):
     for k,v in dict(alpha=alpha, ridge=ridge).items():
         if not 0<=v<float('inf'): raise ReplaceMeError(f"{k} is {v}: a ridge is zero or positive.")
     if alpha and ridge:
-        raise ReplaceMeError(f"alpha is {alpha} and ridge is {ridge}: alpha pulls the map towards zero, ridge towards plain "
-                             "removal, and both at once towards neither. Set one of them to 0.")
+        raise ReplaceMeError(f"alpha is {alpha} and ridge is {ridge}: alpha pulls the map towards zero, "
+                             "ridge towards plain removal, and both at once towards neither. Set one of "
+                             "them to 0.")
 
 def _mean_diag(g): return g.XtX.diagonal()[:len(g.E)-_affine(g)].mean()
 
@@ -101,12 +113,14 @@ def _ridged(g, alpha, ridge):
     G.diagonal()[:len(G)-_affine(g)] += alpha+ridge*_mean_diag(g)
     return G
 
-# %% ../nbs/09_solve.ipynb #a7204114
+# %% ../nbs/09_solve.ipynb #19b3bae7
 def _warn_few(n, width):
     if n<width:
-        warnings.warn(f"{n} calibration tokens for a width of {width}: fewer tokens than unknowns a column; the map will fit noise. "
-                      f"Use more texts (dataset_size) or longer ones (max_length).", ReplaceMeWarning, stacklevel=3)
+        warnings.warn(f"{n} calibration tokens for a width of {width}: fewer tokens than unknowns a column; "
+                      "the map will fit noise. Use more texts (dataset_size) or longer ones (max_length).",
+                      ReplaceMeWarning, stacklevel=3)
 
+# %% ../nbs/09_solve.ipynb #a7204114
 def lstsq_map(g:Gram, # sums over the calibration tokens
               alpha:float=0., # the paper's ridge, unscaled, towards zero
               ridge:float=0., # fraction of the mean diagonal, towards plain removal
@@ -126,6 +140,7 @@ def _moved(g, S, B, # `(p,q)`, `(p,d)`
     A = g.XtX if S is None else S.T@g.XtX@S
     return A, C if S is None else S.T@C, g.RtR - 2*(B*g.XtR).sum() + (B*AB).sum()
 
+# %% ../nbs/09_solve.ipynb #a9efddc9
 def _eliminated(g, B):
     "`S` and `B` after which the best bias is built in"
     a, w = g.XtX[-1,:-1], g.XtX[-1,-1]
@@ -134,6 +149,13 @@ def _eliminated(g, B):
     B[-1] += (g.XtR[-1]-g.XtX[-1]@B)/w
     return S, B
 
+# %% ../nbs/09_solve.ipynb #72692d68
+def _check_held(g, held):
+    if held.E.shape!=g.E.shape or not torch.equal(held.E, g.E):
+        raise ReplaceMeError(f"{held} as held-out sums for {g}: both must be over the same features of the "
+                             "same layer.")
+    if not held.n: raise ReplaceMeError("The held-out sums are empty: ridge 'auto' needs tokens to judge by.")
+
 # %% ../nbs/09_solve.ipynb #66618f1c
 def auto_ridge(g:Gram, # sums to fit on
                held:Gram, # sums over other tokens, to judge by
@@ -141,9 +163,7 @@ def auto_ridge(g:Gram, # sums to fit on
                values=None, # strengths to try; 33 from 1e-6 to 100
               ): # (ridge, dict of values, errors, chosen)
     "The ridge with the smallest held-out error, from one eigendecomposition"
-    if held.E.shape!=g.E.shape or not torch.equal(held.E, g.E):
-        raise ReplaceMeError(f"{held} as held-out sums for {g}: both must be over the same features of the same layer.")
-    if not held.n: raise ReplaceMeError("The held-out sums are empty: ridge 'auto' needs tokens to judge by.")
+    _check_held(g, held)
     values = torch.logspace(-6, 2, 33) if values is None else torch.as_tensor(values)
     B, S = torch.zeros_like(g.E) if B is None else B, None
     if _affine(g): S, B = _eliminated(g, B)
@@ -162,8 +182,9 @@ def _system(g, structure, alpha, ridge): # (G, C)
     _check_ridge(alpha, ridge)
     if _kind(g)=='wide' or _affine(g):
         what = 'an affine' if _affine(g) else 'a wide'
-        raise ReplaceMeError(f"structure {structure!r} with {what} map: structures are defined for the square map of what the MLP "
-                             "adds (map 'narrow', no bias). Use structure 'full' or those sums.")
+        raise ReplaceMeError(f"structure {structure!r} with {what} map: structures are defined for the "
+                             "square map of what the MLP adds (map 'narrow', no bias). Use structure 'full' "
+                             "or those sums.")
     return _ridged(g, alpha, ridge), g.XtR-alpha*g.E
 
 # %% ../nbs/09_solve.ipynb #2848a4bd
@@ -179,7 +200,8 @@ def rank_map(g:Gram,
              alpha:float=0., ridge:float=0.)->Fit:
     "The best map of a given rank"
     (G, C), d = _system(g, 'rank', alpha, ridge), len(g.E)
-    if not (isinstance(rank, int) and 1<=rank<=d): raise ReplaceMeError(f"rank is {rank!r}: a whole number from 1 to {d}.")
+    if not (isinstance(rank, int) and 1<=rank<=d):
+        raise ReplaceMeError(f"rank is {rank!r}: a whole number from 1 to {d}.")
     if not ridge: _warn_few(g.n, d)
     T = g.E + spd_solve(G, C, g.n)
     P = torch.linalg.eigh(T.T@G@T)[1][:,-rank:]
@@ -198,14 +220,15 @@ def lower_map(g:Gram, alpha:float=0., ridge:float=0.)->Fit:
 # %% ../nbs/09_solve.ipynb #439e6a62
 def orthonormal_map(g:Gram, alpha:float=0., ridge:float=0.)->Fit:
     "The best orthonormal map (Procrustes)"
-    if alpha: raise ReplaceMeError(f"alpha is {alpha} with structure 'orthonormal': every orthonormal map has the same size, so a "
-                                   "ridge towards zero changes nothing. Use alpha 0 or ridge.")
+    if alpha:
+        raise ReplaceMeError(f"alpha is {alpha} with structure 'orthonormal': every orthonormal map has the "
+                             "same size, so a ridge towards zero changes nothing. Use alpha 0 or ridge.")
     G, C = _system(g, 'orthonormal', alpha, ridge)
     U, S, Vt = torch.linalg.svd(G+C)
     if S[-1] <= 1e-13*S[0]: raise _singular(g.n, len(G))
     return _fit(g, U@Vt-g.E, structure='orthonormal', ridge=ridge)
 
-# %% ../nbs/09_solve.ipynb #b153bef9
+# %% ../nbs/09_solve.ipynb #f4926ad4
 def _lift(g): # `(p,d)`, affine `(p,d+1)`
     "`X@_lift(g)` are the features of the narrow map, with the constant where there is one"
     if not _affine(g): return g.E
@@ -213,6 +236,7 @@ def _lift(g): # `(p,d)`, affine `(p,d+1)`
     S[-1,-1] = 1
     return S
 
+# %% ../nbs/09_solve.ipynb #b153bef9
 def narrow_sums(g:Gram)->Gram:
     "The sums of the narrow map, from those of a wide one"
     S, d = _lift(g), g.E.shape[1]
@@ -220,7 +244,7 @@ def narrow_sums(g:Gram)->Gram:
     new.XtX, new.XtR, new.RtR, new.n = S.T@g.XtX@S, S.T@g.XtR, g.RtR.clone(), g.n
     return new
 
-# %% ../nbs/09_solve.ipynb #295b59dc
+# %% ../nbs/09_solve.ipynb #0847d5c2
 def _narrow_change(g): # `(p,d)`
     "The change of the narrow least squares map, as one of `X`; a trace of ridge where it is not determined"
     narrow = narrow_sums(g)
@@ -228,6 +252,7 @@ def _narrow_change(g): # `(p,d)`
     except ReplaceMeError: D = spd_solve(_ridged(narrow, 0., 1e-6), narrow.XtR, g.n)
     return _lift(g)@D
 
+# %% ../nbs/09_solve.ipynb #295b59dc
 def wide_map(g:Gram, # sums of what the MLP's last matrix reads
              ridge:float=1e-2, # fraction of the mean diagonal, towards the narrow map
             )->Fit:
@@ -242,26 +267,47 @@ def wide_map(g:Gram, # sums of what the MLP's last matrix reads
 STRUCTURES = dict(full=lstsq_map, diag=diag_map, rank=rank_map, lower=lower_map, orthonormal=orthonormal_map)
 
 def _known(what, name, known):
-    if name not in known: raise ReplaceMeError(f"{what} {name!r} is not known.{nearest(name, known)} There are: {', '.join(known)}.")
+    if name not in known:
+        raise ReplaceMeError(f"{what} {name!r} is not known.{nearest(name, known)} There are: "
+                             f"{', '.join(known)}.")
 
+# %% ../nbs/09_solve.ipynb #57db5fa2
+def _check_wide(g, structure, alpha):
+    if _kind(g)=='narrow':
+        raise ReplaceMeError(f"map 'wide' from {g}: these sums are of what the MLP adds. Collect those of "
+                             "what its last matrix reads.")
+    if structure!='full':
+        raise ReplaceMeError(f"structure {structure!r} with map 'wide': a structure ties feature i of the "
+                             "stream to feature j of the stream, and a wide map starts from the MLP's inner "
+                             "features. Use map 'narrow' or structure 'full'.")
+    if alpha:
+        raise ReplaceMeError(f"alpha is {alpha} with map 'wide': alpha is the paper's ridge on the narrow "
+                             "map; use ridge, which draws a wide map towards the narrow one.")
+
+# %% ../nbs/09_solve.ipynb #ad0aeed7
+def _check_choice(map, structure, alpha, ridge, held):
+    if isinstance(ridge, str) and ridge!='auto':
+        raise ReplaceMeError(f"ridge is {ridge!r}: a number, 'auto' or None.")
+    if ridge=='auto' and alpha: _check_ridge(alpha, 1.)
+    if ridge=='auto' and map not in ('narrow', 'wide'):
+        raise ReplaceMeError(f"ridge 'auto' with map {map!r}: it is found for narrow and wide maps.")
+    if ridge=='auto' and structure!='full':
+        raise ReplaceMeError(f"ridge 'auto' with structure {structure!r}: the held-out choice is made "
+                             "for full and wide maps only. Give ridge a number.")
+    if (ridge=='auto') != (held is not None):
+        raise ReplaceMeError(f"ridge is {ridge!r} with{'' if held else 'out'} held-out sums: "
+                             "ridge 'auto' chooses on held-out sums and nothing else uses them.")
+
+# %% ../nbs/09_solve.ipynb #fda9ad42
 def _check_map(g, map, structure, rank, alpha, ridge, held):
     _known('map', map, MAPS); _known('structure', structure, STRUCTURES)
-    if map=='wide' and _kind(g)=='narrow':
-        raise ReplaceMeError(f"map 'wide' from {g}: these sums are of what the MLP adds. Collect those of what its last matrix reads.")
-    if map=='wide' and structure!='full': raise ReplaceMeError(f"structure {structure!r} with map 'wide': a structure ties feature i "
-            "of the stream to feature j of the stream, and a wide map starts from the MLP's inner features. Use map 'narrow' or structure 'full'.")
-    if map=='wide' and alpha: raise ReplaceMeError(f"alpha is {alpha} with map 'wide': alpha is the paper's ridge on the narrow map; "
-                                                   "use ridge, which draws a wide map towards the narrow one.")
-    if (rank is None) == (structure=='rank'): raise ReplaceMeError(f"rank is {rank} with structure {structure!r}: a rank goes with structure 'rank'.")
-    if isinstance(ridge, str) and ridge!='auto': raise ReplaceMeError(f"ridge is {ridge!r}: a number, 'auto' or None.")
-    if ridge=='auto' and alpha: _check_ridge(alpha, 1.)
-    if ridge=='auto' and map not in ('narrow', 'wide'): raise ReplaceMeError(f"ridge 'auto' with map {map!r}: it is found for narrow and wide maps.")
-    if ridge=='auto' and structure!='full': raise ReplaceMeError(f"ridge 'auto' with structure {structure!r}: the held-out choice is made "
-            "for full and wide maps only. Give ridge a number.")
-    if (ridge=='auto') != (held is not None): raise ReplaceMeError(f"ridge is {ridge!r} with{'' if held else 'out'} held-out sums: "
-            "ridge 'auto' chooses on held-out sums and nothing else uses them.")
+    if map=='wide': _check_wide(g, structure, alpha)
+    if (rank is None) == (structure=='rank'):
+        raise ReplaceMeError(f"rank is {rank} with structure {structure!r}: a rank goes with "
+                             "structure 'rank'.")
+    _check_choice(map, structure, alpha, ridge, held)
 
-# %% ../nbs/09_solve.ipynb #380a0012
+# %% ../nbs/09_solve.ipynb #42dfcdd4
 def _auto_map(g, held, map):
     "Choose the ridge on `held`, then fit on all tokens"
     ridge, curve = auto_ridge(g, held, _narrow_change(g) if map=='wide' else None)
@@ -269,18 +315,21 @@ def _auto_map(g, held, map):
     fit.curve = curve
     return fit
 
+# %% ../nbs/09_solve.ipynb #e166e070
 def _narrow(g, structure, rank, alpha, ridge):
     return STRUCTURES[structure](g, *([] if rank is None else [rank]), alpha=alpha, ridge=ridge or 0.)
+
 def _wide(g, structure, rank, alpha, ridge): return wide_map(g, *([] if ridge is None else [ridge]))
 
 MAPS = dict(narrow=_narrow, wide=_wide) # functions of the sums, structure, rank, alpha and ridge
 
+# %% ../nbs/09_solve.ipynb #380a0012
 def fit_map(g:Gram, # narrow sums, or wide ones, which serve both maps
             map='narrow', # in `MAPS`
             structure='full', # in `STRUCTURES`, of a narrow map
             rank=None, # of structure 'rank'
             alpha:float=0., # the paper's ridge, unscaled, towards zero; narrow only
-            ridge=None, # fraction of the mean diagonal, or 'auto'; None is 0 for narrow maps and 0.01 for wide ones
+            ridge=None, # fraction of the mean diagonal, or 'auto'; None: 0 for narrow maps, 0.01 for wide
             held:Gram=None, # sums over other tokens, for ridge 'auto'; they are part of the final fit
            )->Fit:
     "The closed-form map that was asked for"
