@@ -17,7 +17,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from .core import *
 from .arch import *
 
-# %% ../nbs/10_checkpoint.ipynb #49044ed3
+# %% ../nbs/10_checkpoint.ipynb #9585b105
 @contextlib.contextmanager
 def _silent(): # what is tried here is not the user's business
     "Without transformers' remarks"
@@ -27,12 +27,14 @@ def _silent(): # what is tried here is not the user's business
         with warnings.catch_warnings(action='ignore'): yield
     finally: logging.disable(level)
 
+# %% ../nbs/10_checkpoint.ipynb #dbe59263
 def _normal(o):
     "Without `type`, where `rope_type` says the same since transformers 4.43"
     if isinstance(o, list): return [_normal(v) for v in o]
     if not isinstance(o, dict): return o
     return {k: _normal(v) for k,v in o.items() if k!='type' or 'rope_type' not in o}
 
+# %% ../nbs/10_checkpoint.ipynb #49044ed3
 def reading(config, # of the family that reads
             d, # a JSON object
            )->dict: # every key with its value; empty where it cannot be read
@@ -42,6 +44,7 @@ def reading(config, # of the family that reads
     except Exception: return {}
     return _normal(json.loads(json.dumps(got, default=str)))
 
+# %% ../nbs/10_checkpoint.ipynb #70d46862
 def reads_as(config, d,
              ref): # a reading
     "Does `d` say what `ref` says, in all keys of it?"
@@ -62,7 +65,7 @@ def _rope_words(rope, outside):
                  local_rope_theta=near, rope_scaling=scaling or None)
     return {k: v for k,v in words.items() if v is not None}
 
-# %% ../nbs/10_checkpoint.ipynb #c3a4535d
+# %% ../nbs/10_checkpoint.ipynb #2d9ff9d8
 def _scalings(words):
     "Ways to say `rope_scaling`: not at all, as before 4.43 (OLMo and Phi-3 still do in 4.57), and as since"
     scaling = words.get('rope_scaling') or {}
@@ -70,6 +73,7 @@ def _scalings(words):
     older = [dict(type=kind, **rest)] if kind in ('linear', 'dynamic', 'longrope') else []
     return [None, *older, words.get('rope_scaling')]
 
+# %% ../nbs/10_checkpoint.ipynb #c3a4535d
 def rope_words(config,
                d, # its JSON object in the new spelling
               )->dict: # old names and their values
@@ -91,11 +95,13 @@ def _part_of(config, raw):
     parts = [raw, *(v for v in raw.values() if isinstance(v, dict))]
     return next((p for p in parts if p.get('model_type')==config.model_type), {})
 
+# %% ../nbs/10_checkpoint.ipynb #12073dd1
 def _forgotten(config, d, raw):
     "Keys of the source that are not in `d`, but for those about other files and other machines"
     gone = ('quantization_config', 'compression_config', 'transformers_weights')
     return {k: v for k,v in raw.items() if k not in d and k[0]!='_' and k not in gone}
 
+# %% ../nbs/10_checkpoint.ipynb #9aa71c6e
 def _declared(config, d):
     "What the family declares under one name and stores under another, by the name declared"
     fields = type(config).__dataclass_fields__
@@ -113,6 +119,7 @@ def _old_values(config, d, raw):
             res[k] = [words.get(str(v), v) for v in d[k]]
     return {k: v for k,v in res.items() if v!=d[k]}
 
+# %% ../nbs/10_checkpoint.ipynb #47311f3c
 def _old_kinds(d):
     "Kinds of layers as families with Mamba layers called them: 4.57 takes no others"
     words = dict(linear_attention='mamba', full_attention='attention')
@@ -140,6 +147,7 @@ def _worked_out(config, d):
     lists = {k: v for k,v in lists.items() if isinstance(got.get(k), list) and len(got[k])==len(v)}
     return {k: v for k,v in d.items() if k not in lists}, {k: reading(config, d)[k] for k in lists}
 
+# %% ../nbs/10_checkpoint.ipynb #a0e198d9
 def _tries(v, n, lists):
     "Other values for a number, or for a list of the numbers of layers"
     if type(v) is int: yield from range(n+1)
@@ -147,6 +155,7 @@ def _tries(v, n, lists):
         for kinds in lists.values():
             for k in dict.fromkeys(map(str, kinds)): yield [i for i,kind in enumerate(kinds) if str(kind)==k]
 
+# %% ../nbs/10_checkpoint.ipynb #779e93a0
 def _counting_right(config, d):
     "Other values for numbers and patterns, so that they say what the lists say; None where none does"
     less, lists = _worked_out(config, d)
@@ -161,13 +170,14 @@ def _counting_right(config, d):
         if k not in type(config).__dataclass_fields__: gone[k] = None
     return gone
 
-# %% ../nbs/10_checkpoint.ipynb #9d5932e0
+# %% ../nbs/10_checkpoint.ipynb #ab54f86e
 def _lean(d, raw):
     "A part of a config without what is the default of any config"
     default = json.loads(PreTrainedConfig().to_json_string(use_diff=False))
     said = {k for k,v in d.items() if k not in default or default[k]!=v} - {'_name_or_path'}
     return {k: v for k,v in d.items() if k in said or k in raw or k=='model_type'}
 
+# %% ../nbs/10_checkpoint.ipynb #9d5932e0
 def spelled(config, # of the model
             d, # its JSON object as transformers writes it
             raw=None, # that of the folder the model came from
@@ -194,7 +204,7 @@ def respell(folder, config,
     text = json.dumps(d, indent=2, sort_keys=True) # with Infinity as transformers 4 writes it
     write_whole(path, text+'\n')
 
-# %% ../nbs/10_checkpoint.ipynb #38a66aed
+# %% ../nbs/10_checkpoint.ipynb #844ad5e9
 _INPUTS = '*token*.json *vocab* merges.txt *.model *.tiktoken *.spm *.bpe *spiece* *chat_template*'.split()
 _BESIDE = _INPUTS + ('*processor*.json additional_chat_templates/*.jinja '
                      'licen[cs]e* notice* copying* *use_policy*').split()
@@ -202,6 +212,7 @@ _NOT = '*.index.json *.safetensors *.bin *.pt *.pth *.h5 *.msgpack *.onnx *.gguf
 
 def _named(name, patterns): return any(fnmatch(name.lower(), p) for p in patterns)
 
+# %% ../nbs/10_checkpoint.ipynb #38a66aed
 def source_folder(name, # folder or hub id, as in `model.name_or_path`
                   revision=None, token=None): # of a hub id
     "The folder that a model came from, itself or in the hub's cache; None where there is none"
@@ -213,12 +224,13 @@ def source_folder(name, # folder or hub id, as in `model.name_or_path`
     try: return Path(snapshot_download(str(name), **kw))
     except Exception: return None # neither at hand nor in reach
 
-# %% ../nbs/10_checkpoint.ipynb #3580c4b3
+# %% ../nbs/10_checkpoint.ipynb #2f50933f
 def _json(path):
     "A JSON object from a file; empty where there is none"
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
     except (OSError, ValueError): return {}
 
+# %% ../nbs/10_checkpoint.ipynb #257f9a2d
 def _code_files(source):
     "The Python files that the JSON files of a folder name, and what those import from beside them"
     maps = [_json(f).get('auto_map') for f in Path(source).glob('*config*.json')]
@@ -229,6 +241,7 @@ def _code_files(source):
         if f.is_file(): found |= set(map(Path, get_relative_import_files(f)))
     return sorted(f for f in found if f.is_file())
 
+# %% ../nbs/10_checkpoint.ipynb #3580c4b3
 def files_beside(source)->list: # of `Path`s
     "The files of a checkpoint folder that still apply when layers are gone"
     files = sorted(f for p in ('*', 'additional_chat_templates/*') for f in source.glob(p) if f.is_file())
@@ -245,6 +258,7 @@ def _as_saved(inputs):
     def still(c): return {k: v for k,v in c.items() if k not in moving} if isinstance(c, dict) else c
     return {n: still(c) for n,c in files.items()}
 
+# %% ../nbs/10_checkpoint.ipynb #e4642e7c
 def is_unchanged(inputs, # tokenizer or processor
                  source)->bool: # folder
     "Are these the inputs that the folder holds?"
@@ -252,6 +266,7 @@ def is_unchanged(inputs, # tokenizer or processor
         with _silent(): return _as_saved(inputs)==_as_saved(type(inputs).from_pretrained(source))
     except Exception: return False
 
+# %% ../nbs/10_checkpoint.ipynb #9a11f211
 # renamed in transformers 5
 _OLD_CLASSES = dict(TokenizersBackend='PreTrainedTokenizerFast',
                     MistralCommonBackend='MistralCommonTokenizer')
@@ -279,6 +294,7 @@ def save_inputs(folder,
         shutil.copyfile(f, new)
     respell_tokenizer(folder)
 
+# %% ../nbs/10_checkpoint.ipynb #9badca20
 def save_generation(folder, model, source):
     "The source's own `generation_config.json`, where nothing was changed in it"
     path = Path(source)/'generation_config.json'
