@@ -30,17 +30,18 @@ def candidates(n_layers, # decoder layers of the model
     "All blocks of `n` layers that leave a layer before them and start at `first` or later"
     if not isinstance(n, int) or isinstance(n, bool) or n<1:
         raise ReplaceMeError(f"layers_to_skip is {n}: it must be a whole number of layers, at least 1.")
-    if n>=n_layers: raise ReplaceMeError(f"layers_to_skip is {n}, but the model has {n_layers} layers and at least one must stay "
-                                         f"before the block: use at most {n_layers-1}.")
+    if n>=n_layers: raise ReplaceMeError(f"layers_to_skip is {n}, but the model has {n_layers} layers and at "
+                                         f"least one must stay before the block: use at most {n_layers-1}.")
     first = max(first or 1, 1)
-    if first+n>n_layers: raise ReplaceMeError(f"min_distance_layer is {first}, but a block of {n} of {n_layers} layers must start at "
-                                              f"{n_layers-n} or earlier: no candidate is left.")
+    if first+n>n_layers:
+        raise ReplaceMeError(f"min_distance_layer is {first}, but a block of {n} of {n_layers} layers must "
+                             f"start at {n_layers-n} or earlier: no candidate is left.")
     return [Block(s, s+n) for s in range(first, n_layers-n+1)]
 
 # %% ../nbs/06_blocks.ipynb #6a82c2d9
 def without_sinks(blocks, # candidates
-                  sinks, # layers that make or take away the sink, as from `find_sinks`; None where that is not known
-                 )->tuple: # (kept, avoided), both in the order of `blocks`; if every candidate holds a sink layer, `kept` is all of them
+                  sinks, # layers that make or take away the sink, as from `find_sinks`; None if not known
+                 )->tuple: # (kept, avoided), in order; if every one holds a sink, `kept` is all
     "Set the candidates aside that hold a layer of the attention sink"
     avoided = [b for b in blocks if any(b.holds(l) for l in sinks or ())]
     return [b for b in blocks if b not in avoided] or list(blocks), avoided
@@ -52,7 +53,8 @@ def best_blocks(blocks, # candidates
                )->list: # of `(distance, Block)`, best first
     "The `k` candidates with the smallest distance; ties go to the earlier block"
     scored = sorted((d,b) for d,b in zip(distances, blocks, strict=True) if math.isfinite(d))
-    if not scored: raise ReplaceMeError("No candidate block has a finite distance: the hidden states of this model or data are degenerate.")
+    if not scored: raise ReplaceMeError("No candidate block has a finite distance: the hidden states of this "
+                                        "model or data are degenerate.")
     return scored[:k]
 
 # %% ../nbs/06_blocks.ipynb #0ba9d63f
@@ -62,11 +64,15 @@ def joined(blocks, # `Block`s or pairs, in any order
     "Blocks in order, those that touch made one; overlaps are refused"
     out = []
     for b in sorted(Block(*b) for b in blocks):
-        if not 1<=b.start<b.end: raise ReplaceMeError(f"block {b} is empty or leaves no layer before it: a block starts at 1 or later and ends behind its start.")
+        if not 1<=b.start<b.end: raise ReplaceMeError(f"block {b} is empty or leaves no layer before it: a "
+                                                      "block starts at 1 or later and ends behind its start.")
         if not out or out[-1].end<b.start: out.append(b); continue
-        if out[-1].end>b.start: raise ReplaceMeError(f"blocks {out[-1]} and {b} overlap: give blocks that share no layer.")
-        if not merge_consecutive: raise ReplaceMeError(f"blocks {out[-1]} and {b} touch: no layer stays between them whose MLP could take "
-                                                       f"the map of {b}. Set merge_consecutive to true, or leave a layer between.")
+        if out[-1].end>b.start:
+            raise ReplaceMeError(f"blocks {out[-1]} and {b} overlap: give blocks that share no layer.")
+        if not merge_consecutive:
+            raise ReplaceMeError(f"blocks {out[-1]} and {b} touch: no layer stays between them whose MLP "
+                                 f"could take the map of {b}. Set merge_consecutive to true, "
+                                 "or leave a layer between.")
         out[-1] = Block(out[-1].start, b.end)
     return out
 
@@ -81,11 +87,13 @@ def windows(blocks, # candidates, all of one length
     for d,b in best_blocks(blocks, distances, len(blocks)):
         if len(taken)==k: break
         if all(b.end+gap<=t.start or t.end+gap<=b.start for t in taken): taken.append(b); total += d
-    if len(taken)<k: raise ReplaceMeError(f"num_A is {k}, but in order of distance only {len(taken)} windows of {len(blocks[0])} layers fit "
-                                          f"{'side by side' if gap==0 else 'with a layer between them'}: use fewer or shorter ones.")
+    if len(taken)<k:
+        how = 'side by side' if gap==0 else 'with a layer between them'
+        raise ReplaceMeError(f"num_A is {k}, but in order of distance only {len(taken)} windows of "
+                             f"{len(blocks[0])} layers fit {how}: use fewer or shorter ones.")
     return total, joined(taken, merge_consecutive)
 
-# %% ../nbs/06_blocks.ipynb #8d440012
+# %% ../nbs/06_blocks.ipynb #54752aa5
 def _table(distance, n_layers, total, first, avoid):
     "{Block: distance} of the blocks that may be part of a way"
     d = distance if callable(distance) else lambda s,e: distance[s][e]
@@ -93,7 +101,24 @@ def _table(distance, n_layers, total, first, avoid):
     free = [b for b in blocks if not any(b.holds(l) for l in avoid or ())]
     return {b: x for b in free if math.isfinite(x := float(d(*b)))}
 
-def partitions(distance, # `distance(s, e)`, or a matrix with `D[s][e]`; one that is not finite rules the block out
+# %% ../nbs/06_blocks.ipynb #f7206dd1
+def _ways(D, # {Block: distance}
+          n_layers, total, k, top)->list: # of (sum of distances, blocks), the best among them
+    "Ways to remove `total` layers in at most `k` blocks that do not touch"
+    F = [{(0,0): [(0., ())]}] # `F[p][j,m]`: at most `top` pairs (sum, blocks)
+    for p in range(1, n_layers+1):
+        new = dict(F[-1])
+        for s in range(max(1, p-total), p):
+            if (b := Block(s, p)) not in D: continue
+            for (j,m),ways in F[s-1].items():
+                m += p-s
+                if not (m==total or m<total and j+1<k): continue
+                new[j+1, m] = new.get((j+1, m), []) + [(d+D[b], (*bs, b)) for d,bs in ways]
+        F.append({jm: heapq.nsmallest(top, ways) for jm,ways in new.items()})
+    return [w for (j,m),ws in F[-1].items() if m==total for w in ws]
+
+# %% ../nbs/06_blocks.ipynb #8d440012
+def partitions(distance, # `distance(s, e)`, or a matrix with `D[s][e]`; not finite rules the block out
                n_layers, # decoder layers of the model
                total, # layers to remove (config: `layers_to_skip`)
                k=1, # in at most so many blocks
@@ -104,19 +129,12 @@ def partitions(distance, # `distance(s, e)`, or a matrix with `D[s][e]`; one tha
     "The `top` best ways to remove `total` layers in at most `k` blocks that do not touch"
     if k<1: raise ReplaceMeError(f"the number of blocks is {k}: at least one is needed.")
     candidates(n_layers, total, first) # says what is wrong with the numbers
-    D = _table(distance, n_layers, total, first, avoid)
-    F = [{(0,0): [(0., ())]}] # `F[p][j,m]`: at most `top` pairs (sum, blocks)
-    for p in range(1, n_layers+1):
-        new = dict(F[-1])
-        for s in range(max(1, p-total), p):
-            if (b := Block(s, p)) not in D: continue
-            for (j,m),ways in F[s-1].items():
-                m += p-s
-                if m==total or m<total and j+1<k: new[j+1, m] = new.get((j+1, m), []) + [(d+D[b], (*bs, b)) for d,bs in ways]
-        F.append({jm: heapq.nsmallest(top, ways) for jm,ways in new.items()})
-    ways = [w for (j,m),ws in F[-1].items() if m==total for w in ws]
-    if not ways: raise ReplaceMeError(f"No way is left to remove {total} of {n_layers} layers in at most {k} blocks"
-                                      + (f" without layers {', '.join(map(str, avoid))}, which make or take away the attention sink: set sinks: allow to let them go." if avoid else "."))
+    ways = _ways(_table(distance, n_layers, total, first, avoid), n_layers, total, k, top)
+    if not ways:
+        why = "." if not avoid else (f" without layers {', '.join(map(str, avoid))}, which make or take away "
+                                     "the attention sink: set sinks: allow to let them go.")
+        raise ReplaceMeError(f"No way is left to remove {total} of {n_layers} layers in at most {k} blocks"
+                             + why)
     return [(d, list(bs)) for d,bs in heapq.nsmallest(top, ways)]
 
 # %% ../nbs/06_blocks.ipynb #e54edfa1

@@ -29,16 +29,21 @@ def angular(x:Tensor, # `(...,d)`
     "Angle between matching rows, `arccos(cos)/pi` (UIDL, arXiv 2403.17887, eq. 7)"
     return _cos(x, y).arccos()/math.pi
 
+# %% ../nbs/05_distance.ipynb #435d70f4
 def cosine(x:Tensor, y:Tensor)->Tensor:
     "One minus the cosine of matching rows, from 0 to 2 (ReplaceMe, arXiv 2505.02819, eq. 2)"
     return 1-_cos(x, y)
 
+# %% ../nbs/05_distance.ipynb #e234835c
 def relative_l2(x:Tensor, y:Tensor)->Tensor:
     "Length of the change of each row in units of its length before, `|y-x|/|x|`"
     return (y-x).norm(dim=-1)/x.norm(dim=-1)
 
-def influence(x:Tensor, y:Tensor)->Tensor:
-    "Influence of one layer that reads `x` and writes `y`; that of a block is the sum over its layers (ShortGPT, arXiv 2403.03853, eq. 1)"
+# %% ../nbs/05_distance.ipynb #cd53c037
+def influence(x:Tensor, # what a layer reads
+              y:Tensor, # and what it writes
+             )->Tensor:
+    "Influence of one layer, summed over those of a block (ShortGPT, arXiv 2403.03853, eq. 1)"
     return cosine(x, y)
 
 influence.summed = True # over the layers of a block
@@ -74,13 +79,17 @@ def _pairs(h, # a function in `METRICS`
     until = torch.nn.functional.pad(D.diagonal(1, 1, 2).cumsum(1), (1, 0)) # `(B,L+1)`, over the layers so far
     return until[:,None]-until[:,:,None]
 
+# %% ../nbs/05_distance.ipynb #d378eebb
 def _pair_chunks(H, metric, size=2**22): # at most that many float64 numbers of states at a time
     "The matrices of a few rows after another, `(L+1,L+1,b)`"
-    if metric not in METRICS: raise ReplaceMeError(f"metric {metric!r} is not one of {', '.join(METRICS)}.{nearest(metric, METRICS)}")
+    if metric not in METRICS:
+        raise ReplaceMeError(f"metric {metric!r} is not one of {', '.join(METRICS)}."
+                             f"{nearest(metric, METRICS)}")
     if H.device.type=='mps': H = H.cpu() # no float64 there
     for h in H.split(max(1, size//(len(H)*max(H.shape[-1], len(H)))), dim=1):
         yield _pairs(METRICS[metric], h.double().transpose(0, 1)).triu(1).permute(1, 2, 0)
 
+# %% ../nbs/05_distance.ipynb #e3829dc1
 def pair_distances(H:Tensor, # states `(L+1,B,d)`: what enters each layer, and what leaves the last
                    metric='angular', # a name in `METRICS`
                   )->Tensor: # `(L+1,L+1,B)`, entry `[s,e]` for `s<e`, zero elsewhere
@@ -89,7 +98,7 @@ def pair_distances(H:Tensor, # states `(L+1,B,d)`: what enters each layer, and w
 
 # %% ../nbs/05_distance.ipynb #4ca21e1f
 class Profile:
-    "Mean distance of every pair of depths over texts or tokens, and the norms that betray a sink, as running sums"
+    "Mean distance of every pair of depths, and the norms that betray a sink, as running sums"
     def __init__(self, n_layers, # decoder layers `L`
                  metric='angular',
                  tokens='last'): # what whoever fills it shall add: the `last` token of each text, or `all`
@@ -99,38 +108,40 @@ class Profile:
         self.sq, self.cross = self.sum.clone(), self.sum.clone() # of `y_i^2` and `y_i T_i`
         self.norm_texts, self.norms = 0, torch.zeros(3, n_layers+1, dtype=torch.float64) # see `add_norms`
 
-    def add(self, H:Tensor, # `(L+1,B,d)`, one row a text; with `tokens`, `(L+1,T,d)`, the tokens of one text
-            tokens=False): # are the rows the tokens of one text?
-        "Add the texts of a batch, or all tokens of one text"
-        chunks = _pair_chunks(H, self.metric)
-        if tokens: self._count(sum(D.sum(-1, keepdim=True) for D in chunks), H.shape[1])
-        else:
-            for D in chunks: self._count(D, 1)
+# %% ../nbs/05_distance.ipynb #4eb0310e
+@patch
+def _count(self:Profile, y, T): # `(L+1,L+1,B)`, each of `B` texts the sum over its `T` rows
+    y, B = y.cpu(), y.shape[-1]
+    self.sum += y.sum(-1); self.sq += y.pow(2).sum(-1); self.cross += T*y.sum(-1)
+    self.texts += B; self.rows += T*B; self.rows_sq += T*T*B
 
-    def _count(self, y, T): # `(L+1,L+1,B)`, each of `B` texts the sum over its `T` rows
-        y, B = y.cpu(), y.shape[-1]
-        self.sum += y.sum(-1); self.sq += y.pow(2).sum(-1); self.cross += T*y.sum(-1)
-        self.texts += B; self.rows += T*B; self.rows_sq += T*T*B
+@patch
+def add(self:Profile,
+        H:Tensor, # `(L+1,B,d)`, one row a text; with `tokens`, `(L+1,T,d)`, the tokens of one text
+        tokens=False): # are the rows the tokens of one text?
+    "Add the texts of a batch, or all tokens of one text"
+    chunks = _pair_chunks(H, self.metric)
+    if tokens: self._count(sum(D.sum(-1, keepdim=True) for D in chunks), H.shape[1])
+    else:
+        for D in chunks: self._count(D, 1)
 
-    @property
-    def mean(self): return self.sum/self.rows # `(L+1,L+1)`
+# %% ../nbs/05_distance.ipynb #77ebab05
+@patch(as_prop=True)
+def mean(self:Profile): # `(L+1,L+1)`
+    return self.sum/self.rows
 
-    @property
-    def stderr(self): # `(L+1,L+1)`, infinite for a single text
-        "Standard error of each mean, between texts"
-        left = (self.sq - 2*self.mean*self.cross + self.mean**2*self.rows_sq).clamp(min=0)
-        return (left*self.texts/(self.texts-1)).sqrt()/self.rows if self.texts>1 else torch.full_like(left, torch.inf)
+@patch(as_prop=True)
+def stderr(self:Profile): # `(L+1,L+1)`, infinite for a single text
+    "Standard error of each mean, between texts"
+    left = (self.sq - 2*self.mean*self.cross + self.mean**2*self.rows_sq).clamp(min=0)
+    if self.texts<2: return torch.full_like(left, torch.inf)
+    return (left*self.texts/(self.texts-1)).sqrt()/self.rows
 
-    def of_length(self, n)->list: # entry `i` is the distance of the block `[i+1, i+1+n)`
-        "Distances of all blocks of `n` layers that leave a layer before them"
-        return self.mean.diagonal(n)[1:].tolist()
-
-    def plot(self, n=None, # layers of a block; None draws all lengths
-             ax=None, **kw): # `block`, `sinks`, `avoided` of the plots
-        "The distance across every block, or across those of `n` layers"
-        rows = {k: self.of_length(k) for k in range(1, self.n_layers)}
-        kw = {**dict(metric=self.metric, ax=ax, sinks=find_sinks(self)), **kw}
-        return plot_heatmap(rows, **kw) if n is None else plot_profile(rows, n, **kw)
+# %% ../nbs/05_distance.ipynb #0b62ee47
+@patch
+def of_length(self:Profile, n)->list: # entry `i` is the distance of the block `[i+1, i+1+n)`
+    "Distances of all blocks of `n` layers that leave a layer before them"
+    return self.mean.diagonal(n)[1:].tolist()
 
 # %% ../nbs/05_distance.ipynb #0473551c
 SINK = 20 # a token is a sink where its norm is more than so many times the median of its text
@@ -146,13 +157,22 @@ def add_norms(self:Profile, norms:Tensor): # `(L+1,T)`, the norm of every token 
 # %% ../nbs/05_distance.ipynb #690e143f
 def find_sinks(p:Profile, # that was given norms
                jump=.1, # share of the peak that counts
-              )->dict|None: # {layer: share}, positive where the sink is made, negative where it is taken away; None if no norms were added
+              )->dict|None: # {layer: share}, negative where it is taken away; None if no norms were added
     "The layers that make the attention sink or take it away, first to last"
     if not p.norm_texts: return None
     top, mid, sinks = p.norms/p.norm_texts
     if not (there := sinks>=.5).any(): return {}
     share = (top-mid).diff()/top[there].max()
     return {l: round(x, 4) for l,x in enumerate(share.tolist()) if abs(x)>jump}
+
+# %% ../nbs/05_distance.ipynb #e2bff309
+@patch
+def plot(self:Profile, n=None, # layers of a block; None draws all lengths
+         ax=None, **kw): # `block`, `sinks`, `avoided` of the plots
+    "The distance across every block, or across those of `n` layers"
+    rows = {k: self.of_length(k) for k in range(1, self.n_layers)}
+    kw = {**dict(metric=self.metric, ax=ax, sinks=find_sinks(self)), **kw}
+    return plot_heatmap(rows, **kw) if n is None else plot_profile(rows, n, **kw)
 
 # %% ../nbs/05_distance.ipynb #cdd51f0c
 PROFILE = 'replaceme profile 2'
@@ -165,6 +185,7 @@ def save_profile(p:Profile, path, **belongs): # e.g. `model=identity(model), tex
     if 'texts' in d: d['texts'] = ' '.join(d['texts']) # one line, not thousands
     write_whole(path, json.dumps(d, indent=1))
 
+# %% ../nbs/05_distance.ipynb #e7971832
 def _as_profile(d)->dict:
     "What a saved profile holds, with numbers for keys; anything else is an error of some kind"
     for k,row in d['distances'].items():
@@ -172,31 +193,34 @@ def _as_profile(d)->dict:
     sinks = None if d['sinks'] is None else {int(l): float(x) for l,x in d['sinks'].items()}
     return {**d, 'sinks': sinks, 'texts': d.get('texts', '').split()}
 
-# %% ../nbs/05_distance.ipynb #3ccdeb9b
+# %% ../nbs/05_distance.ipynb #77bb64b6
 def is_profile(path)->bool:
     "Was a file written as a profile, by this version or another?"
     try: d = json.loads(local_path(path).read_text(encoding='utf-8'))
     except (OSError, ValueError): return False
     return isinstance(d, dict) and str(d.get('format')).startswith('replaceme profile')
 
+# %% ../nbs/05_distance.ipynb #3ccdeb9b
 def read_profile(path)->dict:
     "What a saved profile holds, or why the file is not one"
     path = local_path(path)
     try: text = path.read_bytes()
     except OSError as e:
-        raise ReplaceMeError(f"distances_path {path}: {e.strerror or e}. Write one with get_distance_analysis, or leave "
-                             "the key out.") from None
+        raise ReplaceMeError(f"distances_path {path}: {e.strerror or e}. Write one with "
+                             "get_distance_analysis, or leave the key out.") from None
     if not is_profile(path):
-        raise ReplaceMeError(f"distances_path {path} is not a profile written by get_distance_analysis (JSON; pickled "
-                             "files are not read).")
+        raise ReplaceMeError(f"distances_path {path} is not a profile written by get_distance_analysis "
+                             "(JSON; pickled files are not read).")
     d = json.loads(text)
     if d['format']!=PROFILE:
-        raise ReplaceMeError(f"distances_path {path} was written by another version ({d['format']}, now {PROFILE}): "
-                             "profile again, or leave the key out.")
+        raise ReplaceMeError(f"distances_path {path} was written by another version ({d['format']}, now "
+                             f"{PROFILE}): profile again, or leave the key out.")
     try: return _as_profile(d)
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise ReplaceMeError(f"distances_path {path} is damaged: profile again, or leave the key out.") from None
+        raise ReplaceMeError(f"distances_path {path} is damaged: profile again, "
+                             "or leave the key out.") from None
 
+# %% ../nbs/05_distance.ipynb #6e4823eb
 def load_sinks(path)->dict|None: # {layer: share} as from `find_sinks`; None where the file does not say
     "The sink layers of a saved profile"
     return read_profile(path)['sinks']
@@ -209,7 +233,8 @@ def load_distances(path,
     "The saved distances of blocks of `n` layers, refused when they belong to something else"
     d = read_profile(path)
     if (odd := difference_of({k: d.get(k) for k in belongs}, belongs)):
-        raise ReplaceMeError(f"distances_path {path} belongs to another {odd}: profile again, or leave the key out.")
+        raise ReplaceMeError(f"distances_path {path} belongs to another {odd}: profile again, "
+                             "or leave the key out.")
     if str(n) not in d['distances']:
         raise ReplaceMeError(f"distances_path {path} has no distances for n={n} layers, only for n in "
                              f"{', '.join(d['distances'])}: profile again.")
@@ -220,5 +245,6 @@ def check_texts(path, texts): # as from `text_digests`
     "Refuse a saved profile of other texts"
     was, now = [set(t) for t in (read_profile(path)['texts'], texts)]
     if was and (was<=now or now<=was): return
-    raise ReplaceMeError(f"distances_path {path} belongs to another data ({len(was)} texts, of which {len(was & now)} are "
-                         f"among the {len(now)} of this run): profile again, or leave the key out.")
+    raise ReplaceMeError(f"distances_path {path} belongs to another data ({len(was)} texts, of which "
+                         f"{len(was & now)} are among the {len(now)} of this run): profile again, or leave "
+                         "the key out.")
