@@ -23,6 +23,17 @@ from .activations import *
 from .blocks import *
 from .stats import *
 
+# %% ../nbs/08_shards.ipynb #d2f62d2c
+def _check_shapes(X, A, Y, E):
+    "Raise unless they are rows of the same tokens, and `E` leads from one width to the other"
+    if not len(X)==len(A)==len(Y) or A.shape!=Y.shape:
+        raise ReplaceMeError(f"X {tuple(X.shape)}, A {tuple(A.shape)} and Y {tuple(Y.shape)} must have a row "
+                             "for each token, A and Y the same width.")
+    p, d = X.shape[1], A.shape[1]
+    if (p, d)!=((d,)*2 if E is None else tuple(E.shape)):
+        raise ReplaceMeError(f"X is {p} wide and Y {d}: that needs an E of shape ({p}, {d}), "
+                             f"not {None if E is None else tuple(E.shape)}.")
+
 # %% ../nbs/08_shards.ipynb #e82839a6
 class Rows:
     "`X` `(T,p)`, `A` and `Y` `(T,d)` of one block, a row for each token, in memory or mapped from files"
@@ -30,11 +41,7 @@ class Rows:
                  E=None, # `(p,d)`: `X@E` is what stands there today; None is the identity, for a narrow map
                  block=None, # the Block they belong to
                  device=None): # where chunks go; where the rows are by default
-        if not len(X)==len(A)==len(Y) or A.shape!=Y.shape:
-            raise ReplaceMeError(f"X {tuple(X.shape)}, A {tuple(A.shape)} and Y {tuple(Y.shape)} must have a row for each token, A and Y the same width.")
-        if (X.shape[1], A.shape[1])!=((A.shape[1],)*2 if E is None else tuple(E.shape)):
-            raise ReplaceMeError(f"X is {X.shape[1]} wide and Y {A.shape[1]}: that needs an E of shape ({X.shape[1]}, {A.shape[1]}), "
-                                 f"not {None if E is None else tuple(E.shape)}.")
+        _check_shapes(X, A, Y, E)
         self.X, self.A, self.Y, self.block, self.wide = X, A, Y, block, E is not None
         self.device = torch.device(device or X.device)
         self.E = torch.eye(X.shape[1], device=self.device) if E is None else E.to(self.device)
@@ -45,18 +52,20 @@ class Rows:
     @property
     def dtype(self): return self.X.dtype # the stored one
     def __repr__(self):
-        return f"Rows({'' if self.block is None else f'{self.block}, '}{len(self)} tokens, X {self.X.shape[1]} wide, Y {self.Y.shape[1]} wide, {self.dtype})"
+        p, d, of = self.X.shape[1], self.Y.shape[1], '' if self.block is None else f'{self.block}, '
+        return f"Rows({of}{len(self)} tokens, X {p} wide, Y {d} wide, {self.dtype})"
 
-# %% ../nbs/08_shards.ipynb #bc51f0be
+# %% ../nbs/08_shards.ipynb #76812889
 @patch(as_prop=True)
 def work_dtype(self:Rows): # what chunks are computed in
     "float32, or float64 where the rows are"
     return torch.promote_types(self.dtype, torch.float32)
 
+# %% ../nbs/08_shards.ipynb #bc51f0be
 @patch
 def chunks(self:Rows,
            n, # rows at a time
-           order=None): # row numbers, such as `torch.randperm(len(rows), generator=gen)`; None is all, as they lie
+           order=None): # row numbers, such as `torch.randperm(len(rows), generator=gen)`; all by default
     "Copies of `(X, A, Y)`, `n` rows at a time; the last chunk may be smaller"
     for i in range(0, len(self) if order is None else len(order), n):
         at = slice(i, i+n) if order is None else order[i:i+n].sort().values.to(self.X.device)
@@ -72,7 +81,9 @@ def batch_rows(model, batch, # `input_ids`, `attention_mask`
                offset=0, # texts before this batch, for error messages
               ): # X, A, Y in float32
     "The rows of real tokens of one batch; no layer behind the block is run"
-    X, S, Y = [o.float() for o in between(dense or model, model, batch, [point], at or block.start, block.end, Features(wide=E is not None))]
+    feats = Features(wide=E is not None)
+    found = between(dense or model, model, batch, [point], at or block.start, block.end, feats)
+    X, S, Y = [o.float() for o in found]
     check_finite(dense or model, model, batch, S, Y, offset)
     return X, S - (X if E is None else X@E.to(X)), Y
 
@@ -83,13 +94,15 @@ DTYPES = {str(t).split('.')[1]: t for t in (torch.float32, torch.bfloat16, torch
 def _head(model, batches, block, point, wide, dtype, belongs, at=None):
     "What identifies the rows, as JSON will give it back"
     name, d = str(dtype).split('.')[-1], width(model)
-    if name not in DTYPES: raise ReplaceMeError(f"rows are stored as {', '.join(DTYPES)}, not {name}.{nearest(name, DTYPES)}")
+    if name not in DTYPES:
+        raise ReplaceMeError(f"rows are stored as {', '.join(DTYPES)}, not {name}.{nearest(name, DTYPES)}")
     p = reads(point.module) if wide else d
-    head = dict(format=FORMAT, dtype=name, widths=dict(X=p, A=d, Y=d), block=list(block), at=at or block.start, wide=bool(wide), factor=str([w.factor for w in point.writers]),
-                tokens=sum(int(b['attention_mask'].sum()) for b in batches), data=digest_of(text_digests(batches)), belongs=belongs)
+    head = dict(format=FORMAT, dtype=name, widths=dict(X=p, A=d, Y=d), block=list(block),
+                at=at or block.start, wide=bool(wide), factor=str([w.factor for w in point.writers]),
+                tokens=n_tokens(batches), data=digest_of(text_digests(batches)), belongs=belongs)
     return json.loads(json.dumps(head))
 
-# %% ../nbs/08_shards.ipynb #1bfe495a
+# %% ../nbs/08_shards.ipynb #0a030909
 _FILES = ('X.bin', 'A.bin', 'Y.bin', 'E.bin')
 
 def _read_head(folder):
@@ -102,6 +115,7 @@ def _read_head(folder):
     for k,(need,more) in sizes.items(): _check_file(folder/f'{k}.bin', need, more)
     return head
 
+# %% ../nbs/08_shards.ipynb #1bfe495a
 def _write_head(folder, head): write_whole(folder/'rows.json', json.dumps(head, indent=1))
 
 def _size(head, k, rows): return rows*head['widths'][k]*DTYPES[head['dtype']].itemsize
@@ -113,35 +127,39 @@ def _sizes(head)->dict: # {file: (bytes, may there be more?)}
     wide = {'E': (4*head['widths']['X']*head['widths']['A'], False)} if head['wide'] and done else {}
     return {**{k: (_size(head, k, done), done<tokens) for k in head['widths']}, **wide}
 
+# %% ../nbs/08_shards.ipynb #bb954165
 def _check_file(path, need, more):
     "Raise unless a file has its size"
     size = path.stat().st_size if path.exists() else 0
     if size<need or size>need and not more:
         raise ReplaceMeError(f"{path} has {size} bytes, its rows.json promises {need}: delete the folder.")
 
-# %% ../nbs/08_shards.ipynb #a6b48a35
+# %% ../nbs/08_shards.ipynb #1be9e86e
 def _resume(folder, head)->dict: # texts and rows that are whole
-    "What `folder` holds already of the rows described by `head`; refuses rows of something else, naming the difference"
+    "What `folder` holds already of the rows of `head`; those of something else are refused"
     old = _read_head(folder)
     if not old: return dict(texts=0, rows=0)
     done = {k: old.pop(k) for k in ('texts', 'rows')}
     check_facts(folder, 'rows', old, head)
     return done
 
+# %% ../nbs/08_shards.ipynb #a6b48a35
 def check_room(folder, need): # bytes
     "Raise unless the disk has room for what is still to be written into `folder`"
     folder = Path(folder).absolute()
     free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
     if free < need:
-        raise ReplaceMeError(f"the activations need {need/1e9:.2f} GB more in {folder} and {free/1e9:.2f} GB are free: free some space, choose "
-                             "another folder (activations_save_path; TMPDIR for temporary ones), fewer tokens, or refit: 0.")
+        raise ReplaceMeError(f"the activations need {need/1e9:.2f} GB more in {folder} and {free/1e9:.2f} GB "
+                             "are free: free some space, choose another folder (activations_save_path; "
+                             "TMPDIR for temporary ones), fewer tokens, or refit: 0.")
 
-# %% ../nbs/08_shards.ipynb #29fc60c5
+# %% ../nbs/08_shards.ipynb #f4b0ba81
 def _mapped(path, rows, width, dtype):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # numpy knows that the file is read only, torch would not
         return torch.from_numpy(np.memmap(path, dtype='uint8', mode='r')).view(dtype).view(rows, width)
 
+# %% ../nbs/08_shards.ipynb #29fc60c5
 def open_rows(folder, # written by `write_rows`
               device=None, # where chunks go
              )->Rows:
@@ -150,8 +168,10 @@ def open_rows(folder, # written by `write_rows`
     head = _read_head(folder)
     if not head: raise ReplaceMeError(f"{folder} holds no rows.")
     if head['rows']!=head['tokens']:
-        raise ReplaceMeError(f"{folder} is unfinished, {head['rows']} of {head['tokens']} rows are there: run write_rows again to go on.")
-    X, A, Y = (_mapped(folder/f'{k}.bin', head['rows'], w, DTYPES[head['dtype']]) for k,w in head['widths'].items())
+        raise ReplaceMeError(f"{folder} is unfinished, {head['rows']} of {head['tokens']} rows are there: "
+                             "run write_rows again to go on.")
+    n, dtype = head['rows'], DTYPES[head['dtype']]
+    X, A, Y = (_mapped(folder/f'{k}.bin', n, w, dtype) for k,w in head['widths'].items())
     E = _mapped(folder/'E.bin', X.shape[1], A.shape[1], torch.float32).clone() if head['wide'] else None
     return Rows(X, A, Y, E, Block(*head['block']), device)
 
@@ -159,15 +179,19 @@ def open_rows(folder, # written by `write_rows`
 def _append(f, x, dtype):
     "Write rows in `dtype` at the end of an open file"
     y = x.to(dtype).cpu().contiguous()
-    if not y.isfinite().all(): raise ReplaceMeError(f"a value of {x.abs().max():.0f} does not fit into {dtype}: use bfloat16 or float32.")
+    if not y.isfinite().all():
+        raise ReplaceMeError(f"a value of {x.abs().max():.0f} does not fit into {dtype}: "
+                             "use bfloat16 or float32.")
     f.write(y.view(torch.uint8).numpy())
 
+# %% ../nbs/08_shards.ipynb #21a03922
 def _open_at(folder, head, rows, stack):
     "The three files, cut to the rows that are whole, open for more"
     files = {k: stack.enter_context(open(folder/f'{k}.bin', 'ab')) for k in head['widths']}
     for k,f in files.items(): f.truncate(_size(head, k, rows))
     return files
 
+# %% ../nbs/08_shards.ipynb #22bd8d69
 def _after(batches, texts):
     "The batches behind the first `texts` texts"
     for b in batches:
@@ -181,7 +205,8 @@ def _run(dense, model, batches, folder, head, done, point, E, desc):
     block, dtype = Block(*head['block']), DTYPES[head['dtype']]
     with ExitStack() as stack:
         files = _open_at(folder, head, done['rows'], stack)
-        bar = stack.enter_context(tqdm(total=head['tokens'], initial=done['rows'], desc=desc, unit=' tokens', unit_scale=True))
+        bar = stack.enter_context(tqdm(total=head['tokens'], initial=done['rows'], desc=desc,
+                                       unit=' tokens', unit_scale=True))
         for batch in _after(batches, done['texts']):
             new = batch_rows(model, batch, block, point, E, dense, head['at'], done['texts'])
             for f,x in zip(files.values(), new): _append(f, x, dtype); f.flush()
@@ -198,8 +223,8 @@ def _writing(folder):
         yield
     except OSError as e:
         if disk_full(e):
-            raise ReplaceMeError(f"the disk ran full while writing {folder}: free some space and run again, which goes "
-                                 "on with the rows that are there.") from e
+            raise ReplaceMeError(f"the disk ran full while writing {folder}: free some space and run again, "
+                                 "which goes on with the rows that are there.") from e
         if not Path(str(e.filename)).is_relative_to(folder): raise
         raise ReplaceMeError(f"{folder} cannot be written ({e.strerror}): choose another folder.") from e
 
@@ -210,10 +235,10 @@ def write_rows(model, batches, # as from `data.batches`
                folder, # for these rows alone
                *, wide=False, # X is what the MLP's last matrix reads, not what it writes
                dtype=torch.float32, # as stored: float32, bfloat16 or float16
-               belongs=None, # what the rows depend on beside the tokens, any JSON: `dict(model=identity(model))`
-               dense=None, at=None, # for a second block: the dense model, and the state of the pruned `model` at the cut
+               belongs=None, # what they depend on beside the tokens, any JSON: `dict(model=identity(model))`
+               dense=None, at=None, # of a second block: the dense model, and the state of `model` at the cut
                desc='rows')->Rows:
-    "Stream the batches once into `folder`, going on where an interrupted call stopped; where all is there, nothing is run"
+    "Stream the batches once into `folder`, going on where an interrupted call stopped"
     folder, point = Path(folder).absolute(), points[(at or block.start)-1]
     E = writes(point).float() if wide else None
     head = _head(model, batches, block, point, wide, dtype, belongs, at)
@@ -225,4 +250,5 @@ def write_rows(model, batches, # as from `data.batches`
                 _write_head(folder, {**head, **done})
                 if wide: write_whole(folder/'E.bin', E.cpu().contiguous().numpy().tobytes())
                 _run(dense, model, batches, folder, head, done, point, E, desc)
-    return open_rows(folder, None if point.device.type in ('mps', 'meta') else point.device) # no float64 on mps
+    near = point.device.type not in ('mps', 'meta') # no float64 on mps
+    return open_rows(folder, point.device if near else None)
