@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from tqdm.auto import tqdm
@@ -22,15 +23,19 @@ from .data import *
 from .shards import *
 from .solve import *
 
-# %% ../nbs/10_optimize.ipynb #8a8f006f
+# %% ../nbs/10_optimize.ipynb #38513735
 def _turned(P, Q): return 1-cosine_similarity(P, Q, dim=1)
 def _squared(P, Q): return (P-Q).pow(2).mean(1)
 
-LOSSES = dict(cosine=_turned, mse=_squared, elasticnet=_squared) # of what is predicted and what is wanted, `(T,)`
+# of what is predicted and what is wanted, `(T,)`
+LOSSES = dict(cosine=_turned, mse=_squared, elasticnet=_squared)
 
+# %% ../nbs/10_optimize.ipynb #62972138
 def _known(what, name, known):
-    if name not in known: raise ReplaceMeError(f"{what} is {name!r}: known are {', '.join(known)}.{nearest(name, known)}")
+    if name not in known:
+        raise ReplaceMeError(f"{what} is {name!r}: known are {', '.join(known)}.{nearest(name, known)}")
 
+# %% ../nbs/10_optimize.ipynb #8a8f006f
 @dataclass(frozen=True)
 class Loss:
     "What a map is judged by"
@@ -43,22 +48,30 @@ class Loss:
         _known('loss', self.name, LOSSES)
         at_least(l1=(self.l1, 0), l2=(self.l2, 0))
         if self.accurate and self.name!='cosine':
-            raise ReplaceMeError(f"accurate goes with the loss cosine, not {self.name}: squared errors of X@V+A against Y are those of "
-                                 "X@V against Y-A, the residual A cancels. Leave accurate out.")
+            raise ReplaceMeError(f"accurate goes with the loss cosine, not {self.name}: squared errors of "
+                                 "X@V+A against Y are those of X@V against Y-A, the residual A cancels. "
+                                 "Leave accurate out.")
         if self.name=='elasticnet' and not self.l1+self.l2:
-            raise ReplaceMeError("elasticnet without a penalty is mse: give l1 or l2 (the paper's are l1=1e-4, l2=0.01), or loss 'mse'.")
+            raise ReplaceMeError("elasticnet without a penalty is mse: give l1 or l2 (the paper's are "
+                                 "l1=1e-4, l2=0.01), or loss 'mse'.")
         if self.name=='cosine' and not self.accurate and self.l1+self.l2:
-            warnings.warn(f"l1 {self.l1:g} and l2 {self.l2:g} with the simplified cosine: it is the same for every multiple of the map, so "
-                          "the penalty alone decides its size, and pulls it towards zero for as long as the solver runs; use accurate.", ReplaceMeWarning, stacklevel=3)
+            warnings.warn(f"l1 {self.l1:g} and l2 {self.l2:g} with the simplified cosine: it is the same "
+                          "for every multiple of the map, so the penalty alone decides its size, and pulls "
+                          "it towards zero for as long as the solver runs; use accurate.", ReplaceMeWarning,
+                          stacklevel=3)
 
-    def tokens(self, V, X, A, Y)->Tensor: # `(T,)`
-        "The loss of each token, without penalties"
-        P, Q = (X@V+A, Y) if self.accurate else (X@V, Y-A)
-        return LOSSES[self.name](P, Q)
+# %% ../nbs/10_optimize.ipynb #934b10ea
+@patch
+def tokens(self:Loss, V, X, A, Y)->Tensor: # `(T,)`
+    "The loss of each token, without penalties"
+    P, Q = (X@V+A, Y) if self.accurate else (X@V, Y-A)
+    return LOSSES[self.name](P, Q)
 
-    def penalty(self, V):
-        "The penalty on the map"
-        return (self.l1*V.abs().mean() if self.l1 else 0.) + (self.l2*V.pow(2).mean() if self.l2 else 0.)
+# %% ../nbs/10_optimize.ipynb #f42e3576
+@patch
+def penalty(self:Loss, V):
+    "The penalty on the map"
+    return (self.l1*V.abs().mean() if self.l1 else 0.) + (self.l2*V.pow(2).mean() if self.l2 else 0.)
 
 # %% ../nbs/10_optimize.ipynb #41baf5fe
 def _mean(rows, V, loss, chunk=2048):
@@ -67,10 +80,12 @@ def _mean(rows, V, loss, chunk=2048):
         total = sum(loss.tokens(V.to(X), X, A, Y).double().sum() for X,A,Y in rows.chunks(chunk))
         return (total/len(rows) + loss.penalty(V)).item()
 
+# %% ../nbs/10_optimize.ipynb #315136a3
 def mean_loss(rows:Rows, V:Tensor, loss='cosine', accurate=False, l1=0., l2=0.)->float:
     "The loss of a map over all rows"
     return _mean(rows, V, Loss(loss, accurate, l1, l2))
 
+# %% ../nbs/10_optimize.ipynb #15521cc3
 def mean_cosine(rows:Rows, V:Tensor, accurate=False)->float:
     "Mean cosine of `X@V` with `Y-A`, or of `X@V+A` with `Y`"
     return 1-_mean(rows, V, Loss(accurate=accurate))
@@ -79,22 +94,29 @@ def mean_cosine(rows:Rows, V:Tensor, accurate=False)->float:
 def _full(V, **_): return V.flatten(), lambda t: t.view(V.shape)
 def _diag(V, **_): return V.diagonal().clone(), torch.diag
 
+# %% ../nbs/10_optimize.ipynb #ea835c88
 def _rank(V, rank, start, seed):
     d = len(V)
     if not 1<=rank<=d: raise ReplaceMeError(f"rank is {rank}: a map of width {d} has a rank from 1 to {d}.")
     if start is None:
-        U = torch.linalg.qr(torch.randn(d, rank, dtype=V.dtype, generator=torch.Generator().manual_seed(seed)))[0].to(V)
+        gen = torch.Generator().manual_seed(seed)
+        U = torch.linalg.qr(torch.randn(d, rank, dtype=V.dtype, generator=gen))[0].to(V)
         W = U.T
     else:
         U, S, Wt = torch.linalg.svd(V)
         U, W = U[:,:rank]*S[:rank].sqrt(), S[:rank,None].sqrt()*Wt[:rank]
     return torch.cat([U.flatten(), W.flatten()]), lambda t: t[:d*rank].view(d, rank)@t[d*rank:].view(rank, d)
 
+# %% ../nbs/10_optimize.ipynb #087fb4ac
 def _triangle(V, **_):
     i = torch.tril_indices(*V.shape, device=V.device)
     at = i[0]*V.shape[1]+i[1]
-    return V.flatten()[at], lambda t: torch.zeros(V.numel(), dtype=t.dtype, device=t.device).index_copy(0, at, t).view(V.shape)
+    def build(t):
+        flat = torch.zeros(V.numel(), dtype=t.dtype, device=t.device)
+        return flat.index_copy(0, at, t).view(V.shape)
+    return V.flatten()[at], build
 
+# %% ../nbs/10_optimize.ipynb #b39493a7
 def _orthonormal(V, **_):
     U, _, Wt = torch.linalg.svd(V)
     i, j = torch.tril_indices(*V.shape, offset=-1, device=V.device)
@@ -115,11 +137,14 @@ def parametrise(rows:Rows,
     "A vector of free numbers for an optimiser, and the map it stands for"
     _known('structure', structure, _STRUCTURES)
     if rows.wide and structure!='full':
-        raise ReplaceMeError(f"structure {structure!r} is for narrow maps: the rows and columns of a wide map {tuple(rows.E.shape)} are "
-                             "different things. Use 'full', or rows written with wide=False.")
-    if rank!=1 and structure!='rank': raise ReplaceMeError(f"rank is {rank}, which goes with structure 'rank', not {structure!r}.")
+        raise ReplaceMeError(f"structure {structure!r} is for narrow maps: the rows and columns of a wide "
+                             f"map {tuple(rows.E.shape)} are different things. Use 'full', or rows written "
+                             "with wide=False.")
+    if rank!=1 and structure!='rank':
+        raise ReplaceMeError(f"rank is {rank}, which goes with structure 'rank', not {structure!r}.")
     V = (rows.E if start is None else start).detach().to(rows.device, torch.float64)
-    if V.shape!=rows.E.shape: raise ReplaceMeError(f"start has shape {tuple(V.shape)}, these rows need {tuple(rows.E.shape)}.")
+    if V.shape!=rows.E.shape:
+        raise ReplaceMeError(f"start has shape {tuple(V.shape)}, these rows need {tuple(rows.E.shape)}.")
     return _STRUCTURES[structure](V, rank=rank, start=start, seed=seed)
 
 # %% ../nbs/10_optimize.ipynb #639c0181
@@ -127,7 +152,7 @@ def parametrise(rows:Rows,
 class Solved:
     "A map found by iteration, and how it got there"
     T: Tensor # `(p,d)`, float64, multiplied from the right
-    history: list # of dicts: `step` (epoch, iteration or sweep; 0 is the start), `loss` on the rows of the fit, `held`: mean cosine on held-out rows
+    history: list # of dicts: step (epoch, iteration or sweep; 0 is the start), loss, held (held-out cosine)
     solver: str # adam, cg, l-bfgs, trust-ncg or irls
     loss: Loss
     step: int # the step `T` is from: the last, or the best of irls
@@ -135,20 +160,26 @@ class Solved:
     def __repr__(self):
         first, this = self.history[0], self.history[self.step]
         held = f", held-out cosine {first['held']:.4f} -> {this['held']:.4f}" if 'held' in this else ''
-        return (f"Solved({'x'.join(map(str, self.T.shape))}, {self.solver}, step {self.step} of {len(self.history)-1}, {self.loss.name} loss "
-                f"{first['loss']:.4g} -> {this['loss']:.4g}{held})")
+        return (f"Solved({'x'.join(map(str, self.T.shape))}, {self.solver}, step {self.step} of "
+                f"{len(self.history)-1}, {self.loss.name} loss {first['loss']:.4g} -> "
+                f"{this['loss']:.4g}{held})")
 
-    def plot(self, ax=None, **kw):
-        "The held-out cosine, or the loss where nothing was held out, over the steps"
-        what = 'held' if 'held' in self.history[0] else 'loss'
-        return plot_history(self.history, {what: self.solver}, dict(adam='epoch', irls='sweep').get(self.solver, 'iteration'),
-                            'held-out mean cosine' if what=='held' else f'{self.loss.name} loss', ax, **kw)
+# %% ../nbs/10_optimize.ipynb #adf10fe0
+@patch
+def plot(self:Solved, ax=None, **kw):
+    "The held-out cosine, or the loss where nothing was held out, over the steps"
+    what = 'held' if 'held' in self.history[0] else 'loss'
+    steps = dict(adam='epoch', irls='sweep').get(self.solver, 'iteration')
+    label = 'held-out mean cosine' if what=='held' else f'{self.loss.name} loss'
+    return plot_history(self.history, {what: self.solver}, steps, label, ax, **kw)
 
+# %% ../nbs/10_optimize.ipynb #a8377d28
 def _note(history, step, loss, V, held, accurate):
     "One more line of history"
-    history.append(dict(step=step, loss=loss) if held is None else dict(step=step, loss=loss, held=mean_cosine(held, V, accurate)))
+    new = dict(step=step, loss=loss)
+    history.append(new if held is None else dict(new, held=mean_cosine(held, V, accurate)))
 
-# %% ../nbs/10_optimize.ipynb #4b69b5c6
+# %% ../nbs/10_optimize.ipynb #7f90cff1
 def _epoch(rows, theta, build, opt, loss, batch, gen, bar):
     "One pass over the rows in random order; the mean loss on the way"
     total = 0.
@@ -158,9 +189,11 @@ def _epoch(rows, theta, build, opt, loss, batch, gen, bar):
         opt.zero_grad(); value.backward(); opt.step()
         total += value.item()*len(X)
         bar.set_postfix(loss=f'{value.item():.4f}', refresh=False); bar.update(len(X))
-    if not total-total==0.: raise ReplaceMeError("the loss became NaN or infinite: use a smaller lr, or look at the rows.")
+    if not total-total==0.:
+        raise ReplaceMeError("the loss became NaN or infinite: use a smaller lr, or look at the rows.")
     return total/len(rows)
 
+# %% ../nbs/10_optimize.ipynb #4b69b5c6
 @torch.enable_grad() # whoever calls it may have them off
 def adam_map(rows:Rows, loss='cosine', accurate=False, structure='full', rank=1,
              lr=1e-4, epochs=10, batch=1024, # tokens in a step
@@ -192,6 +225,7 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, u): return ctx.f.hvp(ctx.saved_tensors[0], u), None, None
 
+# %% ../nbs/10_optimize.ipynb #a24be427
 class _Value(torch.autograd.Function):
     "The mean loss over all tokens"
     @staticmethod
@@ -221,7 +255,8 @@ class Streamed:
         for part, v in self._parts(V):
             value += part.detach(); grad += torch.autograd.grad(part, v)[0]
         if not (value.isfinite() and grad.isfinite().all()):
-            raise ReplaceMeError("the loss or its gradient is NaN or infinite: look at the rows, or start nearer to the identity.")
+            raise ReplaceMeError("the loss or its gradient is NaN or infinite: look at the rows, or start "
+                                 "nearer to the identity.")
         return value.to(V), grad
 
     def hvp(self, V, u):
@@ -232,10 +267,16 @@ class Streamed:
             out += torch.autograd.grad(g, v, u.to(v))[0]
         return out
 
-# %% ../nbs/10_optimize.ipynb #f01e58fc
-_OPTIONS = {'cg': dict(normp=2), 'l-bfgs': dict(normp=2, xtol=0., gtd_tol=0., history_size=10), # each step of history is two maps
-            'trust-ncg': {}}
+# %% ../nbs/10_optimize.ipynb #901f03b5
+_OPTIONS = {'cg': dict(normp=2), 'l-bfgs': dict(normp=2, xtol=0., gtd_tol=0., history_size=10),
+            'trust-ncg': {}} # each step of history is two maps
 
+def _grad_size(f, build, theta):
+    "Length of the gradient at the start; zero where there is nothing to do"
+    t = theta.clone().requires_grad_()
+    return torch.autograd.grad(f(build(t)), t)[0].norm().item()
+
+# %% ../nbs/10_optimize.ipynb #f01e58fc
 @torch.enable_grad() # whoever calls it may have them off
 def minimise_map(rows:Rows, solver='l-bfgs', # or 'cg', 'trust-ncg'
                  loss='cosine', accurate=False, structure='full', rank=1,
@@ -263,12 +304,7 @@ def minimise_map(rows:Rows, solver='l-bfgs', # or 'cg', 'trust-ncg'
         if size: theta = minimize(scaled, theta, solver, max_iter=max_iter, callback=step, options=options).x
     return Solved(build(theta).detach(), history, solver, loss, len(history)-1)
 
-def _grad_size(f, build, theta):
-    "Length of the gradient at the start; zero where there is nothing to do"
-    t = theta.clone().requires_grad_()
-    return torch.autograd.grad(f(build(t)), t)[0].norm().item()
-
-# %% ../nbs/10_optimize.ipynb #be0e4348
+# %% ../nbs/10_optimize.ipynb #e4264785
 def _weights(V, X, A, Y, accurate):
     "`cos`, `c` and `a` of each token, the offset `Z` and the target `Q`; without a map all weights are one"
     Z, Q = (A, Y) if accurate else (torch.zeros_like(A), Y-A)
@@ -278,6 +314,7 @@ def _weights(V, X, A, Y, accurate):
     a = torch.where(pq>0, 1/(p*q), 0.)
     return torch.where((p>0)&(q>0), pq/(p*q), 0.), torch.where(pq>0, a*pq/p**2, 0.), a, Z, Q
 
+# %% ../nbs/10_optimize.ipynb #be0e4348
 def _sweep(rows, V, accurate, diag, chunk):
     "Mean cosine of a map, and the two sums that the next one solves: `G@V = B`; the tokens in them"
     p, d = rows.E.shape
@@ -301,18 +338,31 @@ def _solve(G, B, ridge, V0, n):
     k = ridge*G.diagonal().mean()
     try: return spd_solve(G+k*torch.eye(len(G)).to(G), B+k*V0, n)
     except ReplaceMeError as e:
-        raise ReplaceMeError(f"The system of a sweep is singular: {n} tokens carry weight for {len(G)} features. Use at least {4*len(G)} "
-                             "tokens (dataset_size, max_length) or a ridge (such as ridge=0.01).") from e
+        raise ReplaceMeError(f"The system of a sweep is singular: {n} tokens carry weight for {len(G)} "
+                             f"features. Use at least {4*len(G)} tokens (dataset_size, max_length) or a "
+                             "ridge (such as ridge=0.01).") from e
 
+# %% ../nbs/10_optimize.ipynb #a1e7dcf4
 def _check_irls(rows, loss, structure, **least):
     at_least(**least)
     _known('loss', loss, LOSSES); _known('structure', structure, _STRUCTURES)
     others = ', '.join(s for s in SOLVERS if s!='irls')
     if loss!='cosine':
-        raise ReplaceMeError(f"irls solves for the cosine; loss {loss!r} has its closed form in one pass (solve) or goes with {others}.")
+        raise ReplaceMeError(f"irls solves for the cosine; loss {loss!r} has its closed form in one pass "
+                             f"(solve) or goes with {others}.")
     if structure not in ('full', 'diag'):
-        raise ReplaceMeError(f"irls has no closed form for structure {structure!r}: use 'full' or 'diag', or another solver ({others}).")
+        raise ReplaceMeError(f"irls has no closed form for structure {structure!r}: use 'full' or 'diag', "
+                             f"or another solver ({others}).")
     if rows.wide: parametrise(rows, structure)
+
+# %% ../nbs/10_optimize.ipynb #3f8edfdc
+def _irls_start(rows, accurate, structure, ridge, start, chunk):
+    "The map that is given, or least squares over the same rows: a sweep with all weights one"
+    if start is not None:
+        theta, build = parametrise(rows, structure, start=start)
+        return build(theta)
+    _, G, B, _ = _sweep(rows, None, accurate, structure=='diag', chunk)
+    return _solve(G, B, ridge, rows.E.double(), len(rows))
 
 # %% ../nbs/10_optimize.ipynb #9a0621f1
 def irls_map(rows:Rows,
@@ -325,14 +375,12 @@ def irls_map(rows:Rows,
              held=None, # Rows to choose the best sweep by; the rows of the fit otherwise
              loss='cosine', # it solves for no other
              chunk=2048, # tokens in memory at a time
-            )->Solved:
-    "The map with the largest mean cosine, by weighted least squares in sweeps; the best one seen is returned, so it is never worse than the start"
+            )->Solved: # of the best sweep, so it is never worse than the start
+    "The map with the largest mean cosine, by weighted least squares in sweeps; the best one seen is returned"
     _check_irls(rows, loss, structure, sweeps=(sweeps, 1), ridge=(ridge, 0), chunk=(chunk, 1))
     diag, history, best = structure=='diag', [], (-torch.inf, None, 0)
     with tqdm(total=sweeps+2, desc='irls', unit=' passes') as bar:
-        if start is None: V = _solve(*_sweep(rows, None, accurate, diag, chunk)[1:3], ridge, rows.E.double(), len(rows))
-        else: theta, build = parametrise(rows, structure, start=start); V = build(theta)
-        V0 = V
+        V = V0 = _irls_start(rows, accurate, structure, ridge, start, chunk)
         for k in range(sweeps+1):
             cos, G, B, used = _sweep(rows, V, accurate, diag, chunk)
             _note(history, k, 1-cos, V, held, accurate)
@@ -345,8 +393,10 @@ def irls_map(rows:Rows,
     return Solved(best[1], history, 'irls', Loss(accurate=accurate), best[2])
 
 # %% ../nbs/10_optimize.ipynb #b4b28930
+# by name, each the function that is called: with the rows, a structure, and its own options
 SOLVERS = dict(adam=adam_map, **{s: partial(minimise_map, solver=s) for s in _OPTIONS}, irls=irls_map)
 
+# %% ../nbs/10_optimize.ipynb #9ed0fb41
 def check_structure(solver, structure):
     "Raise unless a map of this structure can be sought by iteration"
     _known(f'the structure for solver {solver}', structure, _STRUCTURES)
