@@ -159,7 +159,7 @@ def test_compare_two_models(place, small, tmp_path, monkeypatch):
     (kept,) = (tmp_path / "cache/scores").iterdir()
     (place / "pair.yaml").write_text("compare: [./tiny, ./small]\neval_size: 2\neval_length: 32\nprompt: null\nspeed: false\n")
     monkeypatch.chdir(place)
-    monkeypatch.setattr("replaceme.sidebyside.piece_divergence", lambda *a: pytest.fail("computed again"))
+    monkeypatch.setattr("replaceme.divergence.piece_divergence", lambda *a: pytest.fail("computed again"))
     r = evaluate(read_config("pair.yaml", cls=EvaluateConfig))
     assert r.divergence.kl == json.loads(kept.read_text())["result"]["kl"] and r.answers == [] and r.speeds is None
     row = next(l for l in p.stdout.splitlines() if l.startswith("perplexity"))
@@ -173,7 +173,7 @@ def test_scores_of_one_model_are_kept(place, tmp_path, monkeypatch):
     first = evaluate(cfg(cache=False))
     assert not (tmp_path / "cache/scores").exists()
     assert evaluate(cfg()) == first
-    monkeypatch.setattr("replaceme.sidebyside.perplexity", lambda *a: pytest.fail("computed again"))
+    monkeypatch.setattr("replaceme.scores.perplexity", lambda *a: pytest.fail("computed again"))
     assert evaluate(cfg()) == first
 
 

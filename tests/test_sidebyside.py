@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+import replaceme.scores
 import replaceme.sidebyside as s
+import replaceme.speed
 from replaceme.arch import judging
 from replaceme.blocks import Block
 from replaceme.core import ReplaceMeError, ReplaceMeWarning, cache_dir
@@ -154,7 +156,7 @@ def test_families_are_timed(family, tok):
 def test_taking_turns(pair, tok, monkeypatch):
     "Warm-up runs are not counted, repeats are pairs, and the first of a pair alternates"
     calls = []
-    monkeypatch.setattr(s, "token_times", lambda m, *a: calls.append(pair.index(m)) or [len(calls), len(calls)+1])
+    monkeypatch.setattr(replaceme.speed, "token_times", lambda m, *a: calls.append(pair.index(m)) or [len(calls), len(calls)+1])
     runs = s.in_turns(pair, tok, None, 2, repeats=3, warmup=1)
     assert calls == [1, 0, 0, 1, 1, 0, 0, 1]
     assert [[r[0] for r in rs] for rs in runs] == [[3, 6, 7], [4, 5, 8]]
@@ -167,7 +169,7 @@ def test_ratios_are_of_pairs(pair, tok, monkeypatch):
     def slow(m, *a):
         f = (1+next(calls)//2)*(2 if m is pair[0] else 1)
         return [f, 2*f, 4*f]
-    monkeypatch.setattr(s, "token_times", slow)
+    monkeypatch.setattr(replaceme.speed, "token_times", slow)
     (r,) = s.side_by_side_latency(*pair, tok, 8, 3, (4,), repeats=3)  # the first pair is the warm-up
     assert r.dense.first_ms == [4e3, 6e3, 8e3] and r.first_ratio == (.5, .5, .5) and r.rate_ratio == (2, 2, 2)
     assert r.dense.rate == pytest.approx(4*2/18) and r.model.first == 3e3
@@ -216,7 +218,7 @@ def test_quantised_weights_as_stored(tmp_path):
 def test_cache_is_that_of_a_long_run(family, kw):
     m = tiny_model(family, **kw)
     with judging(m):
-        assert s.cache_bytes(m, 100) == sum(s._cached_bytes(m, 100)[1])
+        assert s.cache_bytes(m, 100) == sum(replaceme.speed._cached_bytes(m, 100)[1])
         assert s.cache_bytes(m, 5) <= s.cache_bytes(m, 100)
 
 
@@ -302,7 +304,8 @@ def counter(monkeypatch):
             return f(*a, **kw)
         return g
     for name in n:
-        monkeypatch.setattr(s, name, counted(name, getattr(s, name)))
+        room = s if name == "side_by_side_latency" else replaceme.scores
+        monkeypatch.setattr(room, name, counted(name, getattr(room, name)))
     return n
 
 
@@ -366,7 +369,7 @@ def test_tasks_count_by_content(pair, tok, folder, tmp_path, counter):
 def test_versions_count(monkeypatch):
     old = s.score_path("x", {})
     for k in ("torch", "transformers", "lm-eval", "replaceme", "programs"):
-        monkeypatch.setattr(s, "score_versions", lambda real=s.score_versions(), k=k: {**real, k: "other"})
+        monkeypatch.setattr(replaceme.scores, "score_versions", lambda real=s.score_versions(), k=k: {**real, k: "other"})
         assert s.score_path("x", {}) != old
         monkeypatch.undo()
         monkeypatch.setenv("REPLACEME_CACHE", str(old.parents[1]))
