@@ -25,7 +25,7 @@ _TUTORIALS = dict(
     which_solver='solve optimize shards',
     your_data='data',
     which_method='baselines streamline recover compare',
-    evaluate_and_publish='evaluate sidebyside report',
+    evaluate_and_publish='evaluate divergence intervals speed tasks scores sidebyside report',
     many_machines='models train')
 
 # %% ../nbs/00_core.ipynb #571a8557

@@ -1,9 +1,11 @@
 """Two models side by side: definitions in float64, bytes by hand, draws counted out, and nothing kept that should not be."""
 import copy
+import importlib
 import itertools
 import json
 import math
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ import replaceme.sidebyside as s
 import replaceme.speed
 from replaceme.arch import judging
 from replaceme.blocks import Block
-from replaceme.core import ReplaceMeError, ReplaceMeWarning, cache_dir
+from replaceme.core import ReplaceMeError, ReplaceMeWarning, cache_dir, help_page
 from replaceme.evaluate import cut_pieces, eval_tasks, perplexity, stability, task_samples
 from replaceme.merge import cut
 from replaceme.models import load_model, tiny_model, tiny_tokenizer, tiny_vision
@@ -366,6 +368,19 @@ def test_tasks_count_by_content(pair, tok, folder, tmp_path, counter):
         ask(folder, 0)
 
 
+@pytest.mark.parametrize("name", ["evaluate", "divergence", "tasks", "scores"])
+def test_the_programs_of_every_room_that_makes_scores_count(name, tmp_path, monkeypatch):
+    "A room that is written anew makes new scores"
+    versions, room = replaceme.scores.score_versions, importlib.import_module(f"replaceme.{name}")
+    (tmp_path/"other.py").write_text(Path(room.__file__).read_text() + "\n# another line")
+    versions.cache_clear()
+    old = versions()["programs"]
+    monkeypatch.setattr(room, "__file__", str(tmp_path/"other.py"))
+    versions.cache_clear()
+    assert versions()["programs"] != old
+    versions.cache_clear()
+
+
 def test_versions_count(monkeypatch):
     old = s.score_path("x", {})
     for k in ("torch", "transformers", "lm-eval", "replaceme", "programs"):
@@ -478,3 +493,11 @@ def test_state_errors_are_those_of_the_hidden_states(tmp_path, keys, blocks):
     pic = s.error_picture(errs, ids, tiny_tokenizer())
     assert json.loads(json.dumps(pic)) == pic and pic["tokens"] == 60 and len(pic["words"]) == 20
     assert pic["grid"][0][0] == pytest.approx(errs[min(errs)][:, 0].mean().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["divergence", "intervals", "speed", "tasks", "scores"])
+def test_what_has_a_room_of_its_own_is_found_where_it_was(name):
+    "Every public name of the rooms can be imported from `sidebyside`, and an error in them has the page it had"
+    room = importlib.import_module(f"replaceme.{name}")
+    assert set(room.__all__) <= set(s.__all__) and all(getattr(s, n) is getattr(room, n) for n in room.__all__)
+    assert help_page(room.__name__) == help_page("replaceme.sidebyside")
