@@ -113,11 +113,12 @@ def first_tokens(text, # a text, or an open file
     "The first `n` tokens of a text without special tokens, the same as if all of it had been tokenized"
     return list(islice(stream_ids(text, tokenizer), n))
 
-# %% ../nbs/03_data.ipynb #1c5a7e13
+# %% ../nbs/03_data.ipynb #1f2d2748
 def decoded(ids, tokenizer)->str:
     "The text of token ids, special tokens and all, nothing tidied up"
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
+# %% ../nbs/03_data.ipynb #1c5a7e13
 class Piece(str):
     "The text of a piece of a stream, with the token ids that it was cut as in `ids`"
     def __new__(cls, text, ids=()):
@@ -142,6 +143,7 @@ def special_ids(tokenizer)->tuple: # two lists of ids
     n = next((i for i in range(len(full)) if full[i:i+len(bare)]==bare), 0) if bare else len(full)
     return full[:n], full[n+len(bare):]
 
+# %% ../nbs/03_data.ipynb #a11024ed
 def begun(ids, before, tokenizer)->bool:
     "Does a row begin with the special tokens that would be put before it, or with BOS?"
     return bool(before) and ids[:len(before)]==before or bool(ids) and ids[0]==tokenizer.bos_token_id
@@ -180,21 +182,25 @@ def batches(texts, # or pieces
     at_least(batch_size=(batch_size, 1), max_length=(max_length, 2))
     rows = [token_ids(t, tokenizer, max_length) for t in texts]
     kept = [r for r in rows if len(r)>1]
-    if not kept: raise ReplaceMeError(f"none of the {len(rows)} texts has two tokens or more, the longest has "
-                                      f"{max(map(len, rows), default=0)}: give longer texts, or another column.")
+    if not kept:
+        most = max(map(len, rows), default=0)
+        raise ReplaceMeError(f"none of the {len(rows)} texts has two tokens or more, the longest has {most}: "
+                             "give longer texts, or another column.")
     return [pad_rows(kept[i:i+batch_size]) for i in range(0, len(kept), batch_size)]
 
-# %% ../nbs/03_data.ipynb #1c5a7e28
+# %% ../nbs/03_data.ipynb #ba690267
 def n_embedded(model)->int:
     "How many tokens a model has an embedding for"
     emb = embedding_of(model)
     return stack_config(model).vocab_size if emb is None else len(emb.weight)
 
+# %% ../nbs/03_data.ipynb #1c5a7e28
 def check_ids(model, ids): # a tensor of token ids
     "Raise unless the model knows all of these tokens"
     n, most = n_embedded(model), int(ids.max()) if ids.numel() else 0
-    if most>=n: raise ReplaceMeError(f"the tokenizer makes token {most} of the text, and the model has embeddings "
-        f"for {n} tokens: take the model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer)).")
+    if most>=n: raise ReplaceMeError(
+        f"the tokenizer makes token {most} of the text, and the model has embeddings for {n} tokens: "
+        "take the model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer)).")
 
 # %% ../nbs/03_data.ipynb #f50e7149
 def hidden_tokens(real, # positions of a text's real tokens, `(n,)`
@@ -211,7 +217,8 @@ def mask_tokens(batches, # dicts with `input_ids` and `attention_mask`, `(B,S)`;
                 seed=0)->list: # of dicts like those given
     "The same batches with a random share of the real tokens hidden: `attention_mask` is 0 there"
     if isinstance(share, bool) or not isinstance(share, Real) or not 0<=share<1:
-        raise ReplaceMeError(f"the share of tokens to mask is {share!r}: it must be a number from 0 to less than 1.")
+        raise ReplaceMeError(f"the share of tokens to mask is {share!r}: "
+                             "it must be a number from 0 to less than 1.")
     rng = torch.Generator().manual_seed(seed)
     def masked(mask):
         out = mask.clone()
@@ -236,13 +243,14 @@ def python_docs(tokenizer, max_length=512): # yields `Piece`s
     from pydoc_data.topics import topics
     return cut_stream('\n\n'.join(topics[k] for k in sorted(topics)), tokenizer, max_length)
 
-# %% ../nbs/03_data.ipynb #bc66f21c
+# %% ../nbs/03_data.ipynb #0ed709a7
 def unboxed(x):
     "Lists and dicts for what pyarrow and pandas make of them, without the keys that hold nothing"
     if isinstance(x, np.ndarray): x = x.tolist()
     if isinstance(x, dict): return {k: unboxed(v) for k,v in x.items() if v is not None}
     return [unboxed(v) for v in x] if isinstance(x, (list, tuple)) else x
 
+# %% ../nbs/03_data.ipynb #bc66f21c
 def _parsed(text):
     "What a text that begins like a list or an object says in JSON or Python; None for other text"
     if not re.match(r'\s*(\[\s*)?[{]\s*["\']', text): return None
@@ -250,11 +258,12 @@ def _parsed(text):
         try: return read(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError): pass
 
-# %% ../nbs/03_data.ipynb #b1b0be57
+# %% ../nbs/03_data.ipynb #c19e35d0
 def _is_message(m):
     return isinstance(m, dict) and isinstance(m.get('role') or m.get('from'), str) and bool(
         {'content', 'value', 'tool_calls', 'function_call'} & m.keys())
 
+# %% ../nbs/03_data.ipynb #b1b0be57
 def as_chat(value):
     "The list of messages in a cell of a table, or None where there is none"
     if isinstance(value, str): value = _parsed(value)
@@ -267,6 +276,7 @@ def as_chat(value):
     messages = isinstance(value, (list, tuple)) and len(value)>0 and all(map(_is_message, value))
     return list(value) if messages else None
 
+# %% ../nbs/03_data.ipynb #1b6e0903
 def is_chat(value): return as_chat(value) is not None
 
 # %% ../nbs/03_data.ipynb #30ce6b22
@@ -279,6 +289,7 @@ def content_text(x)->str:
     if isinstance(x, list): return '\n'.join(filter(None, map(content_text, x)))
     return '' if x is None else str(x)
 
+# %% ../nbs/03_data.ipynb #56043ee2
 def _call(c):
     "A tool call whose arguments are a mapping, as templates want them"
     f = c.get('function', c) if isinstance(c, dict) else {}
@@ -287,6 +298,7 @@ def _call(c):
     f = {**f, 'arguments': args}
     return {**c, 'function': f} if 'function' in c else f
 
+# %% ../nbs/03_data.ipynb #4d68dfde
 def as_message(m)->dict: # with `role` and `content`
     "A message as chat templates want it"
     m = unboxed(m)
@@ -295,9 +307,10 @@ def as_message(m)->dict: # with `role` and `content`
     more = {k: v for k,v in m.items() if k not in ('role', 'from', 'content', 'value')}
     return dict(role=ROLES.get(role.lower(), role), content=content_text(said), **more)
 
-# %% ../nbs/03_data.ipynb #7812d3a5
+# %% ../nbs/03_data.ipynb #8d208ece
 class NoText(ReplaceMeError): "Why a row gives no text"
 
+# %% ../nbs/03_data.ipynb #7812d3a5
 def chat_text(chat, # see `as_chat`
               tokenizer)->str:
     "A chat, as the tokenizer's chat template writes it; empty where nothing is said"
@@ -372,7 +385,7 @@ UNREAD = {what: suffixes.split() for what,suffixes in {
     "is a document: save its text as .txt": '.pdf .docx .doc .epub .ipynb'}.items()}
 UNREAD = {suffix: what for what,suffixes in UNREAD.items() for suffix in suffixes}
 
-# %% ../nbs/03_data.ipynb #743ec69d
+# %% ../nbs/03_data.ipynb #b7662a9f
 def _only_member(file):
     "The one file in a zip archive"
     archive = zipfile.ZipFile(file)
@@ -381,6 +394,7 @@ def _only_member(file):
     name = getattr(file, 'name', 'the archive')
     raise ReplaceMeError(f"{name} holds {len(names)} files: unpack it and give one, or the folder.")
 
+# %% ../nbs/03_data.ipynb #743ec69d
 PACKED = {'.gz': (b'\x1f\x8b', gzip.open), '.bz2': (b'BZh', bz2.open), '.xz': (b'\xfd7zXZ\0', lzma.open),
           '.zst': (b'\x28\xb5\x2f\xfd', partial(pa.CompressedInputStream, compression='zstd')),
           '.lz4': (b'\x04\x22\x4d\x18', partial(pa.CompressedInputStream, compression='lz4')),
@@ -408,20 +422,20 @@ def file_format(path):
     "The format of a table file by its suffix, also of a packed one; None for any other file"
     return FORMATS.get(_suffix(path))
 
-# %% ../nbs/03_data.ipynb #05acaf6d
+# %% ../nbs/03_data.ipynb #da6b932a
 TEXT_FILES = '.txt', '.md', '.rst'
 
 def is_text(path)->bool:
     "Is it a text file by its name, packed or not?"
     return _suffix(Path(path)) in TEXT_FILES
 
+# %% ../nbs/03_data.ipynb #05acaf6d
 @contextmanager
 def open_text(path):
     "A text file, packed or not, opened to be read"
     with opened(path) as f:
         if b'\0' in f.peek(1<<13): raise UnicodeError
         yield io.TextIOWrapper(f, encoding='utf-8-sig')
-
 
 # %% ../nbs/03_data.ipynb #1c5a7e20
 def read_text(files, # paths
@@ -438,7 +452,7 @@ def read_text(files, # paths
             said = getattr(e, 'strerror', None) or e
             raise ReplaceMeError(f"dataset {path} cannot be read: {said}.") from e
 
-# %% ../nbs/03_data.ipynb #a0d6f660
+# %% ../nbs/03_data.ipynb #7ce0a6e0
 MAGIC = {b'PAR1': 'parquet', b'ARROW1': 'arrow', b'\xff\xff\xff\xff': 'arrow', b'ORC': 'orc'}
 _FOREIGN = {b'FEA1': '.h5', b'SQLite format 3': '.db', b'\x89HDF': '.h5', b'\x93NUMPY': '.npy',
             b'Obj\x01': '.avro', b'%PDF': '.pdf', **{bytes([128, n]): '.pkl' for n in range(2, 6)}}
@@ -448,12 +462,14 @@ def _json(text):
     try: return json.loads(text)
     except (ValueError, RecursionError): return None
 
+# %% ../nbs/03_data.ipynb #79c3f23e
 def _is_rows(text):
     "Is it JSON, and more than a number or a list of them?"
     value = _json(text)
     return isinstance(value, str) or bool(value) and isinstance(value, (dict, list)) and (
         isinstance(value, dict) or isinstance(value[0], (dict, list, str)))
 
+# %% ../nbs/03_data.ipynb #a0d6f660
 def looks_like_json(file, # open
                     most=1<<26, # bytes that are read to find out
                    )->bool:
@@ -480,10 +496,11 @@ def table_kind(path)->str|None:
     with one_voice(path), opened(path) as f:
         if looks_like_json(f): return 'json'
 
-# %% ../nbs/03_data.ipynb #d7b182f6
+# %% ../nbs/03_data.ipynb #f0c5113c
 def _records(x):
     return isinstance(x, list) and bool(x) and all(isinstance(r, dict) for r in x) and not is_chat(x)
 
+# %% ../nbs/03_data.ipynb #d7b182f6
 def json_table(value):
     "The rows in one JSON value: a list, the only list of objects in an object, columns, or a single row"
     if isinstance(value, list): return value
@@ -495,7 +512,7 @@ def json_table(value):
     equal, texts = len({len(c) for c in cols})==1, any(isinstance(x, str) for c in cols for x in c)
     return [dict(zip(value, r)) for r in zip(*cols)] if equal and texts else [value]
 
-# %% ../nbs/03_data.ipynb #ac8bc554
+# %% ../nbs/03_data.ipynb #8d22b3da
 def _loads(text, where=''):
     try: return json.loads(text)
     except ValueError as e: raise ValueError(f"JSON parse error{where}: {e}") from None
@@ -506,6 +523,7 @@ def json_row(value, n):
     if isinstance(value, (str, list, tuple, np.ndarray)): return {'text': value}
     raise ValueError(f"row {n} is {str(value)[:40]} and no object")
 
+# %% ../nbs/03_data.ipynb #ac8bc554
 def json_rows(file, columns=None, path=None):
     "JSON lines, read one by one, or one JSON value, read whole"
     lines = ((i, l) for i,l in enumerate(io.TextIOWrapper(file, 'utf-8-sig'), 1) if l.strip())
@@ -544,6 +562,7 @@ def _batches(file, kind):
     parts = (table.get_batch(i) for i in range(table.num_record_batches)) if start==b'ARROW1' else table
     return table.schema, lambda columns: (b if columns is None else b.select(columns) for b in parts)
 
+# %% ../nbs/03_data.ipynb #75eaa42f
 def column_rows(file, columns=None, path=None, kind='parquet'):
     "Rows of a table in columns, of which only `columns` are read"
     for batch in _batches(file, kind)[1](columns):
@@ -591,7 +610,7 @@ def _rows(self:FileRows, path):
         said = ' '.join(str(e).split()) or type(e).__name__
         raise DatasetsError(f"{where}{said}{f' (after {n} rows)' if n and 'row' not in said else ''}") from e
 
-# %% ../nbs/03_data.ipynb #acf2379e
+# %% ../nbs/03_data.ipynb #41eaad64
 def by_split(builder): # -> dict, split -> rows
     "The files that a builder of `datasets` found; read here where there is a reader, by `datasets` elsewhere"
     files = builder.config.data_files or {}
@@ -599,6 +618,7 @@ def by_split(builder): # -> dict, split -> rows
     if len(kinds)!=1 or None in kinds: return builder.as_streaming_dataset()
     return {str(s): FileRows(list(fs), *kinds, token=builder.token) for s,fs in files.items()}
 
+# %% ../nbs/03_data.ipynb #acf2379e
 def in_folder(folder, subset=None): # -> dict, split -> rows
     "The tables of a folder, in the splits that `datasets` finds; it knows fewer suffixes"
     try: return by_split(load_dataset_builder(str(folder), subset))
@@ -612,7 +632,7 @@ def in_folder(folder, subset=None): # -> dict, split -> rows
                                  "give one of them.")
         return {s: FileRows(fs, *kinds) for s,fs in tables.items() if fs}
 
-# %% ../nbs/03_data.ipynb #5ed0575f
+# %% ../nbs/03_data.ipynb #16076c2e
 def in_file(path): # -> dict, split -> rows
     "The table in a file, as what it holds says"
     kind = table_kind(path)
@@ -623,6 +643,7 @@ def in_file(path): # -> dict, split -> rows
                       ReplaceMeWarning)
     return dict(train=FileRows([str(path)], kind))
 
+# %% ../nbs/03_data.ipynb #5ed0575f
 def open_dataset(path, # a table file, a saved folder, a folder of files, or a hub id
                  subset=None, # configuration of a hub data set
                  token=None, # for gated data sets
@@ -638,11 +659,12 @@ def open_dataset(path, # a table file, a saved folder, a folder of files, or a h
     if columns is None: return load_dataset(str(path), subset, token=token, **kw)
     return by_split(load_dataset_builder(str(path), subset, token=token))
 
-# %% ../nbs/03_data.ipynb #a0e2e655
+# %% ../nbs/03_data.ipynb #df82e122
 def is_data(x)->bool:
     "Is it a data set in memory, of whatever kind?"
     return not isinstance(x, (str, Path)) and (hasattr(x, '__iter__') or hasattr(x, 'to_pylist'))
 
+# %% ../nbs/03_data.ipynb #dab14d06
 def memory_rows(x):
     "The rows of what is in memory, for all the forms that are no rows yet"
     if isinstance(x, (datasets.Dataset, datasets.IterableDataset)): return x.with_format(None)
@@ -652,6 +674,7 @@ def memory_rows(x):
     if isinstance(x, dict): return {k: memory_rows(v) for k,v in x.items()} if _splits(x) else json_table(x)
     return [json_row(r, i) for i,r in enumerate(x, 1)] if isinstance(x, (list, tuple)) else x
 
+# %% ../nbs/03_data.ipynb #a0e2e655
 def _splits(x): # is a mapping one of splits? In one of columns the values are lists of other things than rows
     return any(not isinstance(v, (list, tuple)) or _records(list(v)) for v in x.values())
 
@@ -659,7 +682,8 @@ def _digest(x):
     "Eight digits that differ when the rows do; nobody can tell what a stream will give"
     if isinstance(x, dict) and _splits(x): said = json.dumps({k: _digest(v) for k,v in x.items()})
     elif isinstance(x, datasets.Dataset): said = x._fingerprint
-    elif isinstance(rows := memory_rows(x), list): said = json.dumps(unboxed(rows), default=str, skipkeys=True)
+    elif isinstance(rows := memory_rows(x), list):
+        said = json.dumps(unboxed(rows), default=str, skipkeys=True)
     else: said = uuid.uuid4().hex
     return hashlib.sha256(said.encode()).hexdigest()[:8]
 
@@ -668,14 +692,16 @@ class InMemory(str):
     "The name of a data set that is in memory; it carries the `rows`"
     def __new__(cls, rows):
         size = f'{len(rows)} rows, ' if hasattr(rows, '__len__') and not isinstance(rows, dict) else ''
-        with one_voice(kind := type(rows).__name__): self = super().__new__(cls, f'{kind} in memory ({size}{_digest(rows)})')
+        with one_voice(kind := type(rows).__name__):
+            self = super().__new__(cls, f'{kind} in memory ({size}{_digest(rows)})')
         self.rows = rows
         return self
     def __deepcopy__(self, memo): return self
 
-# %% ../nbs/03_data.ipynb #bbf2d2ba
+# %% ../nbs/03_data.ipynb #4d8b54a3
 def _count(rows): return len(rows) if hasattr(rows, '__len__') else sum(1 for _ in rows)
 
+# %% ../nbs/03_data.ipynb #bbf2d2ba
 def sliced(splits, # split -> rows
            spec): # such as `train[:10%]`
     "The rows of a slice"
@@ -732,7 +758,7 @@ def as_columns(column)->list: # of names; empty for None
     raise ReplaceMeError(f"dataset_column is {column!r}: give the name of a column, or a list of "
                          "different names.")
 
-# %% ../nbs/03_data.ipynb #77ae2d8f
+# %% ../nbs/03_data.ipynb #46e27463
 NAMED = 'text', 'messages', 'conversations'
 
 def _first_choice(names, chats, texts):
@@ -743,12 +769,14 @@ def _first_choice(names, chats, texts):
     if not set(parts)&set(chats) and chats: parts = []
     return named[:1] or parts or chats*(len(chats)==1) or texts*(not chats and len(texts)==1)
 
+# %% ../nbs/03_data.ipynb #3e645276
 def _is_words(value)->bool: # in a CSV everything is a string
     "A string that is not just a number?"
     try: float(value)
     except (TypeError, ValueError): return isinstance(value, (str, bytes))
     return False
 
+# %% ../nbs/03_data.ipynb #77ae2d8f
 def pick_columns(rows, # some of the first
                  column=None, # the one asked for, or a list
                  names=None, # of the columns there are; by default those of the rows
@@ -766,10 +794,11 @@ def pick_columns(rows, # some of the first
     hint = nearest(missing[0], names) if missing else ''
     raise ReplaceMeError(f"{wrong} (dataset_column): the data set has {', '.join(names)}.{hint}")
 
-# %% ../nbs/03_data.ipynb #3e404b7c
+# %% ../nbs/03_data.ipynb #1aed2b2e
 def _as_part(value, tokenizer):
     return str(value) if isinstance(value, Real) and value==value else as_text(value, tokenizer)
 
+# %% ../nbs/03_data.ipynb #3e404b7c
 def _exchange(row, columns, tokenizer)->list: # of messages
     "Columns whose names say who speaks, as a chat; empty when nobody answers"
     chat, last = [], []
@@ -782,6 +811,7 @@ def _exchange(row, columns, tokenizer)->list: # of messages
     repeats = any(as_message(m)['role']=='user' for m in last) # an answer with the question in it
     return last if repeats else chat*bool(last)
 
+# %% ../nbs/03_data.ipynb #1f2235d4
 def row_text(row, columns, tokenizer)->str:
     "The text of a row: that of its column, a chat of several, or their texts with blank lines between them"
     if len(columns)==1: return as_text(row.get(columns[0]), tokenizer)
@@ -803,23 +833,26 @@ def _may_hold(kind):
     return any(is_a(kind) for is_a in (t.is_string, t.is_large_string, t.is_string_view, t.is_binary,
                                        t.is_large_binary, t.is_list, t.is_large_list))
 
+# %% ../nbs/03_data.ipynb #7c2af4fc
 def schema_of(rows): # -> the pyarrow schema, or None
     "What the columns are, where that is known before they are read"
     if isinstance(rows, FileRows): return rows.schema
     features = getattr(rows, 'features', None)
     return features.arrow_schema if isinstance(features, datasets.Features) else None
 
+# %% ../nbs/03_data.ipynb #8af404bc
 def only(rows, columns):
     "The same rows with some of their columns"
     return rows.only(columns) if isinstance(rows, FileRows) else rows.select_columns(columns)
 
+# %% ../nbs/03_data.ipynb #a4a0c795
 def guarded(rows):
     "The rows; whatever goes wrong in the libraries that read them is a `DatasetsError`"
     try: yield from rows
     except (ReplaceMeError, DatasetsError, OSError, MemoryError): raise
     except Exception as e: raise DatasetsError(' '.join(str(e).split()) or type(e).__name__) from e
 
-# %% ../nbs/03_data.ipynb #cb002499
+# %% ../nbs/03_data.ipynb #15172181
 def _settled(rows, column, names):
     "Is it clear from these rows which columns to read?"
     names = names or dict.fromkeys(n for r in rows for n in r)
@@ -827,6 +860,7 @@ def _settled(rows, column, names):
     enough = [n for n in NAMED if n in names][:1] or names
     return all(any(r.get(n) is not None for r in rows) for n in enough)
 
+# %% ../nbs/03_data.ipynb #cb002499
 def looked_at(rows, column=None, again=only)->tuple: # (columns, iterator over rows that have them)
     "Which columns to read, and the rows; where there is a schema, `again` opens them anew with those alone"
     schema = schema_of(rows)
@@ -886,12 +920,13 @@ SOURCES = {
 
 MIXES = {'fineweb_and_orca': ('Open-Orca/SlimOrca', 'HuggingFaceFW/fineweb')}
 
-# %% ../nbs/03_data.ipynb #415f447c
+# %% ../nbs/03_data.ipynb #cf5463b1
 def exists(path)->bool:
     "Is there such a file or folder? What cannot be a path is none"
     try: return local_path(path).exists()
     except (OSError, ValueError): return False # too long
 
+# %% ../nbs/03_data.ipynb #415f447c
 def _is_name(s):
     if isinstance(s, (Path, InMemory)) or exists(s): return True
     known = s.lower() in MIXES or s in ('self', 'python-docs') or find_source(s) in SOURCES.values()
@@ -923,12 +958,13 @@ def holds_rows(given)->bool:
                              "[dict(text=...), ...].")
     return bool(prose)
 
-# %% ../nbs/03_data.ipynb #05c92fa0
+# %% ../nbs/03_data.ipynb #3bb95724
 def parts_of(dataset)->list: # of names, and of data sets in memory
     "What a mixture is made of; a data set alone is a mixture of one"
     if not isinstance(dataset, (list, tuple)): return [dataset]
     return [InMemory(dataset)] if holds_rows(dataset) else list(dataset)
 
+# %% ../nbs/03_data.ipynb #05c92fa0
 def named(dataset):
     "The same with a name for all that is in memory, as a configuration keeps it"
     if isinstance(dataset, Path): return str(dataset)
@@ -960,7 +996,8 @@ def pick(logits, # `(B,V)`
     "Sample a token for each row by inverting its distribution function"
     F = logits.float().softmax(-1).cumsum(-1)
     if not F[:,-1].isfinite().all():
-        raise ReplaceMeError("the model's logits are NaN or infinite as it writes its own text: try dtype float32.")
+        raise ReplaceMeError("the model's logits are NaN or infinite as it writes its own text: "
+                             "try dtype float32.")
     return torch.searchsorted(F, u[:,None]*F[:,-1:])
 
 # %% ../nbs/03_data.ipynb #93355126
@@ -1031,10 +1068,12 @@ def sample_texts(model, tokenizer,
     "Texts that the model writes, each `max_length` tokens long"
     positions = getattr(stack_config(model), 'max_position_embeddings', None) or max_length
     if max_length>positions:
-        raise ReplaceMeError(f"dataset self: max_length {max_length} exceeds the model's {positions} positions.")
+        raise ReplaceMeError(f"dataset self: max_length {max_length} exceeds the model's {positions} "
+                             "positions.")
     u = torch.rand(size, max_length, generator=torch.Generator().manual_seed(seed))
     start, rows = first_id(model, tokenizer), rows_at_once(model, size, max_length, batch_size)
-    with judging(model), tqdm(total=u[:,1:].numel(), desc='the model writes', unit=' tokens', unit_scale=True) as bar:
+    progress = dict(desc='the model writes', unit=' tokens', unit_scale=True)
+    with judging(model), tqdm(total=u[:,1:].numel(), **progress) as bar:
         found = [r for part in u.split(rows) for r in sample_ids(model, part, start, bar.update).tolist()]
     return [Piece(decoded(r, tokenizer), r) for r in found]
 
@@ -1052,7 +1091,8 @@ def own_texts(model, tokenizer, size=64, max_length=512, batch_size=8, seed=0)->
         write_whole(folder/'texts.jsonl', ''.join(lines))
     key = digest_of([RECIPE, identity(model, tokenizer), first_id(model, tokenizer), size, max_length, seed])
     folder = kept_folder(cache_dir()/'self'/key, write)
-    return [Piece(**json.loads(line)) for line in (folder/'texts.jsonl').read_text(encoding='utf-8').splitlines()]
+    lines = (folder/'texts.jsonl').read_text(encoding='utf-8').splitlines()
+    return [Piece(**json.loads(line)) for line in lines]
 
 # %% ../nbs/03_data.ipynb #7674ac0b
 def is_path(dataset)->bool:
@@ -1061,12 +1101,13 @@ def is_path(dataset)->bool:
     written_so = name.startswith(('.', '/', '~')) or name.count('/')>1 or is_text(path)
     return written_so or _suffix(path) in {*FORMATS, *UNREAD} or path.exists()
 
-# %% ../nbs/03_data.ipynb #1c5a7e22
+# %% ../nbs/03_data.ipynb #49a6c6e6
 def files_in(folder)->list: # of paths, sorted
     "The files in a folder and the folders within it, but for hidden ones"
     def hidden(f): return any(n.startswith('.') for n in f.relative_to(folder).parts)
     return sorted(f for f in Path(folder).rglob('*') if f.is_file() and not hidden(f))
 
+# %% ../nbs/03_data.ipynb #1c5a7e22
 def text_files(path)->list: # of paths; none where it is no text
     "The text file at `path`, or those in a folder of texts"
     path = local_path(path)
@@ -1077,8 +1118,8 @@ def text_files(path)->list: # of paths; none where it is no text
     known = [f for f in files if f.suffix.lower() in _EXTENSION_TO_MODULE and f not in texts]
     if tables or len(known)>=len(texts): return []
     odd = next((f for f in texts[:20] if table_kind(f)), None)
-    if odd: raise ReplaceMeError(f"dataset {path} is a folder of texts in which {odd.name} holds a table: give it "
-                                 "the suffix of its format.")
+    if odd: raise ReplaceMeError(f"dataset {path} is a folder of texts in which {odd.name} holds a table: "
+                                 "give it the suffix of its format.")
     return texts
 
 # %% ../nbs/03_data.ipynb #1c5a7e23
@@ -1106,7 +1147,8 @@ def kind_of(dataset)->str:
     if dataset in ('self', 'python-docs'): return dataset
     path = local_path(dataset)
     if text_files(path): return 'text'
-    if is_path(dataset) and not path.exists(): raise ReplaceMeError(f"dataset {dataset}: no such file or folder.")
+    if is_path(dataset) and not path.exists():
+        raise ReplaceMeError(f"dataset {dataset}: no such file or folder.")
     return 'table'
 
 # %% ../nbs/03_data.ipynb #6da9a0e0
@@ -1129,11 +1171,12 @@ def read_shares(shares, # positive numbers; None for equal shares
     "The share of each of `n` data sets, exactly"
     if shares is None: shares = [1]*n
     if not isinstance(shares, (list, tuple)) or len(shares)!=n:
-        raise ReplaceMeError(f"shares {shares!r}: there must be a list of {n} positive numbers, one for each data set.")
+        raise ReplaceMeError(f"shares {shares!r}: there must be a list of {n} positive numbers, "
+                             "one for each data set.")
     for s in shares:
         if isinstance(s, bool) or not isinstance(s, Real) or not 0<s<math.inf:
-            raise ReplaceMeError(f"shares {shares!r}: {s!r} is not a positive number. Leave out the data sets that "
-                                 "shall give no text.")
+            raise ReplaceMeError(f"shares {shares!r}: {s!r} is not a positive number. Leave out the data "
+                                 "sets that shall give no text.")
     shares = [Fraction(str(s)) for s in shares]
     return [s/sum(shares) for s in shares]
 
@@ -1160,7 +1203,8 @@ def source_key(dataset):
     if isinstance(dataset, InMemory): return str(dataset)
     if not isinstance(dataset, (str, Path)): return id(dataset)
     path = local_path(dataset)
-    return path.resolve() if kind_of(dataset) in ('text', 'table') and path.exists() else find_source(dataset).path.lower()
+    if kind_of(dataset) in ('text', 'table') and path.exists(): return path.resolve()
+    return find_source(dataset).path.lower()
 
 # %% ../nbs/03_data.ipynb #13e106ad
 def mixture(dataset, # one data set or a list of them
@@ -1182,23 +1226,26 @@ def mixture(dataset, # one data set or a list of them
         parts += [(p, s/len(names)) for p in names]
     for d,_ in parts:
         if (key := source_key(d)) in seen:
-            raise ReplaceMeError(f"dataset {_called(d)} stands twice in the mixture: name it once, with a larger share.")
+            raise ReplaceMeError(f"dataset {_called(d)} stands twice in the mixture: name it once, "
+                                 "with a larger share.")
         seen.add(key)
     return parts
 
-# %% ../nbs/03_data.ipynb #08156975
+# %% ../nbs/03_data.ipynb #c96cbd09
 def _ratio(shares):
     "Fractions as `1:3`, in the smallest whole numbers or, where these are large, in percent"
     whole = [int(s*math.lcm(*(t.denominator for t in shares))) for s in shares]
     return ':'.join(map(str, whole) if max(whole)<10_000 else (f'{float(100*s):.3g}' for s in shares))
 
+# %% ../nbs/03_data.ipynb #08156975
 def data_name(dataset, # as in `load_texts`
               shares=None)->str:
     "A short name, such as `self + notes.txt (1:1)`, without folders"
     given = parts_of(dataset)
     def short(d):
         if isinstance(d, InMemory): return str(d)
-        return Path(d).name or str(d) if isinstance(d, Path) or isinstance(d, str) and is_path(d) else _called(d)
+        is_file = isinstance(d, Path) or isinstance(d, str) and is_path(d)
+        return Path(d).name or str(d) if is_file else _called(d)
     ratio = f' ({_ratio(read_shares(shares, len(given)))})' if len(given)>1 else ''
     return ' + '.join(map(short, given)) + ratio
 
@@ -1208,12 +1255,14 @@ def plan(parts, # pairs from `mixture`
     "How many texts each part gives"
     if size is None: return [None]*len(parts)
     if len(parts)>size and not any(map(_is_name, (d for d,_ in parts if isinstance(d, str)))):
-        raise ReplaceMeError(f"dataset is a list of {len(parts)} data sets, and dataset_size is {size}: some "
-                             "get no text. Raise it; or, if these are texts, give rows: [dict(text=...), ...].")
+        raise ReplaceMeError(f"dataset is a list of {len(parts)} data sets, and dataset_size is {size}: "
+                             "some get no text. Raise it; or, if these are texts, give rows: "
+                             "[dict(text=...), ...].")
     counts = portions(size, [s for _,s in parts])
     for n,(d,s) in zip(counts, parts):
-        if n==0: raise ReplaceMeError(f"dataset {_called(d)} has a share of {float(100*s):.3g}%, {float(size*s):.3g} of {size} "
-                                      "texts, and gets none: raise its share or dataset_size, or leave it out.")
+        if n==0: raise ReplaceMeError(
+            f"dataset {_called(d)} has a share of {float(100*s):.3g}%, {float(size*s):.3g} of {size} texts, "
+            "and gets none: raise its share or dataset_size, or leave it out.")
     return counts
 
 # %% ../nbs/03_data.ipynb #a760b7ee
@@ -1222,12 +1271,22 @@ def _enough(texts, dataset, share, n, mixed, most=False):
     have = len(texts)
     if not texts: raise ReplaceMeError(f"dataset {_called(dataset)} holds no text.")
     if mixed and n is not None and have<n:
-        raise ReplaceMeError(f"dataset {_called(dataset)} has {have} texts and not the {n} that are its share "
-                             f"({float(100*share):.3g}%): lower dataset_size to {int(have/share)}, or its share.")
+        raise ReplaceMeError(f"dataset {_called(dataset)} has {have} texts and not the {n} that are its "
+                             f"share ({float(100*share):.3g}%): lower dataset_size to {int(have/share)}, "
+                             "or its share.")
     if n is not None and have<n and not most:
         warnings.warn(f"dataset {_called(dataset)} holds fewer texts than were asked for: {have} of {n}.",
                       ReplaceMeWarning)
     return texts
+
+# %% ../nbs/03_data.ipynb #21063e0b
+def _check_sizes(size, shares, max_length, batch_size):
+    "Refuse numbers that ask for nothing, and shares of no number"
+    at_least(dataset_size=(1 if size is None else size, 1), max_length=(max_length, 2),
+             batch_size=(batch_size, 1))
+    if size is None and shares is not None: raise ReplaceMeError(
+        f"dataset_size null takes all there is, and shares divide a number of texts ({shares}): "
+        "give a dataset_size, or leave the shares out.")
 
 # %% ../nbs/03_data.ipynb #b52c6f64
 def load_texts(dataset='self', # see the table at the top; a list is a mixture
@@ -1245,9 +1304,7 @@ def load_texts(dataset='self', # see the table at the top; a list is a mixture
               most=False, # is `size` a limit and no wish? Then fewer texts are no matter
               )->list: # of str; of a stream, and of the model's own text, `Piece`s
     "The first `size` texts of a data set, a file, the model itself, or a mixture of them"
-    at_least(dataset_size=(1 if size is None else size, 1), max_length=(max_length, 2), batch_size=(batch_size, 1))
-    if size is None and shares is not None: raise ReplaceMeError("dataset_size null takes all there is, and shares divide "
-        f"a number of texts ({shares}): give a dataset_size, or leave the shares out.")
+    _check_sizes(size, shares, max_length, batch_size)
     def part(d, kind, n):
         if kind=='table': return read_table(d, tokenizer, column, subset, split, n, token)
         if kind=='self': return own_texts(model, tokenizer, n, max_length, batch_size, seed)
@@ -1263,7 +1320,8 @@ def load_texts(dataset='self', # see the table at the top; a list is a mixture
 
 # %% ../nbs/03_data.ipynb #67e34556
 def _picture(size, rng):
-    field = Image.fromarray(rng.integers(0, 256, (4,4,3), dtype=np.uint8)).resize((size,size), Image.Resampling.BICUBIC)
+    few = Image.fromarray(rng.integers(0, 256, (4,4,3), dtype=np.uint8))
+    field = few.resize((size,size), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(field)
     for _ in range(rng.integers(1, 4)):
         (x,y), r = rng.integers(0, size, 2).tolist(), int(rng.integers(size//8, size//3+1))
@@ -1271,18 +1329,21 @@ def _picture(size, rng):
         shape([x-r, y-r, x+r, y+r], fill=tuple(rng.integers(0, 256, 3).tolist()))
     return field
 
+# %% ../nbs/03_data.ipynb #1d2a5de6
 def synthetic_images(n, # images
                      size=32, # height and width, pixels
                      seed=0)->list: # of PIL images in RGB
-    "Random pictures for tests and demonstrations, not for calibrating a real model; one does not depend on the others"
+    "Random pictures, each on its own, for tests and demonstrations; not for calibrating a real model"
     at_least(n=(n, 1), size=(size, 8))
     return [_picture(size, np.random.default_rng([seed, i])) for i in range(n)]
 
 # %% ../nbs/03_data.ipynb #ee6f8d77
 def as_rgb(image)->Image.Image:
     "A PIL image of any mode, in RGB"
-    if image.mode=='F': raise ValueError('its pixels are floating point numbers, whose range is unknown: store 8 bits')
-    if image.mode.startswith('I'): image = Image.fromarray((np.asarray(image)/257).clip(0, 255).round().astype(np.uint8))
+    if image.mode=='F':
+        raise ValueError('its pixels are floating point numbers, whose range is unknown: store 8 bits')
+    if image.mode.startswith('I'):
+        image = Image.fromarray((np.asarray(image)/257).clip(0, 255).round().astype(np.uint8))
     if image.mode=='P' and 'transparency' in image.info: image = image.convert('RGBA')
     return image.convert('RGB')
 
@@ -1292,13 +1353,16 @@ def open_image(value, # a cell of a table, with `path` and `bytes`, or a PIL ima
                token=None, # hub id -> token, for gated data sets
               )->Image.Image:
     "One image in RGB"
-    try: return as_rgb(value if isinstance(value, Image.Image) else datasets.Image().decode_example(value, token))
+    try:
+        if not isinstance(value, Image.Image): value = datasets.Image().decode_example(value, token)
+        return as_rgb(value)
     except Exception as e: # each of Pillow's formats has exceptions of its own
-        said = 'it is no image that Pillow can read' if isinstance(e, UnidentifiedImageError) else str(e) or type(e).__name__
+        said = str(e) or type(e).__name__
+        if isinstance(e, UnidentifiedImageError): said = 'it is no image that Pillow can read'
         raise ReplaceMeError(f"image {name} cannot be read: {said}. Mend it or take it out.") from e
 
 # %% ../nbs/03_data.ipynb #4039ccc2
-IMAGE_FILES = {'.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm', '.jp2', '.avif'}
+IMAGE_FILES = {*'.jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .jp2 .avif'.split()}
 
 def image_files(path)->list: # of paths, sorted; None where it is a table or a hub id
     "The image file at `path`, or those in the folder and the folders within it"
@@ -1314,7 +1378,8 @@ def drawn(items, size=None, # how many; all by default
          seed=0)->list:
     "`size` of the items at random; all of them, in their order, when there are no more"
     if size is None or len(items)<=size: return items
-    return [items[i] for i in torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))[:size].tolist()]
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
+    return [items[i] for i in order[:size].tolist()]
 
 # %% ../nbs/03_data.ipynb #27ace949
 def is_image(x)->bool:
@@ -1328,8 +1393,9 @@ def pick_images(row, # the features, or the first row
     "The name of the column of images: the only one, when none is asked for"
     found = [n for n in row if is_image(row[n])]
     if column in found or column is None and len(found)==1: return column or found[0]
-    wrong = f"column {column!r} holds no images" if column in row else f"there is no column {column!r}" if column else \
-            'choose a column' if found else 'there is no column of images'
+    wrong = 'choose a column' if found else 'there is no column of images'
+    if column: wrong = f"there is no column {column!r}"
+    if column in row: wrong = f"column {column!r} holds no images"
     raise ReplaceMeError(f"{wrong} (dataset_column): the data set has {', '.join(row)}; images are in "
                          f"{', '.join(found) or 'none of them'}.{nearest(column or '', found)}")
 
@@ -1352,18 +1418,22 @@ def table_images(rows, # of `datasets`, or an iterable of dicts
     if not head: return []
     column = pick_images(features or head[0], column)
     cells = ((i, c) for i,r in enumerate(chain(head, rows)) if (c := r.get(column)) is not None)
-    def read(i, c): return open_image(c, f"{isinstance(c, dict) and c['path'] or ''} in row {i} of {name}".strip(), token)
+    def read(i, c):
+        path = isinstance(c, dict) and c['path'] or ''
+        return open_image(c, f"{path} in row {i} of {name}".strip(), token)
     return [read(i, c) for i,c in tqdm(islice(cells, size), total=size, desc='images', delay=2, leave=False)]
 
 # %% ../nbs/03_data.ipynb #1f2f07b3
 def _images_only(dataset):
     "Refuse a data set that holds texts, or a list"
     if isinstance(dataset, (list, tuple)):
-        raise ReplaceMeError(f"dataset is a list of {len(dataset)}: images come from one data set, there are no mixtures of them.")
+        raise ReplaceMeError(f"dataset is a list of {len(dataset)}: images come from one data set, "
+                             "there are no mixtures of them.")
     if not isinstance(dataset, (str, Path)): return
-    if kind_of(dataset) in ('self', 'python-docs') or str(dataset).lower() in MIXES or find_source(dataset) in SOURCES.values():
-        raise ReplaceMeError(f"dataset {dataset} holds texts: give a folder of image files, a table with a column of images, "
-                             "or a hub id.")
+    known = str(dataset).lower() in MIXES or find_source(dataset) in SOURCES.values()
+    if kind_of(dataset) in ('self', 'python-docs') or known:
+        raise ReplaceMeError(f"dataset {dataset} holds texts: give a folder of image files, a table with a "
+                             "column of images, or a hub id.")
 
 # %% ../nbs/03_data.ipynb #8f6a10a9
 def load_images(dataset, # see the table above, or a data set in memory
@@ -1388,8 +1458,8 @@ def load_images(dataset, # see the table above, or a data set in memory
         images = [open_image(dict(path=str(f), bytes=None), f) for f in drawn(files, size, seed)]
     if not images: raise ReplaceMeError(f"dataset {_called(dataset)} holds no image.")
     if len(images)<(size or 0):
-        warnings.warn(f"dataset {_called(dataset)} holds fewer images than were asked for: {len(images)} of {size}.",
-                      ReplaceMeWarning, stacklevel=2)
+        warnings.warn(f"dataset {_called(dataset)} holds fewer images than were asked for: "
+                      f"{len(images)} of {size}.", ReplaceMeWarning, stacklevel=2)
     return images
 
 # %% ../nbs/03_data.ipynb #78f54069
@@ -1398,10 +1468,11 @@ def pixels(images, # PIL images in RGB
     "The images of one batch, as the image processor prepares them"
     try: x = processor(images=images, return_tensors='pt')['pixel_values']
     except (TypeError, ValueError, KeyError) as e:
-        raise ReplaceMeError(f"{type(processor).__name__} makes no batch of {len(images)} images: give an image processor "
-                             f"that brings all images to one size ({e}).") from e
-    if x.ndim!=4 or len(x)!=len(images): raise ReplaceMeError(f"{type(processor).__name__} makes pixel_values of the shape "
-        f"{tuple(x.shape)} from {len(images)} images: each must become one array, together (B,C,H,W).")
+        raise ReplaceMeError(f"{type(processor).__name__} makes no batch of {len(images)} images: give an "
+                             f"image processor that brings all images to one size ({e}).") from e
+    if x.ndim!=4 or len(x)!=len(images): raise ReplaceMeError(
+        f"{type(processor).__name__} makes pixel_values of the shape {tuple(x.shape)} from {len(images)} "
+        "images: each must become one array, together (B,C,H,W).")
     return x.float()
 
 # %% ../nbs/03_data.ipynb #9537cdb5
@@ -1409,13 +1480,14 @@ def image_batches(images, # PIL images in RGB
                   processor, # a transformers image processor, or an AutoProcessor that holds one
                   positions, # rows of hidden states that the encoder makes of an image
                   batch_size=8, # images in a batch
-                 )->list: # of dicts of CPU tensors: `pixel_values` `(B,C,H,W)`, `attention_mask` `(B,positions)`
+                 )->list: # of CPU tensors: `pixel_values` `(B,C,H,W)`, `attention_mask` `(B,positions)`
     "All the images, in their order; the last batch may be smaller"
     at_least(positions=(positions, 1), batch_size=(batch_size, 1))
     if not images: raise ReplaceMeError("there are no images to make batches of: the list is empty.")
     processor = getattr(processor, 'image_processor', processor)
     xs = [pixels(images[i:i+batch_size], processor) for i in range(0, len(images), batch_size)]
     sizes = sorted({tuple(x.shape[1:]) for x in xs})
-    if len(sizes)>1: raise ReplaceMeError(f"{type(processor).__name__} makes images of different shapes, {sizes[0]} and {sizes[-1]}, "
-                                          "so they have not the same positions: let it resize or crop.")
+    if len(sizes)>1: raise ReplaceMeError(
+        f"{type(processor).__name__} makes images of different shapes, {sizes[0]} and {sizes[-1]}, "
+        "so they have not the same positions: let it resize or crop.")
     return [dict(pixel_values=x, attention_mask=torch.ones(len(x), positions, dtype=torch.long)) for x in xs]
