@@ -1,8 +1,10 @@
 """The house is complete, each setting stands once, and importing it does nothing else."""
+import ast
 import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -119,3 +121,60 @@ def test_importing_is_quiet():
     "No output, no seed, no logging or torch setting: every module of the package, in a fresh process."
     p = subprocess.run([sys.executable, "-c", QUIET], capture_output=True, text=True, cwd=ROOT)
     assert (p.returncode, p.stdout, p.stderr) == (0, "", "")
+
+
+LONGEST, SHORT, WIDEST, NEAR = 30, 10, 110, 3  # lines of a cell, of a short one, characters of a line, cells
+# what is counted: (the aim, what the house has reached, to be tightened as it gets nearer)
+READS = dict(too_long=(0, 34), too_wide=(0, 615), short=(50, 50), shown=(90, 77))
+
+
+def definitions(source):
+    "The names of the public functions and classes that a cell defines."
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:  # a magic
+        return []
+    found = [d for d in tree.body if isinstance(d, (ast.FunctionDef, ast.ClassDef))]
+    return [d.name for d in found if not d.name.startswith("_")]
+
+
+def counted(sources):
+    "How a notebook reads, by the sources of its cells; None for one that is prose."
+    code = [(i, s) for i, s in enumerate(sources) if s is not None]
+    export = [(i, s.rstrip().split("\n", 1)[-1]) for i, s in code if s.startswith("#| export")]
+    others = [(i, s) for i, s in code if not s.startswith("#| export")]
+    lengths = [len(s.split("\n")) for _, s in export]
+    made = [(i, name) for i, s in export for name in definitions(s)]
+    near = [any(abs(i - j) <= NEAR and name in s for j, s in others) for i, name in made]
+    return Counter(cells=len(export), short=sum(n <= SHORT for n in lengths), too_long=sum(n > LONGEST for n in lengths),
+                   too_wide=sum(len(line) > WIDEST for _, s in [*export, *others] for line in s.split("\n")),
+                   made=len(made), shown=sum(near))
+
+
+def test_the_count_sees_what_is_hard_to_read():
+    "A cell of 31 lines, a line of 111 characters, a function whose example is four cells away; and what is well."
+    def count(*sources):
+        return {k: v for k, v in counted(sources).items() if v}
+    assert count("#| export\ndef f(): pass", None, "test_eq(f(), None)") == dict(cells=1, short=1, made=1, shown=1)
+    assert count("#| export\n" + "x = 1\n" * 31) == dict(cells=1, too_long=1)
+    assert count("#| export\n" + "x = 1\n" * 30) == dict(cells=1)
+    assert count("x = 1" + " " * 106) == dict(too_wide=1)
+    assert count("#| export\ndef f(): pass\ndef _g(): pass", None, None, None, "f()") == dict(cells=1, short=1, made=1)
+    assert count("#| export\nclass A: pass", "#| export\nA()") == dict(cells=2, short=2, made=1)
+
+
+def test_notebooks_read_one_idea_a_cell():
+    "Cells of a screen, lines that the site shows whole, most cells short, and an example beside nearly all that is exported."
+    total = Counter()
+    for path in sorted((ROOT / "nbs").glob("[0-9]*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        n = counted(["".join(c["source"]) if c["cell_type"] == "code" else None for c in cells])
+        total.update(n)
+        print("%-24s %3d export cells, %3d of at most %d lines, %d over %d; %3d lines over %d characters; %3d of %3d definitions "
+              "with an example near" % (path.name, n["cells"], n["short"], SHORT, n["too_long"], LONGEST, n["too_wide"], WIDEST,
+                                        n["shown"], n["made"]))
+    have = dict(too_long=total["too_long"], too_wide=total["too_wide"],
+                short=100 * total["short"] // total["cells"], shown=100 * total["shown"] // total["made"])
+    print("all:", have, "aimed at:", {k: aim for k, (aim, _) in READS.items()})
+    for k, (aim, reached) in READS.items():
+        assert have[k] <= reached if k.startswith("too") else have[k] >= reached, (k, have[k], reached)
