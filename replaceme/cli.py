@@ -10,7 +10,6 @@ __all__ = ['SCHEMAS', 'parse', 'check_config_stays', 'tell', 'command', 'run_rep
 import argparse, contextlib, functools, json, logging, os, sys, warnings
 from dataclasses import fields
 from pathlib import Path
-from typing import get_args
 
 import torch, yaml
 
@@ -18,6 +17,10 @@ from .core import *
 from .plots import and_words
 from .data import exists
 from .train import main_process
+from .keys import *
+from .save import *
+from .methods import *
+from .config import *
 from .pipeline import *
 from .report import *
 from .compare import *
@@ -26,30 +29,52 @@ from .compare import *
 class _Parser(argparse.ArgumentParser):
     def error(self, message): raise ReplaceMeError(message)
 
-def _parser(name, doc, aliases, cls):
-    "A parser with `--config` and one flag per key"
+def _default(f):
+    return 'null' if f.default is None else str(f.default).lower() if isinstance(f.default, bool) else f.default
+
+def _add_flag(group, f, aliases, shown=True):
+    "One key as a flag"
+    flags = [f'--{f.name}'] + [f'--{a}' for a,k in aliases.items() if k==f.name]
+    text = f'{help_of(f)} (default: {_default(f)})'.replace('%', '%%')
+    group.add_argument(*flags, dest=f.name, metavar='VALUE', nargs=f.metadata.get('nargs'),
+                       default=argparse.SUPPRESS, help=text if shown else argparse.SUPPRESS)
+
+def _headed(cls):
+    "The keys of a door, group by group: `[(heading, group or None, [field, ...])]`"
+    groups, left = [*BASES[:3], *GROUPS, *BASES[3:]], {f.name: f for f in fields(cls) if read_by(cls, f)}
+    found = [(g.__doc__, g, [left.pop(n) for n in g.__dataclass_fields__ if n in left]) for g in groups]
+    return [('This command', None, list(left.values())), *((h, g, fs) for h,g,fs in found if fs)]
+
+def _parser(name, doc, aliases, cls, method=None):
+    "A parser with `--config` and one flag per key, those of a method under its heading"
     p = _Parser(name, description=doc, allow_abbrev=False)
     p.add_argument('--config', metavar='FILE', help="YAML file with any of the keys below")
-    for f in fields(cls):
-        if not read_by(cls, f): continue
-        flags = [f'--{f.name}'] + [f'--{a}' for a,k in aliases.items() if k==f.name]
-        default = 'null' if f.default is None else str(f.default).lower() if isinstance(f.default, bool) else f.default
-        text = f'{f.metadata["help"]} (default: {default})'.replace('%', '%%')
-        p.add_argument(*flags, dest=f.name, metavar='VALUE', nargs=f.metadata.get('nargs'), default=argparse.SUPPRESS, help=text)
+    own = METHODS[method].keys if method in METHODS else None
+    for heading,group,fs in _headed(cls):
+        shown = own is None or group not in GROUPS or group in own
+        at = p.add_argument_group(heading) if fs and shown else p
+        for f in fs: _add_flag(at, f, aliases, shown)
     return p
+
+def _asked_method(argv):
+    "The method that a command line names, for `--method laco --help`"
+    argv = list(sys.argv[1:] if argv is None else argv)
+    named = [v for f,v in zip(argv, argv[1:]) if f=='--method'] + [a[9:] for a in argv if a.startswith('--method=')]
+    return named[-1] if named and {'-h', '--help'} & {*argv} else None
 
 def _value(name, s, cls):
     "A flag's value: a path that is there, or what YAML makes of it where the key takes that, or else text"
     if isinstance(s, list): return s
-    if s.lower() in ('null', 'none', '~') and s not in CHOICES.get(name, ()): return None
-    type_ = next(f.type for f in fields(cls) if f.name==name)
-    kinds = {*(get_args(type_) or (type_,))} - {type(None)}
+    f = cls.__dataclass_fields__[name]
+    if s.lower() in ('null', 'none', '~') and s not in choices_of(f): return None
+    kinds = {*kinds_of(f)} - {type(None)}
     if kinds=={str} or str in kinds and exists(s): return s
     try: v = yaml.safe_load(s)
     except yaml.YAMLError:
         if str in kinds and not s.startswith(('[', '{')): return s
         raise ReplaceMeError(f"--{name} {s!r} cannot be read: in a list, put quotes around names with signs in them.")
-    if str not in kinds or isinstance(v, tuple(kinds-{str})) or isinstance(v, str) and s.startswith(('"', "'")): return v
+    if str not in kinds or isinstance(v, tuple(kinds-{str})): return v
+    if isinstance(v, str) and s.startswith(('"', "'")): return v
     return v if isinstance(v, int) and float in kinds else s
 
 SCHEMAS = {} # {command: its configuration}, filled by `command`
@@ -68,7 +93,7 @@ def parse(name, doc, argv, aliases,
           replaces=False, # does it replace the folder of an older result?
          ): # -> (Config, the YAML text or None)
     "The configuration behind a command line"
-    args, rest = _parser(name, doc, aliases, cls).parse_known_args(argv)
+    args, rest = _parser(name, doc, aliases, cls, _asked_method(argv)).parse_known_args(argv)
     if rest: raise ReplaceMeError(_stray(rest[0], cls, aliases))
     flags = {k: _value(k, v, cls) for k,v in vars(args).items() if k!='config'}
     others = frozenset(f.name for c in SCHEMAS.values() for f in fields(c))

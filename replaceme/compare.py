@@ -33,6 +33,10 @@ from .evaluate import _check_choices, _check_finite
 from .plots import *
 from .report import *
 from .sidebyside import *
+from .keys import *
+from .feed import *
+from .save import *
+from .config import *
 from .pipeline import *
 
 # %% ../nbs/23_compare.ipynb #7bc1905c
@@ -620,7 +624,7 @@ def check_compare(cfg, path):
     "What can be said before the model is loaded"
     need(cfg, 'model_path')
     check_place(path)
-    check_own(cfg, path, made_of(path/'comparison.json'))
+    check_own(cfg.model_path, path, made_of(path/'comparison.json'), cfg.save_path)
     if cfg.tasks is not None: _check_choices(load_tasks(cfg.tasks))
     if cfg.eval_dataset!='self' and cfg.eval_dataset in (cfg.dataset if isinstance(cfg.dataset, list) else [cfg.dataset]):
         warnings.warn(f"all methods are scored on {cfg.eval_dataset}, which they are calibrated on: those that fit more will look too good; set eval_dataset.", ReplaceMeWarning)

@@ -6,7 +6,7 @@
 __all__ = ['DEFAULT_TASKS', 'CHAT', 'SCORES', 'Perplexity', 'cut_pieces', 'piece_losses', 'check_length', 'batch_loss',
            'last_states', 'first_output', 'outputs', 'state_cosines', 'agreement', 'perplexity', 'read_tasks',
            'load_tasks', 'check_chat', 'eval_tasks', 'Answer', 'task_samples', 'option_scores', 'item_weights',
-           'task_stability', 'stability', 'prompt_ids', 'continuation']
+           'task_stability', 'stability', 'prompt_ids', 'continuation', 'Asking']
 
 # %% ../nbs/13_evaluate.ipynb #11e343d8
 import contextlib, copy, functools, io, logging, math, os, random, statistics
@@ -24,6 +24,7 @@ from .core import *
 from .plots import *
 from .arch import judging, stack_config, run, input_device, sees
 from .data import bare_ids, check_ids, n_embedded, special_ids
+from .keys import *
 
 # %% ../nbs/13_evaluate.ipynb #c3dbecad
 @dataclass(repr=False)
@@ -494,3 +495,28 @@ def continuation(model, tokenizer, prompt,
     with judging(model), _greedy(model, tokenizer, max_new_tokens):
         out = model.generate(input_ids=ids, attention_mask=mask)
     return tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
+
+# %% ../nbs/13_evaluate.ipynb #15f5f18a
+def _no_tasks(k):
+    if k.tasks is None: return "no tasks are asked: that takes tasks"
+def _no_chat(k):
+    if not k.apply_chat_template: return "no chat is made of the tasks: that takes apply_chat_template"
+def _one_scored(k):
+    if k.door=='evaluate' and k.compare is None:
+        return "one model is scored on text and tasks; two answer a prompt (compare)"
+
+@dataclass
+class Asking:
+    "Questions to a language model"
+    tasks:str|list|dict|None = key(None, "lm-eval tasks: default, a name, a list, a folder, or "
+        "{task: {fewshots: N}}", SCORE, text="tasks are questions to a language model", path='read',
+        check=lambda v: read_tasks(v))
+    limit:int|None = key(None, "questions of each task; null asks all", SCORE, (_no_tasks,), least=1)
+    apply_chat_template:bool = key(False, "put the questions of the tasks through the chat template",
+        SCORE, (_no_tasks,))
+    fewshot_as_multiturn:bool = key(False, "solved examples as turns of the chat, not in one message",
+        SCORE, (_no_tasks, _no_chat))
+    system_instruction:str|None = key(None, "what stands in front of each question", SCORE, (_no_tasks,))
+    prompt:str|None = key('Why is the sky blue?', "question that the dense and the pruned model answer in "
+        "the report; null asks nothing", 'run evaluate', (_one_scored,), (None,),
+        text="a prompt is put to a language model")

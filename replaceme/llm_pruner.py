@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TAYLOR', 'dependents', 'Group', 'connected', 'groups_of', 'salience', 'first_tokens', 'asking_gradients', 'gradients',
            'part_of', 'importances', 'group_sizes', 'spread', 'middle_layers', 'plan', 'kept_params', 'without_groups',
-           'silenced', 'check_without', 'Grouped', 'llm_pruner']
+           'silenced', 'check_without', 'Grouped', 'llm_pruner', 'LLMPrunerKeys', 'LLMPruner']
 
 # %% ../nbs/16_llm_pruner.ipynb #ce651548
 import math, re
@@ -25,6 +25,8 @@ from .stream import *
 from .merge import *
 from .widths import *
 from .baselines import *
+from .keys import *
+from .methods import *
 
 # %% ../nbs/16_llm_pruner.ipynb #f48ad646
 def _inputs(model, layer, writers, ids, disturb):
@@ -422,3 +424,28 @@ def _result(model, small, groups, gone, worth, taylor, plain, tokens):
     lost = {l: share(gs, worth[l]) for l,gs in groups.items()}
     return Grouped([], tokens, numbers('heads'), numbers('neurons'), lost, taylor, plain,
                    n_parameters(small), n_parameters(model))
+
+# %% ../nbs/16_llm_pruner.ipynb #fdc6b099
+@dataclass
+class LLMPrunerKeys:
+    "Of method llm_pruner"
+    taylor:str = key('vector', "of method llm_pruner: how the importance of a group is added up: {choices}",
+        choices=TAYLOR)
+
+class LLMPruner(Method):
+    name, title, paper, drops, most_texts = 'llm_pruner', 'LLM-Pruner', '2305.11627', False, 10
+    keys = (LLMPrunerKeys, Widths)
+
+    def own_code(self, k): return not k.plain
+    def remove(self, model, batches, job):
+        with torch.enable_grad():
+            return llm_pruner(model, batches, job.n, plain=job.keys.plain, taylor=job.keys.taylor)
+    def stood(self, said):
+        f = said.facts
+        n = {k: sum(map(len, f[k].values())) for k in ('heads', 'neurons')}
+        code = '' if f['plain'] else ' Loading the model takes trust_remote_code=True.'
+        return (f"All layers stay. {n['heads']} key-value heads with their queries and {n['neurons']} neurons of the "
+                f"MLPs in layers {spans(map(int, f['lost']))} went, those that the loss would miss least by its "
+                f"gradient.{code}")
+
+add_method(LLMPruner())

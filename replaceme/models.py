@@ -6,7 +6,8 @@
 __all__ = ['package_gguf', 'left_out', 'untied', 'check_weights', 'fill_tables', 'from_checkpoint', 'check_files', 'gguf_folder',
            'is_local', 'resolve', 'tiny_tokenizer', 'as_dtype', 'read_model_config', 'as_device_map', 'offload_folder',
            'placement', 'as_memory', 'check_places', 'quantised_by', 'embedding_of', 'check_tokenizer', 'load_inputs',
-           'adapter_config', 'merge_adapter', 'load_model', 'causal_types', 'tiny_model', 'tiny_vision', 'fingerprint']
+           'adapter_config', 'merge_adapter', 'load_model', 'causal_types', 'tiny_model', 'tiny_vision', 'Loading',
+           'Bits', 'fingerprint']
 
 # %% ../nbs/01_models.ipynb #e5c7ec28
 import atexit, dataclasses, importlib.util, json, math, os, re, shutil, tempfile, uuid, warnings
@@ -25,6 +26,7 @@ from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModel
 
 from .core import *
 from .kept import *
+from .keys import *
 
 # %% ../nbs/01_models.ipynb #552166c1
 def _package_folders(name):
@@ -963,6 +965,34 @@ def tiny_vision(model_type='vit', # transformers' name of the family
         text = dict(input_ids=torch.tensor([[1, 5, 2]])) if model.main_input_name=='input_ids' else {}
         with torch.no_grad(): model(pixel_values=torch.zeros(1, 3, 32, 32), **text)
     return model
+
+# %% ../nbs/01_models.ipynb #30b3360d
+@dataclasses.dataclass
+class Loading:
+    "The dense model"
+    model_path:str|None = key(None, "hub id, checkpoint folder, adapter, .gguf file or package:NAME", LOAD,
+        path='read', missing="a hub id, a checkpoint folder, a .gguf file or package:NAME")
+    revision:str|None = key(None, "branch, tag or commit of model_path on the hub; not of data sets", LOAD)
+    dtype:str|None = key(None, "dtype of the weights: float32, bfloat16, float16; null keeps the saved one",
+        LOAD, check=as_dtype)
+    device_map:str|int|dict|None = key(None, "auto, a device or {module: device}; null: an accelerator", LOAD)
+    max_memory:dict|None = key(None, "of each device, with device_map auto: {0: 10GiB, cpu: 60GiB}", LOAD)
+    trust_remote_code:bool = key(False, "run code that comes with the model's repository", LOAD)
+
+@dataclasses.dataclass
+class Bits:
+    "The dense model in few bits"
+    absent = "method {method} measures the weights that it cuts"
+    use_4bit:bool = key(False, "calibrate in NF4; the folded and saved weights stay the original ones",
+        'run map analyse evaluate')
+    use_8bit:bool = key(False, "the same in 8 bit integers", 'run map analyse evaluate')
+
+    def few_bits(self)->int|None:
+        "4, 8 or none"
+        if self.use_4bit and self.use_8bit:
+            raise ReplaceMeError("use_4bit and use_8bit are both true: keep one.")
+        return 4 if self.use_4bit else 8 if self.use_8bit else None
+    together = few_bits
 
 # %% ../nbs/01_models.ipynb #e5f93107
 _all_ = ['fingerprint'] # from `kept`, where it is made

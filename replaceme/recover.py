@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RUNGS', 'cuts_of', 'rung_names', 'with_adapters', 'merged', 'train_adapters', 'Rung', 'check_rungs', 'climb',
-           'recover']
+           'recover', 'Training']
 
 # %% ../nbs/19_recover.ipynb #2c44557b
-import warnings
+import contextlib, warnings
 from dataclasses import dataclass, field, replace
 
 import torch, transformers
@@ -21,6 +21,8 @@ from .blocks import *
 from .merge import *
 from .unmerged import *
 from .train import *
+from .keys import *
+from .feed import *
 
 # %% ../nbs/19_recover.ipynb #7e6fbbbd
 def cuts_of(blocks)->list:
@@ -191,3 +193,48 @@ def recover(dense, pruned, # a model that came out of `dense`; it is left as it 
             model, t = climb(model, cuts, rung, learn, held, tokens//len(rungs), says, rank, **kw)
             done.append(Rung(rung, t.tokens, t.parameters, t.before, t.after, t.seconds, t.history))
     return model, done
+
+# %% ../nbs/19_recover.ipynb #23481f37
+def _nothing_trained(k):
+    if not k.trains: return "nothing is trained: that takes recover, or method streamline with a network"
+def _only_measures(k):
+    if k.quantised:
+        return f"the {4 if k.use_4bit else 8} bit model only measures; nothing is folded into it or trained"
+def _map_alone(k):
+    if k.save_transform_only: return "save_transform_only saves maps as they were fitted, and no refitted layers"
+
+def _numbers(d):
+    "The same with numbers for what YAML 1.1 reads as text, such as 1e-4"
+    if isinstance(d, dict): return {k: _numbers(v) for k,v in d.items()}
+    if isinstance(d, str):
+        with contextlib.suppress(ValueError): return float(d)
+    return d
+
+# %% ../nbs/19_recover.ipynb #4d654a7f
+@dataclass
+class Training(Taught):
+    "Trainings behind the pruning"
+    recover:str|list|None = key(None, "trainings behind the pruning, each on top of the one before: {choices}; "
+        "one name or a list; null trains nothing", unless=(_only_measures, _map_alone), off=([],),
+        check=check_rungs)
+    train_path:str|None = key(None, "folder of the checkpoints, from which an interrupted training goes on; "
+        "null makes a temporary one", unless=(_nothing_trained,), path='kept')
+    trainer:dict|None = key(None, "arguments of transformers' TrainingArguments, such as "
+        "{learning_rate: 1e-4, per_device_train_batch_size: 4}", unless=(_nothing_trained,), read=_numbers)
+
+    def arguments(self)->tuple: # (of all trainings, {rung: of this one})
+        "The arguments of `trainer`, checked"
+        own = {r: v for r,v in (self.trainer or {}).items() if r in RUNGS and isinstance(v, dict)}
+        rest = {k: v for k,v in (self.trainer or {}).items() if k not in own}
+        for r in own:
+            if r not in check_rungs(self.recover):
+                raise ReplaceMeError(f"trainer: {r} has arguments of its own, but recover has no such rung; leave "
+                                     "them out.")
+        for args in (rest, *own.values()): check_trainer(args)
+        return rest, own
+
+    def together(self):
+        "Refuse arguments and folders that will not do"
+        Training.arguments(self)
+        if self.train_path and local_path(self.train_path).is_file():
+            raise ReplaceMeError(f"train_path {self.train_path} is a file: give a folder for the checkpoints.")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RIDGE', 'Recipe', 'hold_out', 'solve_sums', 'solve_trial', 'solve_rows', 'fit_between', 'States', 'through', 'Cut',
-           'states_at_cut', 'refit_layer', 'stand_in', 'outcome', 'Pruned', 'fit_blocks', 'beside', 'fit_beside',
-           'stand_ins', 'choose', 'prune_one', 'prune_several']
+           'states_at_cut', 'refit_layer', 'stand_in', 'outcome', 'Distances', 'Pruned', 'fit_blocks', 'beside',
+           'fit_beside', 'stand_ins', 'choose', 'prune_one', 'prune_several']
 
 # %% ../nbs/14_search.ipynb #7a04d8c7
 import contextlib, math, tempfile
@@ -219,20 +219,39 @@ def outcome(dense, model, batches, desc='held-out loss')->float: # lower is bett
     "What a pruned model is judged by: its loss on texts; of an image encoder how far its last states are from the dense one's"
     return 1-agreement(dense, model, batches) if sees(model) else batch_loss(model, batches, desc)
 
-# %% ../nbs/14_search.ipynb #57d208e7
+# %% ../nbs/14_search.ipynb #7e179d4c
+@dataclass
+class Distances:
+    "What the layers that went were chosen by"
+    metric:str|None = None # None where nothing was measured
+    tokens:str|None = None # at which it was measured: last, all
+    value:float|None = None # of what was chosen; a sum over blocks
+    profile:dict = field(default_factory=dict) # {layers, as text: distance from each start}
+    sinks:dict|None = None # {layer: how much of the sink it makes or takes away}
+    avoided:list = field(default_factory=list) # blocks that were nearer and hold a sink
+    block:list|None = None # the block that was nearest, where others went
+
 @dataclass
 class Pruned:
     "A pruned model and how it came about"
     model:object
-    blocks:list # of `Block`, in the dense model's numbers
-    fits:list # of `Fit`, one a block
+    blocks:list # of `Block`, in the dense model's numbers; none where every layer became narrower
+    fits:list = field(default_factory=list) # of `Fit`, one a block
     refits:list = field(default_factory=list) # what was done to layers behind the cuts
     choice:list = field(default_factory=list) # candidates compared, with what they were judged by
+    distance:Distances = field(default_factory=Distances)
+    stands:dict = field(default_factory=dict) # what stands in the place of the layers, and its error
+    facts:dict|None = None # what else the method knows, as plain data
+    training:dict|None = None # what was trained within the method
+    tokens:int = 0 # of the calibration
+    texts:int = 0
+    held_out:bool = False # were some of them kept from the fit?
 
     def plot(self, ax=None):
         "What each candidate was judged by, or, of one that was not compared, the first fit"
         return plot_choice(self.choice, ax) if self.choice else self.fits[0].plot(ax)
 
+# %% ../nbs/14_search.ipynb #57d208e7
 def _refit_behind(dense, before, model, batches, at, b, n, fit, r):
     "Refit the first `n` layers behind block `b` of `model`, in place"
     done = []

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['helmert', 'components', 'basis', 'kept', 'gain_of', 'stream_sums', 'turned_writer', 'turned_reader', 'turned_norm',
            'turned', 'projected', 'check_sliced', 'random_bases', 'count_at', 'widths_of', 'width_for', 'Sliced',
-           'slicegpt']
+           'slicegpt', 'SliceGPT']
 
 # %% ../nbs/16_slicegpt.ipynb #a6acd2ca
 import copy, math
@@ -25,6 +25,7 @@ from .merge import *
 from .widths import *
 from .stats import *
 from .baselines import *
+from .methods import *
 
 # %% ../nbs/16_slicegpt.ipynb #0b98b908
 def helmert(n)->Tensor: # `(n-1,n)`, float64
@@ -314,3 +315,19 @@ def slicegpt(model, batches,
     small = build(Rs, [gain_of(x if energy else 1, st.d, k) for x in e])
     return small, Sliced([], n_tokens(batches), k, st.d, plain, e, n_parameters(small), n_parameters(model),
                          bool(_untied(model, st)))
+
+# %% ../nbs/16_slicegpt.ipynb #99615658
+class SliceGPT(Method):
+    name, title, paper, keys, drops = 'slicegpt', 'SliceGPT', '2401.15024', (Widths,), False
+
+    def own_code(self, k): return not k.plain
+    def remove(self, model, batches, job): return slicegpt(model, batches, job.n, plain=job.keys.plain)
+    def stood(self, said):
+        f = said.facts
+        how = 'one rotation for all of them' if f['plain'] else 'a rotation for each, and shortcut matrices between'
+        code = '' if f['plain'] else ' Loading the model takes trust_remote_code=True.'
+        return (f"All layers stay. The stream was turned into its principal components ({how}) and cut from "
+                f"{f['dense_width']} to {f['width']} channels, which keep {min(f['kept']):.1%} of its energy or "
+                f"more.{code}")
+
+add_method(SliceGPT())

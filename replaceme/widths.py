@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['check_solid', 'parameters_of', 'n_parameters', 'set_value', 'WrongSize', 'build_with', 'rebuilt', 'set_size',
-           'Shortcut', 'add_shortcut', 'SizedConfig', 'SizedModel', 'sized_class', 'modelling_source', 'with_sizes']
+           'Shortcut', 'add_shortcut', 'SizedConfig', 'SizedModel', 'sized_class', 'modelling_source', 'with_sizes',
+           'Widths']
 
 # %% ../nbs/12_widths.ipynb #66aab031
-import copy, functools, inspect, sys
+import copy, dataclasses, functools, inspect, sys
 from pathlib import Path
 
 import torch, transformers
@@ -17,6 +18,7 @@ from transformers import PreTrainedConfig
 from .core import *
 from .arch import *
 from .unmerged import *
+from .keys import *
 
 # %% ../nbs/12_widths.ipynb #42968871
 def check_solid(model):
@@ -232,3 +234,10 @@ def with_sizes(model, params, # `{name: tensor}`
     config.replaceme_settings, rest = _by_layer(stack, n, settings)
     config.replaceme_shortcuts, config.replaceme_outside = cuts, dict(sizes=outside, settings=rest)
     return build_with(sized_class(type(model)), config, params, model)
+
+# %% ../nbs/12_widths.ipynb #85b1462e
+@dataclasses.dataclass
+class Widths:
+    "Narrower layers"
+    plain:bool = key(False, "of methods slicegpt and llm_pruner: cut all layers alike, so that the result is an "
+        "ordinary checkpoint; false cuts as published, and saves a modelling file beside the weights")

@@ -210,7 +210,7 @@ def test_a_norm_behind_the_mlp_is_refused_before_any_text_is_made(place, capsys,
     model = tiny_model("gemma2", layers=6)
     model.save_pretrained(place / "gemma")
     tiny_tokenizer().save_pretrained(place / "gemma")
-    monkeypatch.setattr("replaceme.pipeline.load_texts", lambda *a, **k: pytest.fail("texts were made"))
+    monkeypatch.setattr("replaceme.feed.load_texts", lambda *a, **k: pytest.fail("texts were made"))
     fails(capsys, place, write(place, config(place / "gemma")), "cannot be folded", "norm")
 
 
@@ -301,4 +301,4 @@ def test_as_a_user_sees_it(place):
     p = subprocess.run([exe, "--config", "c.yaml"], capture_output=True, text=True)
     assert (p.returncode, p.stdout) == (2, "")
     assert p.stderr == ("run_replaceme: error: config c.yaml: unknown key 'layers_to_skp'. Did you mean 'layers_to_skip'? "
-                        f"The known keys are listed by --help.\nhelp: {help_page('pipeline')}\n")
+                        f"The known keys are listed by --help.\nhelp: {help_page('config')}\n")

@@ -20,6 +20,7 @@ from replaceme.compare import CompareConfig
 from replaceme.core import ReplaceMeError, cache_dir
 from replaceme.merge import cut
 from replaceme.models import gguf_folder, load_model, package_gguf, tiny_model, tiny_tokenizer
+from replaceme.keys import help_of
 from replaceme.pipeline import AnalyseConfig, Config, EvaluateConfig, MapConfig, analyse, evaluate, prune, read_by, read_config, recipe_of, run
 from replaceme.search import Recipe
 
@@ -199,7 +200,7 @@ def test_help_shows_every_key_that_is_read_and_no_other(command):
                get_lt_with_lstsq=MapConfig, get_lt_with_solvers=MapConfig).get(command, Config)
     for f in dataclasses.fields(own):
         assert (f"--{f.name} VALUE" in said) == read_by(own, f)
-        assert not read_by(own, f) or f"{f.metadata['help']} (default: " in said
+        assert not read_by(own, f) or f"{' '.join(help_of(f).split())} (default: " in said
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda p: p.name)
@@ -296,10 +297,10 @@ def test_a_checkpoint_that_would_be_rebuilt_differently_is_refused(place, monkey
     tiny_tokenizer().save_pretrained("scaled")
     r, path = run(read_config("c.yaml", model_path="./scaled", save_path="tail", prompt=None))
     assert r["block"] == [4, 6]  # only the tail can go, and it does
-    monkeypatch.setattr("replaceme.pipeline.lasting", lambda model, blocks: blocks[1:2])  # had it not been seen before ...
+    monkeypatch.setattr("replaceme.ours.lasting", lambda model, blocks: blocks[1:2])  # had it not been seen before ...
     with pytest.raises(ReplaceMeError, match=r"without \[2,4\) the config would rebuild attn.scaling"):  # ... it is seen when it is chosen
         run(read_config("c.yaml", model_path="./scaled", save_path="wrong", prompt=None))
-    monkeypatch.setattr("replaceme.pipeline.check_blocks", lambda model, blocks: None)
+    monkeypatch.setattr("replaceme.ours.check_blocks", lambda model, blocks: None)
     with pytest.raises(ReplaceMeError, match="does not load as the pruned model"):  # ... and when it is loaded back
         run(read_config("c.yaml", model_path="./scaled", save_path="wrong", prompt=None))
     assert not Path("wrong").exists()

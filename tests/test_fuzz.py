@@ -18,7 +18,8 @@ import torch
 import yaml
 
 from replaceme.models import tiny_model, tiny_tokenizer, tiny_vision
-from replaceme.pipeline import CHOICES, Config
+from replaceme.keys import choices_of
+from replaceme.pipeline import Config
 
 SEED, CASES, LIMIT = 20261127, 200, 120  # seconds that one case may take before it counts as hanging
 
@@ -157,6 +158,7 @@ VALUES = dict(dataset_size=[1, 3, 8], eval_size=[1, 2], eval_length=[2, 16, 33],
               eval_subset=["nobody"], push_to_hub=["me/tiny", "no good name!"], token=["hf_secret"], train_path=["train", "in/texts/plain.txt"],
               activations_save_path=["rows", "in/texts/plain.txt"], distances_path=["distances.json", "in/texts/plain.txt", "nowhere.json"],
               revision=["main", "nobody"], max_memory=[{"cpu": "1GB"}])
+CHOICES = {f.name: choices_of(f) for f in fields(Config) if choices_of(f)}
 TYPES = {f.name: get_args(f.type) or (f.type,) for f in fields(Config)}
 PLACES = ("model_path", "dataset", "eval_dataset", "save_path", "method")
 

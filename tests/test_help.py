@@ -33,7 +33,7 @@ def test_an_error_says_where_to_read_more():
 
 
 @pytest.mark.parametrize("keys, page", [(dict(dataset=["self"], dataset_shares=[1, 2]), "your_data"), (dict(tasks={"piqa": {"shots": 2}}), "evaluate_and_publish"),
-                                        (dict(trainer={"lr": 1}, recover="cut"), "many_machines"), (dict(recover="rope"), "which_method"), (dict(layers_to_skp=1), "pipeline")])
+                                        (dict(trainer={"lr": 1}, recover="cut"), "many_machines"), (dict(recover="rope"), "which_method"), (dict(layers_to_skp=1), "config")])
 def test_a_wrapped_error_keeps_its_page(tmp_path, keys, page):
     "A config's error is told by its file, and helped by the page of the stage that found it"
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(keys))

@@ -18,13 +18,15 @@ from huggingface_hub import ModelCard
 import replaceme.compare
 import replaceme.pipeline
 import replaceme.report
+import replaceme.save
 from replaceme import cli
 from replaceme.compare import compare, read_comparison
 from replaceme.core import (ReplaceMeError, ReplaceMeWarning, check_output, new_folder, prove_writable, put_in_place,
                             real_path, temporary_folder, write_whole)
-from replaceme.pipeline import (Config, EvaluateConfig, _READ, analyse, base_of, check_apart, make_config, output_path, prove_places,
+from replaceme.pipeline import (Config, EvaluateConfig, analyse, base_of, check_apart, make_config, output_path, prove_places,
                                 run)
 from replaceme.compare import CompareConfig
+from replaceme.keys import choices_of
 from replaceme.merge import save_checkpoint
 from replaceme.models import tiny_model
 from replaceme.report import eval_results, front_matter, hub_id
@@ -75,7 +77,9 @@ def hidden(place):
 @pytest.mark.parametrize("broken, lacks", [("save_plots", {"profile.png", "heatmap.png", "errors.png"}), ("model_card", {"README.md"}),
                                            ("write_report", {"report.html"}), ("write_provenance", ADORNED)])
 def test_what_adorns_a_model_may_fail(place, monkeypatch, capsys, broken, lacks):
-    monkeypatch.setattr(replaceme.pipeline, broken, fails)
+    for room in [replaceme.pipeline, replaceme.save]:
+        if hasattr(room, broken):
+            monkeypatch.setattr(room, broken, fails)
     cli.run_replaceme(write(place))  # ends well
     err = capsys.readouterr().err
     assert "RuntimeError: no pictures today" in err and "Traceback" not in err and all(l.startswith("warning: ") for l in err.splitlines()
@@ -99,7 +103,9 @@ def test_one_plot_that_fails_takes_no_other_with_it(place, monkeypatch, one):
 
 @pytest.mark.parametrize("where", ["save_plots", "model_card", "write_report", "_score_after"])
 def test_interrupted_behind_the_model_it_is_kept(place, monkeypatch, capsys, where):
-    monkeypatch.setattr(replaceme.pipeline, where, interrupted)
+    for room in [replaceme.pipeline, replaceme.save]:
+        if hasattr(room, where):
+            monkeypatch.setattr(room, where, interrupted)
     with pytest.raises(SystemExit) as e:
         cli.run_replaceme(write(place))
     assert e.value.code == 130 and "interrupted: the pruned model is complete in out" in capsys.readouterr().err
@@ -140,8 +146,8 @@ def test_interrupted_before_it_is_finished_there_is_nothing(place, monkeypatch):
 
 
 def test_a_map_alone_lasts_too(place, monkeypatch):
-    monkeypatch.setattr(replaceme.pipeline, "save_plots", fails)
-    monkeypatch.setattr(replaceme.pipeline, "write_report", fails)
+    monkeypatch.setattr(replaceme.save, "save_plots", fails)
+    monkeypatch.setattr(replaceme.save, "write_report", fails)
     with pytest.warns(ReplaceMeWarning, match="no pictures today"):
         run(config(save_transform_only=True, eval_dataset=None, prompt=None))
     assert {"transform.safetensors", "replaceme.json", "README.md"} == set(os.listdir("out")) - {"replaceme.yaml"}
@@ -546,7 +552,7 @@ NULLABLE = [f for f, v in Config.__dataclass_fields__.items() if "None" in str(v
 @pytest.mark.parametrize("word", ["None", "null", "NULL", "none", "~", " None "])
 def test_the_words_for_nothing_are_nothing(word):
     for k in NULLABLE:
-        if word.strip().lower() in replaceme.pipeline.CHOICES.get(k, ()):
+        if word.strip().lower() in choices_of(Config.__dataclass_fields__[k]):
             continue
         assert getattr(make_config(**{k: word}), k) is None, k
     assert make_config(weights="none").weights == "none"  # a choice by itself
@@ -605,7 +611,7 @@ def test_what_a_run_reads_or_keeps_does_not_lie_where_it_writes(place, monkeypat
 
 
 def test_every_key_that_is_a_path_is_looked_at():
-    assert {k for k in Config.__dataclass_fields__ if k.endswith("_path")} - {"save_path"} <= set(_READ)
+    assert {k for k in Config.__dataclass_fields__ if k.endswith("_path")} - {"save_path"} <= {k for k, _ in replaceme.pipeline.paths_of(Config())}
 
 
 def test_the_config_does_not_lie_where_it_is_replaced(place, capsys):

@@ -123,7 +123,7 @@ def test_the_layers_are_those_of_the_published_rule(place, method):
 
 
 def test_the_simple_variant_needs_no_text(place, monkeypatch):
-    monkeypatch.setattr("replaceme.pipeline.calibration_batches", None)
+    monkeypatch.setattr("replaceme.feed.calibration_batches", None)
     model, tok = load_model(place / "tiny")
     small, r = prune(model, tok, **keys(place, "uidl", simple=True))
     assert r["blocks"] == [[3, 5]] and r["calibration"]["tokens"] == r["calibration"]["texts"] == 0
@@ -328,7 +328,7 @@ def test_keys_of_the_trainings(more, words):
 
 
 def test_what_cannot_be_trained_is_said_before_any_text_is_made(place, monkeypatch):
-    monkeypatch.setattr("replaceme.pipeline.calibration_batches", None)
+    monkeypatch.setattr("replaceme.feed.calibration_batches", None)
     model, tok = load_model(place / "tiny")
     with pytest.raises(ReplaceMeError, match="layers_to_skip is 5: with a network one more layer goes"):
         prune(model, tok, **keys(place, "streamline", layers_to_skip=5))

@@ -16,14 +16,15 @@ from replaceme.core import ReplaceMeError, ReplaceMeWarning
 from replaceme.data import batches, load_texts
 from replaceme.distance import METRICS, cosine
 from replaceme.models import load_model
-from replaceme.pipeline import (PEERS, AnalyseConfig, Config, EvaluateConfig, MapConfig, PruneConfig, analyse, asks, evaluate, idle, make_config, prune, read_by,
+from replaceme.methods import peers
+from replaceme.pipeline import (AnalyseConfig, Config, EvaluateConfig, MapConfig, PruneConfig, analyse, asks, evaluate, idle, make_config, prune, read_by,
                                 read_config, recipe_of, run)
 from replaceme.recover import RUNGS
 from replaceme.solve import MAPS, STRUCTURES
 from replaceme.stats import WEIGHTS
 
 ROOT = Path(__file__).parents[1]
-METHODS = ["auto", "lstsq", "cosine", "remove", *PEERS]
+METHODS = ["auto", "lstsq", "cosine", "remove", *peers()]
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 
 
