@@ -6,7 +6,14 @@
 __all__ = ['recipe_of', 'feed_of', 'n_removed', 'job_of', 'check_pictures', 'check_rungs_fit', 'prove', 'calibrate',
            'climb_rungs', 'make_result', 'prune', 'output_path', 'load', 'score', 'top_classes', 'prove_places',
            'paths_of', 'check_run', 'check_loaded', 'run', 'profile_files', 'write_profile', 'profile_table', 'analyse',
-           'EvaluateConfig', 'evaluate', 'load_pair', 'evaluate_pair', 'scores_table']
+           'EvaluateConfig', 'evaluate', 'load_pair', 'evaluate_pair', 'scores_table', 'PRUNE', 'READ', 'LOAD', 'SCORE',
+           'EVERY', 'RECORD', 'key', 'asks', 'Loading', 'Texts', 'Choosing', 'Iterating', 'Training', 'Saving',
+           'Config', 'MapConfig', 'AnalyseConfig', 'PruneConfig', 'read_yaml', 'idle', 'read_by', 'settled',
+           'make_config', 'read_as', 'check_hub_name', 'structure_of', 'check_together', 'given_blocks', 'need',
+           'read_config', 'Result', 'versions', 'n_parameters', 'calibration_texts', 'calibration_batches',
+           'training_size', 'training_batches', 'load_pictures', 'picture_batches', 'check_blocks', 'ways_out',
+           'license_of', 'base_of', 'short_name', 'check_apart', 'check_own', 'eval_text', 'save_transform',
+           'write_record', 'write_provenance', 'reload', 'made_of', 'check_hub', 'push_folder', 'for_others']
 
 # %% ../nbs/22_pipeline.ipynb #07f461fe
 import contextlib, dataclasses, gc, io, math, os, tempfile, warnings
@@ -523,3 +530,11 @@ def __getattr__(name):
     if name not in _MOVED: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     warnings.warn(f"replaceme.pipeline.{name} has moved, and goes with the next version.", DeprecationWarning, 2)
     return _MOVED[name]()
+_all_ = ['PRUNE', 'READ', 'LOAD', 'SCORE', 'EVERY', 'RECORD', 'key', 'asks', 'Loading', 'Texts',
+         'Choosing', 'Iterating', 'Training', 'Saving', 'Config', 'MapConfig', 'AnalyseConfig',
+         'PruneConfig', 'read_yaml', 'idle', 'read_by', 'settled', 'make_config', 'read_as',
+         'check_hub_name', 'structure_of', 'check_together', 'given_blocks', 'need', 'read_config',
+         'Result', 'versions', 'n_parameters', 'calibration_texts', 'calibration_batches', 'training_size',
+         'training_batches', 'load_pictures', 'picture_batches', 'check_blocks', 'ways_out', 'license_of',
+         'base_of', 'short_name', 'check_apart', 'check_own', 'eval_text', 'save_transform',
+         'write_record', 'write_provenance', 'reload', 'made_of', 'check_hub', 'push_folder', 'for_others']
