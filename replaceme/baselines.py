@@ -365,7 +365,7 @@ class UIDL(Method):
     def reads(self, k): return not k.simple
     def remove(self, model, batches, job): return uidl(model, batches, job.n, job.keys.simple)
     def chosen(self, said):
-        if said.facts.get('simple'): return 'the deepest ones but the last, whatever the text.'
+        if said.facts.get('simple'): return ': the deepest ones but the last, whatever the text.'
         return super().chosen(said)
 
 # %% ../nbs/16_baselines.ipynb #2eb93887
@@ -377,7 +377,8 @@ class ShortGPT(Method):
     def chosen(self, said):
         total = '' if said.value is None else f' Their influences add up to {said.value:.4f}.'
         stays = ' Layer 0 was among the lowest, but the first layer stays.' if said.facts.get('passed') else ''
-        return f'those that turn the hidden state least, each taken by itself, wherever they are.{total}{stays}'
+        return (': those that turn the hidden state least, each taken by itself, wherever they are.'
+                f'{total}{stays}')
 
 # %% ../nbs/16_baselines.ipynb #87e2f38f
 def _below_one(v):
@@ -386,7 +387,7 @@ def _below_one(v):
 @dataclass
 class LaCoKeys:
     "Of method laco"
-    C:int|None = key(None, "of method laco: layers that become one (4)", least=1)
+    C:int|None = key(None, "of method laco: layers that become one (4)", least=2)
     I:int|None = key(None, "of method laco: how many layers the search moves up after a collapse (2)", least=1)
     threshold:float|None = key(None, "of method laco: what the cosine of the last states must exceed (0.65)",
         least=-1, check=_below_one)

@@ -19,7 +19,7 @@ from .models import Loading
 from .evaluate import Asking, CHAT
 from .feed import Texts, Judged
 from .methods import *
-from . import ours, baselines, slicegpt, llm_pruner, streamline # which add their methods
+from .registry import METHODS
 from .recover import Training, check_rungs
 from .save import Saving
 
@@ -150,7 +150,12 @@ def check_together(cfg):
     "Refuse keys that contradict each other: those of each group, and those of the method"
     for g in (*BASES, *GROUPS):
         if 'together' in vars(g): g.together(cfg)
-    if method_of(cfg): method_of(cfg).check(keys_of(cfg))
+    if (m := method_of(cfg)) is None: return
+    m.check(keys_of(cfg))
+    odd = [r for r in cfg.rungs if r not in ('lora', 'qlora')]
+    if odd and not m.drops:
+        raise ReplaceMeError(f"recover: {odd[0]} trains what stands at a cut, and method {m.name} cuts no layer out: "
+                             "use lora.")
 
 def settled(cls, keys,
             excused=()): # names that may be idle

@@ -354,6 +354,14 @@ class Grouped(Removed):
     parameters:int
     dense_parameters:int
 
+    def stands(self, small):
+        "Plain weights, or sizes that only a file of its own can say"
+        return dict(map='none' if self.plain else 'widths')
+    def facts(self):
+        "Layers as text, since JSON has no other keys"
+        def plain(v): return {str(l): x for l,x in v.items()} if isinstance(v, dict) else v
+        return {k: plain(v) for k,v in super().facts().items()}
+
     def __repr__(self):
         n = lambda o: sum(map(len, o.values()))
         return (f'Grouped({n(self.heads)} heads and {n(self.neurons)} neurons of layers {spans(self.lost)}, '

@@ -79,7 +79,7 @@ class Method:
 def chosen(self:Method, said)->str:
     "Which layers went, behind the word for what was done to them"
     much = f' ({said.metric} distance {said.value:.4f})' if said.value is not None else ''
-    return f'those {self.chose}{much}.'
+    return f': those {self.chose}{much}.'
 
 @patch
 def stood(self:Method, said)->str:

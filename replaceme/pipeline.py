@@ -77,11 +77,8 @@ def check_pictures(cfg):
             raise ReplaceMeError(f"{f.name} is {v!r}, but {why}, and this model is an image encoder; leave it out.")
 
 # %% ../nbs/22_pipeline.ipynb #21834267
-def check_rungs_fit(model, rungs, method, blocks, folded):
+def check_rungs_fit(model, rungs, blocks, folded):
     "What must hold before anything is trained behind the pruning"
-    if not method.drops and (odd := [r for r in rungs if r not in ('lora', 'qlora')]):
-        raise ReplaceMeError(f"recover: {odd[0]} trains what stands at a cut, and method {method.name} cuts no layer "
-                             "out: use lora.")
     points = find_points(model, [b.start-1 for b in blocks]) if 'fold' in rungs and not folded else {}
     if why := [p for p in points.values() if isinstance(p, str)]:
         raise ReplaceMeError(f"recover: fold trains the weight that would take a map, and {type(model).__name__} has "
@@ -100,7 +97,7 @@ def prove(model, cfg, job)->object: # what the method's `prune` is given
                              "that trains nothing.")
     blocks = plan[0] if isinstance(plan, tuple) else plan or []
     folded = isinstance(plan, tuple) and plan[1].map!='none' or m.own_code(job.keys)
-    check_rungs_fit(model, cfg.rungs, m, blocks, folded)
+    check_rungs_fit(model, cfg.rungs, blocks, folded)
     if sees(model): check_pictures(cfg)
     return plan
 
@@ -440,7 +437,7 @@ def analyse(cfg): # -> (Profile, files written)
     if cfg.layers_to_skip: candidates(n, cfg.layers_to_skip, cfg.min_distance_layer)
     profile = Profile(n, cfg.metric, measured_at(model, cfg))
     bs = calibration_batches(model, tokenizer, cfg)
-    facts = dict(texts=text_digests(bs), **{k: v for k,v in profile_facts(model, keys_of(cfg)).items() if k in ('model', 'mask')})
+    facts = dict(texts=text_digests(bs), **{k: v for k,v in profile_facts(model, Keys(cfg, Choosing, Mapping)).items() if k in ('model', 'mask')})
     collect(model, mask_tokens(bs, cfg.mask, cfg.seed) if cfg.mask else bs, [], {}, profile, desc='profile')
     more = cfg.layers_to_skip, cfg.min_distance_layer, cfg.sinks=='avoid'
     return profile, write_profile(profile, out, *more, **facts)

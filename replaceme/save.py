@@ -60,6 +60,7 @@ class Result(dict):
         d, peer = self['distance'], self.get('peer') or {}
         if 'influence' in peer: return plot_influence(peer['influence'], blocks_of(self), ax)
         blocks = as_blocks(d.get('block')) or blocks_of(self)
+        if not blocks: raise ReplaceMeError("there is no profile of blocks: no layer went, all became narrower.")
         n = blocks[0][1]-blocks[0][0]
         if str(n) not in d['profile']: raise ReplaceMeError(f"there is no profile of blocks of {n} layers: the blocks were not chosen by one.")
         return plot_profile(d['profile'], n, blocks, d['metric'], ax=ax, sinks=d.get('sinks'), avoided=d.get('avoided'))

@@ -269,6 +269,10 @@ class Sliced(Removed):
     dense_parameters:int
     untied:bool # has the head a matrix of its own now, which it shared with the embeddings before?
 
+    def stands(self, small):
+        "Plain weights, or sizes that only a file of its own can say"
+        return dict(map='none' if self.plain else 'widths')
+
     @property
     def fraction(self): return self.width/self.dense_width
 

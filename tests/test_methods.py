@@ -16,7 +16,8 @@ from replaceme.data import batches
 from replaceme.evaluate import batch_loss
 from replaceme.models import load_model, tiny_model, tiny_vision
 from replaceme.pipeline import PEERS, Config, calibration_texts, make_config, prune, read_config, run, training_batches
-from replaceme.report import PAPERS, report_html
+from replaceme.registry import METHODS
+from replaceme.report import report_html
 from replaceme.streamline import place_network
 
 IDS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -90,7 +91,7 @@ def test_a_peer_goes_through_the_whole_run(place, tmp_path, method, more):
         assert same == (i not in took)
     assert bool(took) == (method == "laco")
     page, card = (path / "report.html").read_text(encoding="utf-8"), (path / "README.md").read_text(encoding="utf-8")
-    assert f"arXiv {PAPERS[method][1]}" in page and f"arxiv.org/abs/{PAPERS[method][1]}" in card
+    assert f"arXiv {METHODS[method].paper}" in page and f"arxiv.org/abs/{METHODS[method].paper}" in card
     assert "2505.02819" not in card and "is folded into" not in card + page and "now holds the map" not in page
     assert ("trust_remote_code=True" in card) == (method == "linearpatch")
     assert "method: auto" in page

@@ -195,7 +195,7 @@ VALUES = dict(model_path="./tiny", merge=False, layers_to_skip=2, use_4bit=True,
               batch_size=4, max_length=48, mask=.1, min_distance_layer=2, metric="cosine", distance_tokens="all", sinks="allow", distances_path="p.json",
               select="loss", top_k=2, num_A=2, merge_consecutive=False, max_blocks=2, blocks=[[2, 3]], map="wide", affine=True, weights="inv_norm",
               structure="diag", rank=2, alpha=.1, ridge=.1, refit=1, diag=True, two_vectors=True, thri=True, solver="irls", loss="mse", accurate=True, l1=.1, l2=.1,
-              epochs=1, lr=1e-3, activations_save_path="acts", simple=True, C=3, I=1, threshold=-.9, network="ffn", train_loss="lm", recover="fold",
+              epochs=1, lr=1e-3, activations_save_path="acts", simple=True, C=3, I=1, threshold=-.9, network="ffn", train_loss="lm", plain=True, taylor="element", recover="fold",
               train_tokens=64, train_size=4, train_path="training", trainer=dict(learning_rate=1e-3), save_path="out", save_transform_only=True,
               push_to_hub="me/x", private=False, eval_dataset="texts.txt", eval_column="text", eval_subset="train", eval_split="train", eval_size=2,
               eval_length=32, tasks="say", limit=2, apply_chat_template=True, fewshot_as_multiturn=True, system_instruction="Be brief.", prompt="Hello?", seed=1)
