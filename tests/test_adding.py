@@ -1,0 +1,105 @@
+"""One file adds a method, its keys and a metric: they are in the YAML, in --help, in the bench and in the report, and nothing else was touched."""
+import json
+import subprocess
+import sys
+
+import pytest
+
+from replaceme.models import tiny_model, tiny_tokenizer
+
+TOY = '''
+from dataclasses import dataclass
+from replaceme.blocks import joined
+from replaceme.distance import METRICS
+from replaceme.keys import key
+from replaceme.merge import cut
+from replaceme.methods import Method, Removed, add_method
+from replaceme.arch import layers_of
+from replaceme.stats import n_tokens
+
+METRICS["blocks"] = lambda x, y: (y - x).abs().sum(-1)
+
+@dataclass
+class ToyKeys:
+    "Of method every_other"
+    first:int = key(1, "of method every_other: the first layer that goes", least=1)
+
+class EveryOther(Method):
+    name, title, paper, keys = "every_other", "Every other", "2511.00001", (ToyKeys,)
+    chose, instead = "that stand between two others", "Nothing stands in their place."
+    def remove(self, model, batches, job):
+        gone = [job.keys.first+2*i for i in range(job.n)]
+        return cut(model, joined((i, i+1) for i in gone)), Removed(gone, n_tokens(batches))
+
+add_method(EveryOther())
+'''
+WHEN = {"before": "import toy\nfrom replaceme import cli\n", "after": "from replaceme import cli, compare\nimport toy\n"}
+TEXTS = dict(dataset="texts.txt", dataset_size=8, max_length=32, eval_dataset="other.txt", eval_size=2, eval_length=32)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("adding")
+    tiny_model("llama", layers=6).save_pretrained(place / "tiny")
+    tiny_tokenizer().save_pretrained(place / "tiny")
+    (place / "texts.txt").write_text("The map stands in for the layers that went. " * 40)
+    (place / "other.txt").write_text("What is left computes nearly the same as before. " * 40)
+    (place / "toy.py").write_text(TOY)
+    run = dict(model_path="./tiny", layers_to_skip=2, method="every_other", first=2, save_path="out", **TEXTS)
+    rows = dict(model_path="./tiny", layers=[2], methods=["remove", "every_other", dict(name="measured", method="remove", metric="blocks")], save_path="rows", **TEXTS)
+    (place / "run.yaml").write_text(json.dumps(run))
+    (place / "rows.yaml").write_text(json.dumps(rows))
+    return place
+
+
+def call(place, code, when="after"):
+    p = subprocess.run([sys.executable, "-c", WHEN[when] + code], cwd=place, capture_output=True, text=True)
+    assert "Traceback" not in p.stderr, p.stderr
+    return p
+
+
+@pytest.mark.parametrize("when", WHEN)
+def test_a_method_in_one_file_is_known_to_the_yaml_the_flags_and_the_report(place, when):
+    said = call(place, "cli.run_replaceme(['--config', 'run.yaml'])", when)
+    assert said.returncode == 0 and "every_other" in said.stdout
+    r, page = json.loads((place / "out/replaceme.json").read_text()), (place / "out/report.html").read_text()
+    assert r["blocks"] == [[2, 3], [4, 5]] and r["config"]["first"] == 2 and r["peer"] == dict(first=2)
+    assert "that stand between two others" in page
+    assert "arXiv 2511.00001" in page
+    assert "Every other" in (place / "out/README.md").read_text()
+    assert json.loads((place / "out/config.json").read_text())["num_hidden_layers"] == 4
+
+
+def test_its_keys_are_refused_elsewhere_in_words_of_their_own(place):
+    said = call(place, "cli.run_replaceme(['--config', 'run.yaml', '--method', 'uidl', '--first', '3'])")
+    assert said.returncode == 2 and "first is 3, but it belongs to method every_other, and the method is uidl" in said.stderr
+    said = call(place, "cli.run_replaceme(['--config', 'run.yaml', '--first', '0'])")
+    assert said.returncode == 2 and "first is 0: it must be at least 1" in said.stderr
+    said = call(place, "cli.run_replaceme(['--config', 'run.yaml', '--map', 'wide'])")
+    assert said.returncode == 2 and "method every_other fits no map" in said.stderr
+
+
+def test_help_has_headings_and_shows_the_keys_of_the_method_that_is_named(place):
+    said = " ".join(call(place, "cli.run_replaceme(['--help'])").stdout.split())
+    assert "Of method every_other: --first VALUE" in said and "relative_l2, influence, blocks" in said and "linearpatch" in said
+    mine = " ".join(call(place, "cli.run_replaceme(['--method', 'every_other', '--help'])").stdout.split())
+    assert "--first" in mine and "--threshold" not in mine and "--metric" not in mine and "--dataset" in mine
+    laco = " ".join(call(place, "cli.run_replaceme(['--method', 'laco', '--help'])").stdout.split())
+    assert "--threshold" in laco and "--first" not in laco
+
+
+def test_the_bench_has_a_row_for_the_method_and_takes_the_metric(place):
+    said = call(place, "cli.compare_methods(['--config', 'rows.yaml'])")
+    assert said.returncode == 0, said.stderr
+    rows = {r["method"]: r for r in json.loads((place / "rows/comparison.json").read_text())["rows"]}
+    assert rows["every_other"]["blocks"] == [[1, 2], [3, 4]] and "error" not in rows["every_other"]
+    assert rows["measured"]["config"]["metric"] == "blocks" and "error" not in rows["measured"]
+    assert "every_other" in said.stdout and "measured" in said.stdout
+
+
+def test_a_class_without_a_name_is_no_method():
+    from replaceme.core import ReplaceMeError
+    from replaceme.methods import Method, add_method
+    for m in (Method(), Method, "lstsq"):
+        with pytest.raises(ReplaceMeError, match="is no method: give an object of a class of `Method` that has a name"):
+            add_method(m)
