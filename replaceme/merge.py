@@ -23,22 +23,26 @@ from .arch import *
 from .blocks import *
 from .checkpoint import *
 
-# %% ../nbs/11_merge.ipynb #24b06f80
+# %% ../nbs/11_merge.ipynb #158ba113
 def _hf_hooks(module):
     "accelerate's hooks of a module"
     hook = getattr(module, '_hf_hook', None)
     return getattr(hook, 'hooks', [] if hook is None else [hook])
 
+# %% ../nbs/11_merge.ipynb #1668f87d
 def _stores(model):
     "Where accelerate keeps the weights that are not in the modules"
     for h in (h for m in model.modules() for h in _hf_hooks(m)):
-        yield from (getattr(h, k) for k in ('weights_map', 'tied_params_map') if getattr(h, k, None) is not None)
+        yield from (getattr(h, k) for k in ('weights_map', 'tied_params_map')
+                    if getattr(h, k, None) is not None)
 
+# %% ../nbs/11_merge.ipynb #24b06f80
 def shared_copy(model): # -> a model of the same class
     "A copy of the modules and config of `model` that shares all its tensors"
     memo = {id(t): t for t in chain(model.parameters(), model.buffers(), _stores(model))}
     new = copy.deepcopy(model, memo)
-    for k in [k for k,f in vars(new).items() if getattr(getattr(f, '__wrapped__', None), '__self__', None) is model]: delattr(new, k)
+    bound = lambda f: getattr(getattr(f, '__wrapped__', None), '__self__', None) is model
+    for k in [k for k,f in vars(new).items() if bound(f)]: delattr(new, k)
     return new
 
 # %% ../nbs/11_merge.ipynb #37a78c29
@@ -51,16 +55,20 @@ def _numbers(layers):
                 if type(v) is int: seen.setdefault(k, set()).add((i, v))
     return [k for k,pairs in seen.items() if len(pairs)>1 and all(i==v for i,v in pairs)]
 
+# %% ../nbs/11_merge.ipynb #dbc4730f
 def _renumber(layer, names, new):
     "Tell a layer, and what is in it, its new place"
     for m in layer.modules():
         for k in names:
             if type(vars(m).get(k)) is int: setattr(m, k, new)
 
+# %% ../nbs/11_merge.ipynb #553f011e
 def _per_layer(config, n):
     "Names of the lists in a config that have one entry per layer"
-    return [k for k,v in vars(config).items() if isinstance(v, (list, tuple)) and len(v)==n and 'token' not in k]
+    return [k for k,v in vars(config).items() if isinstance(v, (list, tuple)) and len(v)==n
+            and 'token' not in k]
 
+# %% ../nbs/11_merge.ipynb #ba47e245
 def _cut_overrides(config, keep):
     "What a config says about single layers, as a mapping from their numbers"
     special = config.to_dict().get('per_layer_config')
@@ -69,24 +77,27 @@ def _cut_overrides(config, keep):
     special = {keep.index(int(i)): v for i,v in special.items() if int(i) in keep}
     return lambda: setattr(config, 'per_layer_config', special)
 
+# %% ../nbs/11_merge.ipynb #9e130cd7
 def _cut_stages(config, keep, n):
     "Image backbones name the output of every layer, and those that are handed out"
-    names = vars(config).get('stage_names')
+    names, said = vars(config).get('stage_names'), vars(config)
     if not names or len(names)!=n+1: return
-    new = {i: sum(k<i for k in keep) for i in range(n+1)} # what came out of layer i-1 now comes out of the last one kept before it
+    # what came out of layer i-1 now comes out of the last one kept before it
+    new = {i: sum(k<i for k in keep) for i in range(n+1)}
     config.stage_names = names[:len(keep)+1]
     for k in ('out_indices', '_out_indices'):
-        if vars(config).get(k): vars(config)[k] = sorted({new[i%(n+1)] for i in vars(config)[k]})
+        if said.get(k): said[k] = sorted({new[i%(n+1)] for i in said[k]})
     for k in ('out_features', '_out_features'):
-        if vars(config).get(k): vars(config)[k] = list(dict.fromkeys(names[new[names.index(f)]] for f in vars(config)[k]))
+        if said.get(k): said[k] = list(dict.fromkeys(names[new[names.index(f)]] for f in said[k]))
 
-# %% ../nbs/11_merge.ipynb #5a7ec0f4
+# %% ../nbs/11_merge.ipynb #c147cdc8
 def _off(k, v):
     "What a key about multi-token prediction says where there is none"
     if isinstance(v, dict): return {l: _off(f'mtp_{l}', w) for l,w in v.items()}
     if type(v) is bool: return v and not re.search('^(mtp_)?(use|enable|with)', k)
     return 0 if type(v) is int and re.search('num|layers|modules|predict', k) else v
 
+# %% ../nbs/11_merge.ipynb #5a7ec0f4
 def _no_heads(config)->int: # how many there were
     "Let a config count no layers of multi-token prediction"
     said = {k: v for k,v in vars(config).items() if re.search('mtp|nextn', k)}
@@ -94,6 +105,7 @@ def _no_heads(config)->int: # how many there were
     for k,v in said.items(): setattr(config, k, [] if n and isinstance(v, list) and len(v)==n else _off(k, v))
     return n
 
+# %% ../nbs/11_merge.ipynb #a586b3bd
 def _cut_config(config, keep, n):
     "Fix the layer count and every per-layer list"
     put_back, more = _cut_overrides(config, keep), _no_heads(config)
@@ -105,11 +117,38 @@ def _cut_config(config, keep, n):
     if counts: setattr(config, counts[0], len(keep))
     put_back()
 
+# %% ../nbs/11_merge.ipynb #2d804279
 def _configs(model):
     "The config of the stack, and copies of it that modules hold"
     ours = stack_config(model)
-    all_ = [ours, *nested_configs(model.config), *(c for m in model.modules() if (c := vars(m).get('config')) is not None)]
+    all_ = [ours, *nested_configs(model.config),
+            *(c for m in model.modules() if (c := vars(m).get('config')) is not None)]
     return list({id(c): c for c in all_ if type(c) is type(ours)}.values())
+
+# %% ../nbs/11_merge.ipynb #122e6dc2
+def _cut_device_map(model, layers, keep):
+    "Renumber the layers in accelerate's note of where the modules are"
+    start = next(n for n,m in model.named_modules() if m is layers)+'.'
+    def new(k): # `model.layers.5.mlp` -> `model.layers.3.mlp`, or None
+        if not k.startswith(start): return k
+        i, *rest = k.removeprefix(start).split('.')
+        return start+'.'.join([str(keep.index(int(i))), *rest]) if int(i) in keep else None
+    places = getattr(model, 'hf_device_map', None)
+    if places: model.hf_device_map = {new(k): v for k,v in places.items() if new(k) is not None}
+
+# %% ../nbs/11_merge.ipynb #25308899
+# what may be said of a layer
+_PLAIN = (int, float, str, type(None), list, tuple, dict, Tensor, nn.Module)
+
+def _cut_lists(model, layers, keep, n):
+    "Cut what modules outside the layers remember layer by layer"
+    inside = {id(m) for l in layers for m in l.modules()} | {id(layers)}
+    for m in model.modules():
+        if id(m) in inside or isinstance(m, nn.ModuleList): continue
+        for k in _per_layer(m, n):
+            if all(isinstance(v, _PLAIN) for v in vars(m)[k]): setattr(m, k, [vars(m)[k][i] for i in keep])
+        for k in ('num_hidden_layers', 'num_layers', 'n_layers', 'n_layer'):
+            if vars(m).get(k)==n: setattr(m, k, len(keep))
 
 # %% ../nbs/11_merge.ipynb #01d3a6f1
 def keep_layers(model,
@@ -127,56 +166,56 @@ def keep_layers(model,
     _cut_device_map(new, layers, list(keep))
     return new
 
-def _cut_device_map(model, layers, keep):
-    "Renumber the layers in accelerate's note of where the modules are"
-    start = next(n for n,m in model.named_modules() if m is layers)+'.'
-    def new(k): # `model.layers.5.mlp` -> `model.layers.3.mlp`, or None
-        i, *rest = k.removeprefix(start).split('.')
-        return k if not k.startswith(start) else start+'.'.join([str(keep.index(int(i))), *rest]) if int(i) in keep else None
-    places = getattr(model, 'hf_device_map', None)
-    if places: model.hf_device_map = {new(k): v for k,v in places.items() if new(k) is not None}
-
-# What may be said of a layer. transformers' conversions of weights are none of it, and there may be as many of them as layers.
-_PLAIN = (int, float, str, type(None), list, tuple, dict, Tensor, nn.Module)
-
-def _cut_lists(model, layers, keep, n):
-    "Cut what modules outside the layers remember layer by layer"
-    inside = {id(m) for l in layers for m in l.modules()} | {id(layers)}
-    for m in model.modules():
-        if id(m) in inside or isinstance(m, nn.ModuleList): continue
-        for k in _per_layer(m, n):
-            if all(isinstance(v, _PLAIN) for v in vars(m)[k]): setattr(m, k, [vars(m)[k][i] for i in keep])
-        for k in ('num_hidden_layers', 'num_layers', 'n_layers', 'n_layer'):
-            if vars(m).get(k)==n: setattr(m, k, len(keep))
-
-# %% ../nbs/11_merge.ipynb #ffeb74b3
+# %% ../nbs/11_merge.ipynb #a1d07bed
 def _settings(layer):
     "Every plain setting of the modules of a layer, but what it drops in training"
-    plain = lambda m: {k: v for k,v in vars(m).items() if isinstance(v, (bool, int, float, str)) and k[0]!='_' and k!='training' and 'drop' not in k}
+    plain = lambda m: {k: v for k,v in vars(m).items() if isinstance(v, (bool, int, float, str))
+                       and k[0]!='_' and k!='training' and 'drop' not in k}
     return {f'{name}.{k}'.lstrip('.'): v for name,m in layer.named_modules() for k,v in plain(m).items()}
 
+# %% ../nbs/11_merge.ipynb #f0e00d7d
+def _rebuilt(model):
+    "The model that the config builds, on no device"
+    with torch.device('meta'):
+        return type(model)._from_config(type(model.config).from_dict(model.config.to_dict()))
+
+# %% ../nbs/11_merge.ipynb #c1b9b910
+def _lost(model, new):
+    "A weight that one of two models has and the other has not, or in another shape; None where there is none"
+    # offloaded weights are not tied while they are away
+    params = [dict(m.named_parameters(remove_duplicate=False)) for m in (model, new)]
+    ours, theirs = [{k: tuple(p.shape) for k,p in ps.items() if p.is_floating_point()} for ps in params]
+    lost = [k for k in ours if ours[k]!=theirs.get(k)] + [k for k in theirs if k not in params[0]]
+    return lost[0] if lost else None
+
+# %% ../nbs/11_merge.ipynb #5b0bca0f
+def _changed(a, b):
+    "The first setting that is another in `b`, and both values; None where all are the same"
+    a, b = _settings(a), _settings(b)
+    same = lambda x, y: x==y or isinstance(x, float) and math.isclose(x, y, rel_tol=1e-9)
+    k = next((k for k in a if k in b and not same(a[k], b[k])), None)
+    return k and (k, b[k], a[k])
+
+# %% ../nbs/11_merge.ipynb #ffeb74b3
 def differs_when_rebuilt(model): # a cut model
     "What would be different in the model that the config builds, or None"
     try:
-        with torch.device('meta'): new = type(model)._from_config(type(model.config).from_dict(model.config.to_dict()))
-        if len(layers_of(new))!=len(layers_of(model)): return f'{len(layers_of(new))} layers instead of {len(layers_of(model))}'
+        new = _rebuilt(model)
+        if len(layers_of(new))!=len(layers_of(model)):
+            return f'{len(layers_of(new))} layers instead of {len(layers_of(model))}'
     except Exception as e: return f"nothing ({type(e).__name__}: {' '.join(str(e).split())[:150]})"
-    params = [dict(m.named_parameters(remove_duplicate=False)) for m in (model, new)] # offloaded weights are not tied while they are away
-    ours, theirs = [{k: tuple(p.shape) for k,p in ps.items() if p.is_floating_point()} for ps in params]
-    lost = [k for k in ours if ours[k]!=theirs.get(k)] + [k for k in theirs if k not in params[0]]
-    if lost: return lost[0]
+    if lost := _lost(model, new): return lost
     for i,(a,b) in enumerate(zip(layers_of(model), layers_of(new))):
         if type(a) is not type(b): return f'layer {i} as a {type(b).__name__}'
-        a, b = _settings(a), _settings(b)
-        changed = [k for k in a if k in b and a[k]!=b[k] and not (isinstance(a[k], float) and math.isclose(a[k], b[k], rel_tol=1e-9))]
-        if changed: return f'{changed[0]} of layer {i} ({b[changed[0]]} instead of {a[changed[0]]})'
+        if found := _changed(a, b): return '{} of layer {} ({} instead of {})'.format(found[0], i, *found[1:])
 
 # %% ../nbs/11_merge.ipynb #df64e7ad
 def _translations(config, keep, n):
-    "Changes to a config that may be needed when only the layers `keep` are left: `{key: new value}`, one by one, then all together"
+    "Changes to a config that may be needed without layers: `{key: new value}`, one by one, then all together"
     plain, lists, firsts, lasts = vars(config), {}, {}, {}
     for k,v in plain.items():
-        if isinstance(v, list) and v and 'token' not in k and all(type(i) is int and 0<=i<n for i in v): lists[k] = [keep.index(i) for i in v if i in keep]
+        if isinstance(v, list) and v and 'token' not in k and all(type(i) is int and 0<=i<n for i in v):
+            lists[k] = [keep.index(i) for i in v if i in keep]
         if type(v) is int and 0<v<=n and any(w in k for w in ('layer', 'dense', 'first', 'block')):
             firsts[k], lasts[k] = sum(i<v for i in keep), sum(i>=n-v for i in keep)
     for edits in (lists, firsts, lasts):
@@ -184,27 +223,31 @@ def _translations(config, keep, n):
         if len(edits)>1: yield edits
     yield {**firsts, **lists}
 
-# %% ../nbs/11_merge.ipynb #4cd71775
+# %% ../nbs/11_merge.ipynb #b0c1b31b
 def without(model,
             blocks, # the blocks to take out, `Block`s
            )->list: # the numbers of the layers that stay
     "The layers that stay when blocks go"
     n = len(layers_of(model))
     gone = {i for b in blocks for i in range(*b)}
-    if not gone<=set(range(1, n)): raise ReplaceMeError(f"Blocks {list(blocks)} do not fit a model of {n} layers whose first layer stays.")
+    if not gone<=set(range(1, n)):
+        raise ReplaceMeError(f"Blocks {list(blocks)} do not fit a model of {n} layers whose first layer "
+                             "stays.")
     return [i for i in range(n) if i not in gone]
 
+# %% ../nbs/11_merge.ipynb #7f09311d
 def _scalings(config, model):
-    "A number in the config that may hold a factor by which a float setting of the layers would come out differently"
-    with torch.device('meta'): new = type(model)._from_config(type(model.config).from_dict(model.config.to_dict()))
-    ours, theirs = _settings(layers_of(model)[0]), _settings(layers_of(new)[0])
-    ratios = {ours[k]/theirs[k] for k in ours if isinstance(ours[k], float) and theirs.get(k) and ours[k]!=theirs[k]}
+    "A number in the config that may hold a factor by which a float setting would come out differently"
+    ours, theirs = _settings(layers_of(model)[0]), _settings(layers_of(_rebuilt(model))[0])
+    ratios = {ours[k]/theirs[k] for k in ours if isinstance(ours[k], float) and theirs.get(k)
+              and ours[k]!=theirs[k]}
     for r in ratios: yield from ({k: v*r} for k,v in vars(config).items() if type(v) is float)
 
+# %% ../nbs/11_merge.ipynb #4cd71775
 def cut(model,
         blocks, # the blocks to take out, `Block`s
        ): # -> a model that shares its tensors with `model`
-    "Take layers out of a copy of the model and renumber everything that counts them, so that its config builds the same model again where that can be"
+    "Take layers out of a copy of the model, so that its config builds the same model again where that can be"
     keep, n = without(model, blocks), len(layers_of(model))
     new = keep_layers(model, keep)
     if not differs_when_rebuilt(new): return new
@@ -215,40 +258,49 @@ def cut(model,
         if not differs_when_rebuilt(other): return other
     return new
 
-# %% ../nbs/11_merge.ipynb #d57e1d93
+# %% ../nbs/11_merge.ipynb #1ad0748c
 def _hybrid(model, b):
-    "Would a model that mixes attention with other layers lose its last attention layer, by which its cache counts tokens?"
-    kinds = getattr(stack_config(model), 'layer_types', None) or getattr(stack_config(model), 'layers_block_type', None) or []
+    "Would a hybrid model lose its last attention layer, by which its cache counts tokens?"
+    config = stack_config(model)
+    kinds = getattr(config, 'layer_types', None) or getattr(config, 'layers_block_type', None) or []
     attends = [i for i,k in enumerate(kinds) if 'attention' in k and 'linear' not in k]
     return 0<len(attends)<len(kinds) and all(i in range(*b) for i in attends)
 
+# %% ../nbs/11_merge.ipynb #d57e1d93
 def lasting(model,
             blocks, # candidates
            )->list: # of those, the blocks that can go without a trace
     "The candidates whose removal survives saving and loading; raises when there is none"
     what = lambda b: differs_when_rebuilt(cut(model, [b]))
-    if all(_hybrid(model, b) for b in blocks): raise ReplaceMeError(f"{type(model).__name__}: every block of {len(blocks[0])} layers holds its only attention layer, by which its cache counts tokens.")
+    if all(_hybrid(model, b) for b in blocks):
+        raise ReplaceMeError(f"{type(model).__name__}: every block of {len(blocks[0])} layers holds its "
+                             "only attention layer, by which its cache counts tokens.")
     blocks = [b for b in blocks if not _hybrid(model, b)]
     probes = [blocks[0], blocks[len(blocks)//2], blocks[-1]]
-    if not any(differs_when_rebuilt(keep_layers(model, without(model, [b]))) for b in probes): return blocks # nothing in this family depends on a layer's number
+    # nothing in this family depends on a layer's number
+    if not any(differs_when_rebuilt(keep_layers(model, without(model, [b]))) for b in probes): return blocks
     kept = [b for b in blocks if not what(b)]
     if kept: return kept
-    raise ReplaceMeError(f"{type(model).__name__}: no block of {len(blocks[0])} layers can be removed so that the saved model is the pruned one: "
-                         f"without {blocks[0]} its config would rebuild {what(blocks[0])}.")
+    raise ReplaceMeError(f"{type(model).__name__}: no block of {len(blocks[0])} layers can be removed so "
+                         f"that the saved model is the pruned one: without {blocks[0]} its config would "
+                         f"rebuild {what(blocks[0])}.")
 
-# %% ../nbs/11_merge.ipynb #1878634f
+# %% ../nbs/11_merge.ipynb #27e3f4e8
 @contextmanager
 def skipping(model, blocks):
     "The model itself, with these layers handing on what they are given"
     def hand_on(layer, args, kwargs, out):
         return with_first(out, hidden_arg(args, kwargs))
     gone = [i for b in blocks for i in range(*b)]
-    with hooks(*[layers_of(model)[i].register_forward_hook(hand_on, with_kwargs=True) for i in gone]): yield model
+    with hooks(*[layers_of(model)[i].register_forward_hook(hand_on, with_kwargs=True) for i in gone]):
+        yield model
 
+# %% ../nbs/11_merge.ipynb #e344b775
 def relative_error(x, ref)->float: # Frobenius norms
     "How far two tensors are apart"
     return ((x.float()-ref.float()).norm()/ref.float().norm().clamp(min=1e-30)).item()
 
+# %% ../nbs/11_merge.ipynb #1878634f
 def check_cut(model, blocks, small=None):
     "Raise unless the cut model computes what the dense one computes without these layers"
     small, batch = small or cut(model, blocks), dummy(model)
@@ -256,54 +308,86 @@ def check_cut(model, blocks, small=None):
         with judging(model), skipping(model, blocks): ref = run(model, batch)[0]
         with judging(small): err = relative_error(run(small, batch)[0], ref)
     except (ValueError, KeyError, IndexError, RuntimeError) as e:
-        raise ReplaceMeError(f"{type(model).__name__}: layers that stay need something of {', '.join(map(str, blocks))} besides its output ({type(e).__name__}: {e}).") from e
+        raise ReplaceMeError(f"{type(model).__name__}: layers that stay need something of "
+                             f"{', '.join(map(str, blocks))} besides its output ({type(e).__name__}: "
+                             f"{e}).") from e
     if not err<=max(1e-4, 4*torch.finfo(model.dtype).eps):
-        raise ReplaceMeError(f"{type(model).__name__}: without {', '.join(map(str, blocks))} the layers that stay compute something else (relative error "
-                             f"{err:.1e}): something besides the hidden state passes between layers, or depends on their numbers. Choose another block.")
+        raise ReplaceMeError(f"{type(model).__name__}: without {', '.join(map(str, blocks))} the layers "
+                             f"that stay compute something else (relative error {err:.1e}): something "
+                             "besides the hidden state passes between layers, or depends on their numbers. "
+                             "Choose another block.")
 
-# %% ../nbs/11_merge.ipynb #41d95252
+# %% ../nbs/11_merge.ipynb #5eba8d0f
 def check_writable(point): # a FoldPoint
     "Raise unless the weights that shall take a map are plain floating point numbers"
     for w in point.writers:
         for name in w.params:
             p = getattr(w.module, name)
             if not p.is_floating_point() or p.element_size()<2 or hasattr(p, 'quant_state'):
-                raise ReplaceMeError(f"The weight that takes the map ({w.name}.{name}) is quantised: load the model in its original precision, or run_replaceme "
-                                     "with use_4bit or use_8bit, which measures so and folds into the original weights.")
+                raise ReplaceMeError(f"The weight that takes the map ({w.name}.{name}) is quantised: load "
+                                     "the model in its original precision, or run_replaceme with use_4bit "
+                                     "or use_8bit, which measures so and folds into the original weights.")
 
-def _values(module, name): # an offloaded weight comes from where accelerate keeps it
-    p = getattr(module, name)
-    return stored(module)[name] if p.is_meta else p.detach()
-
+# %% ../nbs/11_merge.ipynb #3243745c
 def stored(module): # -> accelerate's mapping of names to weights
     "Where the offloaded weights of a module are"
     found = [h.weights_map for h in _hf_hooks(module) if getattr(h, 'weights_map', None) is not None]
-    if not found: raise ReplaceMeError("The weight that takes the map has no values in memory and none that accelerate keeps: keep the model in memory.")
+    if not found:
+        raise ReplaceMeError("The weight that takes the map has no values in memory and none that "
+                             "accelerate keeps: keep the model in memory.")
     return found[0]
+
+# %% ../nbs/11_merge.ipynb #fa5b4093
+def _values(module, name): # an offloaded weight comes from where accelerate keeps it
+    p = getattr(module, name)
+    return stored(module)[name] if p.is_meta else p.detach()
 
 def _folded(p, V, axis): # in float64, one expert at a time
     if p.ndim<3: return turn(p.to(V.device).double(), V, axis).to(p)
     return torch.stack([_folded(e, V, axis-1) for e in p])
 
+# %% ../nbs/11_merge.ipynb #41d95252
 def _narrow(w, T):
     "New values for all parameters of a writer"
     c = w.factor.to(T) if isinstance(w.factor, Tensor) else None
     V = T if c is None else c[:,None]*T/c
     return {k: _folded(_values(w.module, k), V, axis) for k,axis in w.params.items()}
 
+# %% ../nbs/11_merge.ipynb #f36a7e08
 def _wide(w, V):
     "The new weight of a linear layer; its bias stays"
     W = _values(w.module, 'weight')
     V = V/(w.factor.to(V) if isinstance(w.factor, Tensor) else w.factor)
     return dict(weight=(V if w.params['weight']==-1 else V.T).to(W))
 
+# %% ../nbs/11_merge.ipynb #e9ad22e6
 def _shifted(w, new, shift):
     "The shift of an affine map goes into the bias"
-    if w.module.bias is None: raise ReplaceMeError("affine: the weight that takes the map has no bias, and its family has no switch for one "
-                                                   "(mlp_bias in its config): leave affine out.")
-    b = new.get('bias', _values(w.module, 'bias'))
-    return {**new, 'bias': (b.to(shift)+shift/(w.factor.to(shift) if isinstance(w.factor, Tensor) else w.factor)).to(b)}
+    if w.module.bias is None:
+        raise ReplaceMeError("affine: the weight that takes the map has no bias, and its family has no "
+                             "switch for one (mlp_bias in its config): leave affine out.")
+    b, c = new.get('bias', _values(w.module, 'bias')), w.factor
+    c = c.to(shift) if isinstance(c, Tensor) else c
+    return {**new, 'bias': (b.to(shift)+shift/c).to(b)}
 
+# %% ../nbs/11_merge.ipynb #19b77050
+class Patched(Mapping):
+    "A mapping of names to weights with some entries replaced; the original is not touched"
+    def __init__(self, base, new):
+        self.base, self.new = (base.base, {**base.new, **new}) if isinstance(base, Patched) else (base, new)
+    def __getitem__(self, k): return self.new[k] if k in self.new else self.base[k]
+    def __iter__(self): return iter({**dict.fromkeys(self.base), **self.new})
+    def __len__(self): return len({*self.base, *self.new})
+
+# %% ../nbs/11_merge.ipynb #f736b1e8
+def _store(module, k, v):
+    "Let accelerate find a new value under this name"
+    stored(module) # or an error
+    for h in _hf_hooks(module):
+        if getattr(h, 'weights_map', None) is not None:
+            h.weights_map = Patched(h.weights_map, {k: v.detach().cpu()})
+
+# %% ../nbs/11_merge.ipynb #a975cc2a
 def _assign(module, new):
     "Put new values in place, in the module or where accelerate keeps them"
     for k,v in new.items():
@@ -312,23 +396,11 @@ def _assign(module, new):
         else: setattr(module, k, nn.Parameter(v.contiguous(), requires_grad=p.requires_grad))
 
 # %% ../nbs/11_merge.ipynb #729cb307
-class Patched(Mapping):
-    "A mapping of names to weights with some entries replaced; the original is not touched"
-    def __init__(self, base, new): self.base, self.new = (base.base, {**base.new, **new}) if isinstance(base, Patched) else (base, new)
-    def __getitem__(self, k): return self.new[k] if k in self.new else self.base[k]
-    def __iter__(self): return iter({**dict.fromkeys(self.base), **self.new})
-    def __len__(self): return len({*self.base, *self.new})
-
-def _store(module, k, v):
-    "Let accelerate find a new value under this name"
-    stored(module) # or an error
-    for h in _hf_hooks(module):
-        if getattr(h, 'weights_map', None) is not None: h.weights_map = Patched(h.weights_map, {k: v.detach().cpu()})
-
 def fold(point, # FoldPoint
-         V:Tensor, # narrow: `(d,d)`, multiplies what is written; wide: `(f,d)`, takes what is read; affine: one more row, the shift
-         wide=False, affine=False):
-    "Put a map into the weights of a fold point, in float64, on copies that are checked before they are put in place"
+         V:Tensor, # narrow: `(d,d)`, multiplies what is written; wide: `(f,d)`, takes what is read
+         wide=False,
+         affine=False): # one more row in `V`, the shift
+    "Put a map into the weights of a fold point, in float64, on copies that are checked first"
     check_writable(point)
     writers = [point._one()] if wide or affine else point.writers
     V, shift = (V[:-1].double(), V[-1].double()) if affine else (V.double(), None)
@@ -336,12 +408,14 @@ def fold(point, # FoldPoint
     if affine: new = [_shifted(w, n, shift) for w,n in zip(writers, new)]
     for w,n in zip(writers, new):
         for k,p in n.items():
-            if not p.isfinite().all(): raise ReplaceMeError(f"The map folded into {w.name}.{k} is not finite in {p.dtype}: load the model with dtype bfloat16 or float32.")
+            if not p.isfinite().all():
+                raise ReplaceMeError(f"The map folded into {w.name}.{k} is not finite in {p.dtype}: load "
+                                     "the model with dtype bfloat16 or float32.")
     for w,n in zip(writers, new): _assign(w.module, n)
 
 # %% ../nbs/11_merge.ipynb #33ba3557
-def with_bias(model): # -> a model that shares its weights with `model`; `model` itself where there is a bias or no switch
-    "Switch on the MLP biases that a family can have, all zero"
+def with_bias(model): # -> a model that shares its weights with `model`
+    "Switch on the MLP biases that a family can have, all zero; the model itself where there is no switch"
     config = stack_config(model)
     if getattr(config, 'mlp_bias', None) is not False: return model
     new = shared_copy(model)
@@ -351,11 +425,12 @@ def with_bias(model): # -> a model that shares its weights with `model`; `model`
         if getattr(m, 'bias', None) is None or not isinstance(m, nn.Linear): continue
         ours = new.get_submodule(name)
         if ours.bias is not None: continue
-        ours.bias = nn.Parameter(ours.weight.new_zeros(m.out_features), requires_grad=ours.weight.requires_grad)
+        ours.bias = nn.Parameter(ours.weight.new_zeros(m.out_features),
+                                 requires_grad=ours.weight.requires_grad)
         if ours.bias.is_meta: _store(ours, 'bias', torch.zeros(m.out_features, dtype=ours.weight.dtype))
     return new
 
-# %% ../nbs/11_merge.ipynb #adc3d01b
+# %% ../nbs/11_merge.ipynb #21e76d04
 def put(model, # a cut model; its weight is replaced, nothing shared is written to
         i, # layer that takes the map
         fit): # a `Fit`, or a narrow map `(d,d)`
@@ -364,50 +439,58 @@ def put(model, # a cut model; its weight is replaced, nothing shared is written 
     if isinstance(fit, Tensor): return fold(p, fit)
     fold(p, fit.T, fit.kind=='wide', fit.affine)
 
+# %% ../nbs/11_merge.ipynb #25951aae
 def replace_block(model,
                   block, # the layers that go
                   fit, # the map in their place, a `Fit` or a narrow `(d,d)` matrix; None is plain removal
                  ): # -> the pruned model
-    "Remove a block and fold the map that stands in for it into the layer before the cut; `model` is left as it is"
+    "Remove a block and fold the map in its place into the layer before the cut; `model` is left as it is"
     new = cut(with_bias(model) if getattr(fit, 'affine', False) else model, [block])
     if fit is not None: put(new, block.start-1, fit)
     return new
 
+# %% ../nbs/11_merge.ipynb #adc3d01b
 @contextmanager
 def explicit_map(model, # a cut model
                  i, # layer whose MLP contribution is mapped
                  fit): # a `Fit`, or a narrow map `(d,d)`
     "Put the map beside the MLP of layer `i` while the model runs, not into it: what a fold must reproduce"
-    p, seen = fold_points(model, [i])[i], {}
-    V, wide, affine = (fit, False, False) if isinstance(fit, Tensor) else (fit.T, fit.kind=='wide', fit.affine)
+    p, seen, V, wide, affine = fold_points(model, [i])[i], {}, fit, False, False
+    if not isinstance(fit, Tensor): V, wide, affine = fit.T, fit.kind=='wide', fit.affine
     def read(mod, args, out, k, c): seen[k] = (c*first(out)).double(), args
     def swap(layer, args, kwargs, out):
         x = first(out)
         M = sum(seen[k][0].reshape(x.shape) for k in range(len(p.taps)))
         X = seen[0][1][0].double().reshape(*x.shape[:-1], -1) if wide else M
         if affine: X = torch.cat([X, torch.ones_like(X[...,:1])], dim=-1)
-        b = _values(p.module, 'bias').to(X)*p.factor if wide and p.module.bias is not None else 0 # a wide map leaves the bias as it is
+        # a wide map leaves the bias as it is
+        b = _values(p.module, 'bias').to(X)*p.factor if wide and p.module.bias is not None else 0
         new = (x.double() - M + X@V.to(X) + b).to(x)
         return with_first(out, new)
-    with hooks(*[m.register_forward_hook(functools.partial(read, k=k, c=c)) for k,(m,c) in enumerate(p.taps)],
-               layers_of(model)[i].register_forward_hook(swap, with_kwargs=True)): yield model
+    reads = [m.register_forward_hook(functools.partial(read, k=k, c=c)) for k,(m,c) in enumerate(p.taps)]
+    with hooks(*reads, layers_of(model)[i].register_forward_hook(swap, with_kwargs=True)): yield model
 
-# %% ../nbs/11_merge.ipynb #4b33db55
+# %% ../nbs/11_merge.ipynb #4092cc08
 def _reverted(model, state): # imported when it is needed: the module changes the filters of warnings
     from transformers.core_model_loading import revert_weight_conversion
     return revert_weight_conversion(model, state)
 
+# %% ../nbs/11_merge.ipynb #4b33db55
 def _one_by_one(model)->bool:
     "Does every weight of a model become weights of the checkpoint by itself, without others?"
     state = {k: v.to('meta') for k,v in model.state_dict().items() if isinstance(v, Tensor)}
     def saved(part): return {k: tuple(v.shape) for k,v in _reverted(model, part).items()}
-    try: return saved(dict(state))=={k: shape for name,v in state.items() for k,shape in saved({name: v}).items()}
+    try:
+        whole, apart = saved(dict(state)), [saved({k: v}) for k,v in state.items()]
+        return whole=={k: shape for part in apart for k,shape in part.items()}
     except Exception: return False # a conversion that misses its other parts
 
+# %% ../nbs/11_merge.ipynb #de139519
 def _revert_in_turn(model, state):
     "transformers' conversion to the checkpoint's format, weight by weight; empties `state`"
     return {k: v for name in list(state) for k,v in _reverted(model, {name: state.pop(name)}).items()}
 
+# %% ../nbs/11_merge.ipynb #47e69f74
 @contextmanager
 def _said_to_be(model, places): # a device map
     "What a model says about the places of its modules, for a moment"
@@ -418,7 +501,7 @@ def _said_to_be(model, places): # a device map
         if old is None: del model.hf_device_map
         else: model.hf_device_map = old
 
-# %% ../nbs/11_merge.ipynb #5a7ec0f2
+# %% ../nbs/11_merge.ipynb #c065e9ba
 def _save_weights(model, folder, max_shard_size):
     "Save a model as transformers does, file by file, never with a second copy of it in memory"
     apart, offloaded = _one_by_one(model), any(p.is_meta for p in model.parameters())
@@ -429,6 +512,7 @@ def _save_weights(model, folder, max_shard_size):
         warnings.filterwarnings('ignore', message='Attempting to save a model with offloaded modules')
         model.save_pretrained(folder, max_shard_size=max_shard_size)
 
+# %% ../nbs/11_merge.ipynb #5a7ec0f2
 def save_checkpoint(model, folder,
                     max_shard_size='5GB', # of a file; about as much memory may be needed beside the model
                     inputs=None, # the tokenizer or image processor; with it the folder is complete
