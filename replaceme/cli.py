@@ -15,7 +15,7 @@ import torch, yaml
 
 from .core import *
 from .plots import and_words
-from .data import exists
+from .data import exists, is_part
 from .train import main_process
 from .keys import *
 from .save import *
@@ -74,6 +74,7 @@ def _value(name, s, cls):
         if str in kinds and not s.startswith(('[', '{')): return s
         raise ReplaceMeError(f"--{name} {s!r} cannot be read: in a list, put quotes around names with signs in them.")
     if str not in kinds or isinstance(v, tuple(kinds-{str})): return v
+    if is_part(v) and f.metadata.get('read'): return v # a data set that says how it is read
     if isinstance(v, str) and s.startswith(('"', "'")): return v
     return v if isinstance(v, int) and float in kinds else s
 

@@ -16,6 +16,7 @@ from .core import *
 from .keys import *
 from .plots import and_words
 from .models import Loading
+from .data import is_part
 from .evaluate import Asking, CHAT
 from .feed import Texts, Judged
 from .methods import *
@@ -211,7 +212,8 @@ def _no_rows(keys):
     "Refuse rows where only names can stand; in Python they are a data set in memory"
     for k in 'dataset', 'eval_dataset':
         v = keys.get(k)
-        if isinstance(v, dict) or isinstance(v, list) and any(isinstance(x, (dict, list)) for x in v):
+        rows = [x for x in (v if isinstance(v, list) else [v]) if isinstance(x, (dict, list)) and not is_part(x)]
+        if rows:
             raise ReplaceMeError(f"{k} holds rows, and rows cannot stand in a configuration: save them as .jsonl and "
                                  "give its name.")
 

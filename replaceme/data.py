@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['SPARE', 'ROLES', 'HELD_OUT', 'FORMATS', 'UNREAD', 'PACKED', 'TEXT_FILES', 'MAGIC', 'READERS', 'PARTS', 'NAMED',
-           'LOOK', 'Source', 'SOURCES', 'MIXES', 'RECIPE', 'IMAGE_FILES', 'spanned', 'seam', 'reader', 'stream_ids',
-           'first_tokens', 'decoded', 'Piece', 'bare_ids', 'special_ids', 'begun', 'token_ids', 'pad_rows', 'at_least',
-           'batches', 'n_embedded', 'check_ids', 'hidden_tokens', 'mask_tokens', 'cut_stream', 'python_docs', 'unboxed',
-           'as_chat', 'is_chat', 'content_text', 'as_message', 'NoText', 'chat_text', 'pick_split', 'split_of',
-           'one_voice', 'opened', 'file_format', 'is_text', 'open_text', 'read_text', 'looks_like_json', 'table_kind',
-           'json_table', 'json_row', 'json_rows', 'csv_rows', 'column_rows', 'FileRows', 'by_split', 'in_folder',
-           'in_file', 'open_dataset', 'is_data', 'memory_rows', 'InMemory', 'sliced', 'open_rows', 'as_text',
-           'exchange_of', 'as_columns', 'pick_columns', 'row_text', 'schema_of', 'only', 'guarded', 'looked_at',
-           'table_texts', 'first_exchange', 'exists', 'find_source', 'holds_rows', 'parts_of', 'named', 'read_table',
-           'pick', 'Reserved', 'reserved_cache', 'sample_ids', 'rows_at_once', 'first_id', 'sample_texts', 'own_texts',
-           'is_path', 'files_in', 'text_files', 'text_splits', 'kind_of', 'plain_only', 'read_shares', 'portions',
-           'interleave', 'source_key', 'mixture', 'data_name', 'plan', 'load_texts', 'synthetic_images', 'as_rgb',
-           'open_image', 'image_files', 'drawn', 'is_image', 'pick_images', 'undecoded', 'table_images', 'load_images',
-           'pixels', 'image_batches']
+           'LOOK', 'Source', 'SOURCES', 'MIXES', 'HOW', 'RECIPE', 'IMAGE_FILES', 'spanned', 'seam', 'reader',
+           'stream_ids', 'first_tokens', 'decoded', 'Piece', 'bare_ids', 'special_ids', 'begun', 'token_ids',
+           'pad_rows', 'at_least', 'batches', 'n_embedded', 'check_ids', 'hidden_tokens', 'mask_tokens', 'cut_stream',
+           'python_docs', 'unboxed', 'as_chat', 'is_chat', 'content_text', 'as_message', 'NoText', 'chat_text',
+           'pick_split', 'split_of', 'one_voice', 'opened', 'file_format', 'is_text', 'open_text', 'read_text',
+           'looks_like_json', 'table_kind', 'json_table', 'json_row', 'json_rows', 'csv_rows', 'column_rows',
+           'FileRows', 'by_split', 'in_folder', 'in_file', 'open_dataset', 'is_data', 'memory_rows', 'InMemory',
+           'sliced', 'open_rows', 'as_text', 'exchange_of', 'as_columns', 'pick_columns', 'row_text', 'schema_of',
+           'only', 'guarded', 'looked_at', 'table_texts', 'first_exchange', 'exists', 'find_source', 'holds_rows',
+           'parts_of', 'Part', 'is_part', 'as_part', 'named', 'read_table', 'pick', 'Reserved', 'reserved_cache',
+           'sample_ids', 'rows_at_once', 'first_id', 'sample_texts', 'own_texts', 'is_path', 'files_in', 'text_files',
+           'text_splits', 'kind_of', 'plain_only', 'read_shares', 'portions', 'interleave', 'source_key', 'shares_of',
+           'mixture', 'data_name', 'plan', 'how_of', 'load_texts', 'synthetic_images', 'as_rgb', 'open_image',
+           'image_files', 'drawn', 'is_image', 'pick_images', 'undecoded', 'table_images', 'load_images', 'pixels',
+           'image_batches']
 
 # %% ../nbs/03_data.ipynb #6193d1e8
 import ast, bz2, gzip, hashlib, io, json, lzma, math, re, uuid, warnings, zipfile, zlib
@@ -964,11 +965,39 @@ def parts_of(dataset)->list: # of names, and of data sets in memory
     if not isinstance(dataset, (list, tuple)): return [dataset]
     return [InMemory(dataset)] if holds_rows(dataset) else list(dataset)
 
+# %% ../nbs/03_data.ipynb #8ec02b54
+HOW = ('column', 'subset', 'split', 'share')
+
+class Part(str):
+    "The name of a data set, with `how` it is read"
+    def __new__(cls, path, **how):
+        self = super().__new__(cls, path)
+        self.how = {k: v for k,v in how.items() if v is not None}
+        return self
+    def __deepcopy__(self, memo): return self
+    def told(self)->dict:
+        "As it is written in a file"
+        return dict(path=str(self), **self.how)
+
+def is_part(d)->bool:
+    "Is it a mapping that names a data set, and no table in memory?"
+    return isinstance(d, dict) and isinstance(d.get('path'), (str, Path))
+
+def as_part(d)->Part:
+    "A mapping as a data set that says how it is read"
+    for k in d:
+        if k not in ('path', *HOW):
+            raise ReplaceMeError(f"dataset {d['path']}: unknown key {k!r}.{nearest(k, HOW)} A data set has a "
+                                 f"path, and as far as it needs them {', '.join(HOW)}.")
+    return Part(str(d['path']), **{k: v for k,v in d.items() if k!='path'})
+
 # %% ../nbs/03_data.ipynb #05c92fa0
 def named(dataset):
     "The same with a name for all that is in memory, as a configuration keeps it"
     if isinstance(dataset, Path): return str(dataset)
+    if is_part(dataset): return as_part(dataset)
     if isinstance(dataset, (list, tuple)):
+        if any(map(is_part, dataset)): dataset = [as_part(d) if is_part(d) else d for d in dataset]
         return InMemory(dataset) if holds_rows(dataset) else [named(d) for d in dataset]
     if hasattr(dataset, '__next__'):
         raise ReplaceMeError("dataset is a generator, which can be read but once: give list(...) of it, or "
@@ -1164,6 +1193,7 @@ def _plain(parts, kinds, column, subset, split):
     "`plain_only` of a mixture without tables; a folder of texts may have splits"
     divided = any(k=='text' and text_splits(d).keys()!={'train'} for (d,_),k in zip(parts, kinds))
     plain_only(_called(parts[0][0]), column, subset, None if divided else split)
+    for d,_ in parts: plain_only(_called(d), *how_of(d)[:2], None if divided else how_of(d)[2])
 
 # %% ../nbs/03_data.ipynb #a8bd7981
 def read_shares(shares, # positive numbers; None for equal shares
@@ -1206,6 +1236,16 @@ def source_key(dataset):
     if kind_of(dataset) in ('text', 'table') and path.exists(): return path.resolve()
     return find_source(dataset).path.lower()
 
+# %% ../nbs/03_data.ipynb #4af4633e
+def shares_of(given, # data sets
+              shares=None)->list: # of fractions
+    "The share of each: as it says itself, or as a list says"
+    own = [getattr(d, 'how', {}).get('share') for d in given]
+    if not any(s is not None for s in own): return read_shares(shares, len(given))
+    if shares is not None or None in own:
+        raise ReplaceMeError("dataset: give each of the data sets a share, or none of them and dataset_shares.")
+    return read_shares(own, len(given))
+
 # %% ../nbs/03_data.ipynb #13e106ad
 def mixture(dataset, # one data set or a list of them
             shares=None, # see `read_shares`
@@ -1221,7 +1261,7 @@ def mixture(dataset, # one data set or a list of them
             raise ReplaceMeError(f"dataset {d!r} is no data set: give a name, a path or a list of them, "
                                  "and no lists within the list.")
     parts, seen = [], set()
-    for d,s in zip(given, read_shares(shares, len(given))):
+    for d,s in zip(given, shares_of(given, shares)):
         names = MIXES.get(str(d).lower(), [d])
         parts += [(p, s/len(names)) for p in names]
     for d,_ in parts:
@@ -1246,7 +1286,7 @@ def data_name(dataset, # as in `load_texts`
         if isinstance(d, InMemory): return str(d)
         is_file = isinstance(d, Path) or isinstance(d, str) and is_path(d)
         return Path(d).name or str(d) if is_file else _called(d)
-    ratio = f' ({_ratio(read_shares(shares, len(given)))})' if len(given)>1 else ''
+    ratio = f' ({_ratio(shares_of(given, shares))})' if len(given)>1 else ''
     return ' + '.join(map(short, given)) + ratio
 
 # %% ../nbs/03_data.ipynb #8b5c0ce6
@@ -1288,6 +1328,12 @@ def _check_sizes(size, shares, max_length, batch_size):
         f"dataset_size null takes all there is, and shares divide a number of texts ({shares}): "
         "give a dataset_size, or leave the shares out.")
 
+# %% ../nbs/03_data.ipynb #dac0696f
+def how_of(d, column=None, subset=None, split=None)->tuple: # (column, subset, split)
+    "How a data set is read: as it says itself, or else as was said for all"
+    own = [getattr(d, 'how', {}).get(k) for k in ('column', 'subset', 'split')]
+    return tuple(a if o is None else o for o,a in zip(own, (column, subset, split)))
+
 # %% ../nbs/03_data.ipynb #b52c6f64
 def load_texts(dataset='self', # see the table at the top; a list is a mixture
                shares=None, # of each data set in the list; see `read_shares`
@@ -1306,10 +1352,10 @@ def load_texts(dataset='self', # see the table at the top; a list is a mixture
     "The first `size` texts of a data set, a file, the model itself, or a mixture of them"
     _check_sizes(size, shares, max_length, batch_size)
     def part(d, kind, n):
-        if kind=='table': return read_table(d, tokenizer, column, subset, split, n, token)
+        if kind=='table': return read_table(d, tokenizer, *how_of(d, column, subset, split), n, token)
         if kind=='self': return own_texts(model, tokenizer, n, max_length, batch_size, seed)
         if kind=='python-docs': return list(islice(python_docs(tokenizer, max_length), n))
-        return list(islice(read_text(_of_split(d, split_of(subset, split)[1]), tokenizer, max_length), n))
+        return list(islice(read_text(_of_split(d, split_of(*how_of(d, None, subset, split)[1:])[1]), tokenizer, max_length), n))
     parts = mixture(dataset, shares)
     kinds, counts = [kind_of(d) for d,_ in parts], plan(parts, size)
     if 'table' not in kinds: _plain(parts, kinds, column, *split_of(subset, split))
@@ -1447,7 +1493,8 @@ def load_images(dataset, # see the table above, or a data set in memory
     "Up to `size` images of a folder, a file or a data set"
     at_least(dataset_size=(1 if size is None else size, 1))
     _images_only(dataset)
-    subset, split = split_of(subset, split)
+    column, *how = how_of(dataset, column, subset, split)
+    subset, split = split_of(*how)
     files = image_files(dataset) if isinstance(dataset, (str, Path)) else None
     if files is None:
         with one_voice(_called(dataset), offline='a local file or folder'):

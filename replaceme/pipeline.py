@@ -154,6 +154,7 @@ def make_result(model, cfg, done)->Result:
 # %% ../nbs/22_pipeline.ipynb #1e7e7000
 def _names(v):
     "Without the rows of data sets in memory"
+    if isinstance(v, Part): return v.told()
     return [_names(x) for x in v] if isinstance(v, list) else str(v) if isinstance(v, InMemory) else v
 
 def _finish(result, cfg, stages, loaded, model, pruned):

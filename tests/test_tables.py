@@ -654,3 +654,39 @@ def test_numbers_in_a_csv_are_no_texts(tmp_path):
     "There everything is a string; the column of words is the one that is meant"
     (tmp_path / "r.csv").write_text("stars,review\n5,Arrived on time.\n3,Too short.\n")
     assert load_texts(tmp_path / "r.csv", tokenizer=tiny_tokenizer(), size=None) == ["Arrived on time.", "Too short."]
+
+
+# A data set that says itself how it is read
+
+
+def test_each_part_of_a_mixture_has_its_own_column(tmp_path):
+    a = lines(tmp_path / "a.jsonl", [dict(text=f"wrong {i}", body=f"first {i}") for i in range(8)])
+    b = lines(tmp_path / "b.jsonl", [dict(words=f"second {i}", text=f"wrong {i}") for i in range(8)])
+    parts = [dict(path=str(a), column="body", share=3), dict(path=b, column="words", share=1)]
+    got = texts(named(parts), size=8)
+    assert sorted(got) == sorted([f"first {i}" for i in range(6)] + [f"second {i}" for i in range(2)])
+    assert texts(named(dict(path=str(a), column="body")), size=2) == ["first 0", "first 1"]
+    assert texts([named(parts[0]), named(parts[1])], size=8) == got
+
+
+def test_a_mapping_in_a_file_a_flag_and_a_record(tmp_path):
+    a = lines(tmp_path / "a.jsonl", [dict(text=f"wrong {i} of the table", body=f"text {i} of the table") for i in range(8)])
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(dict(dataset=dict(path=str(a), column="body"), dataset_size=4)))
+    for cfg in (read_config(tmp_path / "c.yaml"), parse("run_replaceme", "", ["--dataset", f"{{path: {a}, column: body}}"], {})[0]):
+        assert (cfg.dataset, cfg.dataset.how) == (str(a), dict(column="body"))
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump(dict(dataset=["self", dict(path=str(a), column="body")])))
+    assert [getattr(d, "how", None) for d in read_config(tmp_path / "m.yaml").dataset] == [None, dict(column="body")]
+    model = tiny_model("llama", layers=4)
+    _, r = prune(model, TOK, 1, method="remove", dataset=dict(path=str(a), column="body"), dataset_size=4)
+    assert r["config"]["dataset"] == dict(path=str(a), column="body")
+    assert make_config(**{k: r["config"][k] for k in ("dataset", "dataset_size")}).dataset.how == dict(column="body")
+
+
+@pytest.mark.parametrize("given, say", [
+    (dict(path="self", column="body"), "is plain text and has no column 'body'"),
+    (dict(path="a.jsonl", colum="body"), "unknown key 'colum'. Did you mean 'column'?"),
+    ([dict(path="self", share=1), "python-docs"], "give each of the data sets a share, or none of them")])
+def test_what_a_mapping_cannot_say(given, say):
+    with pytest.raises(ReplaceMeError) as e:
+        texts(named(given), size=4)
+    assert say in str(e.value)
