@@ -30,14 +30,17 @@ class LinearMap(nn.Module):
         self.weight = nn.Parameter(torch.eye(d))
         self.register_parameter('bias', nn.Parameter(torch.zeros(d)) if bias else None)
     def forward(self, x): # a stream may be kept in a wider type than the weights
-        return nn.functional.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.weight.to(x.dtype), bias)
 
+# %% ../nbs/12_unmerged.ipynb #82d66eee
 def map_output(layer, args, out):
     "Forward hook of a layer: its map is applied to the hidden state in what it puts out"
     if isinstance(out, torch.Tensor): return layer.replaceme_map(out)
     new = layer.replaceme_map(out[0])
     return out._replace(**{out._fields[0]: new}) if hasattr(out, '_replace') else type(out)((new, *out[1:]))
 
+# %% ../nbs/12_unmerged.ipynb #e9f26d0b
 def add_map(layer, new):
     "Let a layer be followed by a map"
     if not hasattr(layer, 'replaceme_map'): layer.register_forward_hook(map_output)
@@ -45,7 +48,7 @@ def add_map(layer, new):
 
 # %% ../nbs/12_unmerged.ipynb #25c850bb
 class Network(nn.Module):
-    "Rows `x` become `x + D h`: what the rows, normalised, make of `inner` values `h`; nothing at the start, since `D` is zero"
+    "Rows `x` become `x + D h`, `h` made of the normalised rows; nothing at the start, since `D` is zero"
     def __init__(self, d, inner, first, generator=None):
         super().__init__()
         self.norm = nn.Parameter(torch.ones(d))
@@ -57,12 +60,14 @@ class Network(nn.Module):
         return (wide*torch.rsqrt(wide.pow(2).mean(-1, keepdim=True)+1e-6)).to(x.dtype)*self.norm.to(x.dtype)
     def forward(self, x): return x + self.times('down', self.hidden(self.normed(x)))
 
+# %% ../nbs/12_unmerged.ipynb #87de232e
 class FFN(Network):
     "Rows `x` become `x + D gelu(U n)`"
     kind = 'ffn'
     def __init__(self, d, generator=None): super().__init__(d, 4*d, ['up'], generator)
     def hidden(self, n): return nn.functional.gelu(self.times('up', n))
 
+# %% ../nbs/12_unmerged.ipynb #d639a886
 class SwiGLU(Network):
     "Rows `x` become `x + D (silu(G n) * U n)`"
     kind = 'swiglu'
@@ -76,10 +81,11 @@ def map_kinds(): # -> `{kind: what makes it from the width of the state}`
 
 # %% ../nbs/12_unmerged.ipynb #0aa600d7
 class LinearConfig:
-    "Mixed into a config: which layers are followed by a map, and on disk a `model_type` that only `modeling_replaceme.py` knows"
+    "Mixed into a config: which layers have maps; on disk a `model_type` that `modeling_replaceme.py` knows"
     def to_json_string(self, use_diff=True):
         config = json.loads(super().to_json_string(use_diff))
-        return json.dumps({**config, 'model_type': f'replaceme_{self.model_type}'}, indent=2, sort_keys=True) + '\n'
+        config['model_type'] = f'replaceme_{self.model_type}'
+        return json.dumps(config, indent=2, sort_keys=True) + '\n'
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs):
@@ -93,6 +99,7 @@ class LinearConfig:
         (Path(save_directory)/'modeling_replaceme.py').write_text(self.source(), encoding='utf-8')
         super().save_pretrained(save_directory, **kwargs)
 
+# %% ../nbs/12_unmerged.ipynb #cc9db3e0
 def stack_of(config): # -> the config with `replaceme_linear`, or None
     "The part of a config that says which layers are followed by a map: itself, or one inside it"
     if 'replaceme_linear' in vars(config): return config
@@ -106,21 +113,29 @@ class LinearModel:
         super().__init__(config, *args, **kwargs)
         stack, layers = stack_of(config), self.get_submodule(config.replaceme_layers)
         kinds, known = stack.replaceme_linear, map_kinds()
-        if len(kinds)!=len(layers): raise ValueError(f"replaceme_linear in the config speaks of {len(kinds)} layers, {config.replaceme_layers} has {len(layers)}.")
-        if unknown := {k for k in kinds if k}-set(known): raise ValueError(f"replaceme_linear in the config names {sorted(unknown)}: this file knows {sorted(known)}.")
+        if len(kinds)!=len(layers):
+            raise ValueError(f"replaceme_linear in the config speaks of {len(kinds)} layers, "
+                             f"{config.replaceme_layers} has {len(layers)}.")
+        if unknown := {k for k in kinds if k}-set(known):
+            raise ValueError(f"replaceme_linear in the config names {sorted(unknown)}: this file knows "
+                             f"{sorted(known)}.")
         for layer,kind in zip(layers, kinds):
             if kind: add_map(layer, known[kind](stack.hidden_size))
 
     @classmethod
     def is_custom_code(cls): return False
 
+# %% ../nbs/12_unmerged.ipynb #9ad45cd3
 def convert_like(base, name):
     "Weights of class `name` are renamed on loading as those of class `base`"
-    try: from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+    try:
+        from transformers.conversion_mapping import (get_checkpoint_conversion_mapping,
+                                                     register_checkpoint_conversion_mapping)
     except ImportError: return # older transformers
     mapping = get_checkpoint_conversion_mapping(base)
     if mapping is not None: register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
 
+# %% ../nbs/12_unmerged.ipynb #44f9d196
 @functools.cache
 def linear_class(base, # a model or config class of transformers
                  config=None): # of a model: the class of its config, where it is not the usual one
@@ -131,27 +146,33 @@ def linear_class(base, # a model or config class of transformers
         def init(self, *args, **kwargs): base.__init__(self, *args, **kwargs)
         return type(name, (LinearConfig, base), dict(__init__=init, __module__=__name__))
     convert_like(base.__name__, name)
-    return type(name, (LinearModel, base), dict(config_class=linear_class(config or base.config_class), __module__=__name__))
+    own = dict(config_class=linear_class(config or base.config_class), __module__=__name__)
+    return type(name, (LinearModel, base), own)
 
+# %% ../nbs/12_unmerged.ipynb #87d4e8e3
 def __getattr__(name):
-    "`ReplaceMeX` is class `X` of transformers with linear maps, `ReplaceMeX__Y` that with a config of class `Y`"
+    "`ReplaceMeX` is transformers' `X` with linear maps, `ReplaceMeX__Y` that with a config of class `Y`"
     names = name.removeprefix('ReplaceMe').split('__')
-    if not name.startswith('ReplaceMe') or not all(hasattr(transformers, n) for n in names): raise AttributeError(name)
+    if not name.startswith('ReplaceMe') or not all(hasattr(transformers, n) for n in names):
+        raise AttributeError(name)
     return linear_class(*[getattr(transformers, n) for n in names])
 
-# %% ../nbs/12_unmerged.ipynb #c6f1daf9
-_PARTS = (LinearMap, map_output, add_map, Network, FFN, SwiGLU, map_kinds, LinearConfig, stack_of, LinearModel, convert_like, linear_class, __getattr__)
-
+# %% ../nbs/12_unmerged.ipynb #946c5854
 def source_of(o):
     "The source of a class or function, as it stands in its file"
-    f = inspect.unwrap(o) if not isinstance(o, type) else next(v for v in vars(o).values() if inspect.isfunction(v))
-    lines = inspect.findsource(f)[0]
+    own = next(v for v in vars(o).values() if inspect.isfunction(v)) if isinstance(o, type) else o
+    lines = inspect.findsource(inspect.unwrap(own))[0]
     i = next(i for i,l in enumerate(lines) if re.match(rf'(class|def) {re.escape(o.__name__)}\b', l))
     while lines[i-1].startswith('@'): i -= 1
     return ''.join(inspect.getblock(lines[i:])).rstrip()
 
-_HEAD = '''"""A model of transformers with something behind some of its layers: a linear map `x@T + b` of the hidden state `x` that a layer
-puts out, or a small network. Which layers, and what: `replaceme_linear` in config.json. Needs torch and transformers."""
+# %% ../nbs/12_unmerged.ipynb #c6f1daf9
+_PARTS = (LinearMap, map_output, add_map, Network, FFN, SwiGLU, map_kinds, LinearConfig, stack_of,
+          LinearModel, convert_like, linear_class, __getattr__)
+
+_HEAD = '''"""A model of transformers with something behind some of its layers: a linear map `x@T + b` of the
+hidden state `x` that a layer puts out, or a small network. Which layers, and what: `replaceme_linear` in
+config.json. Needs torch and transformers."""
 import functools, json, os
 from pathlib import Path
 
@@ -170,43 +191,60 @@ def modelling_source()->str:
 def linear_layers(model)->dict: # `{layer: one of the kinds}`
     "The layers that are followed by a map or a network of their own, and by which"
     maps = {i: getattr(l, 'replaceme_map', None) for i,l in enumerate(layers_of(model))}
-    return {i: getattr(m, 'kind', None) or ('linear' if m.bias is None else 'affine') for i,m in maps.items() if m is not None}
+    kind = lambda m: getattr(m, 'kind', None) or ('linear' if m.bias is None else 'affine')
+    return {i: kind(m) for i,m in maps.items() if m is not None}
 
-def _check_place(model, i):
-    "Raise unless something can be put behind a layer of a model that transformers can build again"
-    cls, n = type(model), len(layers_of(model))
-    if getattr(transformers, cls.__name__, None) is not cls and not is_linear_model(model):
-        raise ReplaceMeError(f"{cls.__name__} comes from {cls.__module__}: a map of its own can be put behind layers of transformers' own models only.")
-    if type(i) is not int or not 0<=i<n: raise ReplaceMeError(f"Layer {i} cannot be followed by a map: the model has layers 0 to {n-1}.")
-
-def _check_linear(model, i, T, b):
-    "Raise unless a linear map fits behind a layer"
-    _check_place(model, i)
-    d, kind = width(model), linear_layers(model).get(i)
-    if kind not in (None, 'linear', 'affine'): raise ReplaceMeError(f"Layer {i} is followed by a network already ({kind}), and a map cannot be multiplied into it: choose another layer.")
-    if T.shape!=(d, d): raise ReplaceMeError(f"A map of shape {tuple(T.shape)} does not fit a hidden state of width {d}: give a ({d}, {d}) matrix.")
-    if b is not None and b.shape!=(d,): raise ReplaceMeError(f"A bias of shape {tuple(b.shape)} does not fit a hidden state of width {d}: give ({d},).")
-
+# %% ../nbs/12_unmerged.ipynb #6df0120b
 def is_linear_model(model)->bool:
     "Was the model made by `with_linear`, or loaded from such a checkpoint?"
     return hasattr(model.config, 'replaceme_layers')
 
+# %% ../nbs/12_unmerged.ipynb #a086357c
+def _check_place(model, i):
+    "Raise unless something can be put behind a layer of a model that transformers can build again"
+    cls, n = type(model), len(layers_of(model))
+    if getattr(transformers, cls.__name__, None) is not cls and not is_linear_model(model):
+        raise ReplaceMeError(f"{cls.__name__} comes from {cls.__module__}: a map of its own can be put "
+                             "behind layers of transformers' own models only.")
+    if type(i) is not int or not 0<=i<n:
+        raise ReplaceMeError(f"Layer {i} cannot be followed by a map: the model has layers 0 to {n-1}.")
+
+# %% ../nbs/12_unmerged.ipynb #a0f5b586
+def _check_linear(model, i, T, b):
+    "Raise unless a linear map fits behind a layer"
+    _check_place(model, i)
+    d, kind = width(model), linear_layers(model).get(i)
+    if kind not in (None, 'linear', 'affine'):
+        raise ReplaceMeError(f"Layer {i} is followed by a network already ({kind}), and a map cannot be "
+                             "multiplied into it: choose another layer.")
+    if T.shape!=(d, d):
+        raise ReplaceMeError(f"A map of shape {tuple(T.shape)} does not fit a hidden state of width {d}: "
+                             f"give a ({d}, {d}) matrix.")
+    if b is not None and b.shape!=(d,):
+        raise ReplaceMeError(f"A bias of shape {tuple(b.shape)} does not fit a hidden state of width {d}: "
+                             f"give ({d},).")
+
+# %% ../nbs/12_unmerged.ipynb #7f08fb03
 def _place(layer): # -> device
     "Where a layer computes, also one whose weights are offloaded"
     p = next(layer.parameters())
     device = getattr(getattr(layer, '_hf_hook', None), 'execution_device', None) if p.is_meta else p.device
     return 'cpu' if device is None else device
 
+# %% ../nbs/12_unmerged.ipynb #4f4e8ba5
 def _linear_map(T, b, dtype, device):
     "The module with these values"
     with torch.device('meta'): new = LinearMap(len(T), b is not None)
     for k,v in dict(weight=T.T, bias=b).items():
         if v is None: continue
         p = v.to(dtype).to(device).contiguous()
-        if not p.isfinite().all(): raise ReplaceMeError(f"The linear map is not finite in {dtype}: load the model with dtype bfloat16 or float32.")
+        if not p.isfinite().all():
+            raise ReplaceMeError(f"The linear map is not finite in {dtype}: load the model with dtype "
+                                 "bfloat16 or float32.")
         setattr(new, k, nn.Parameter(p))
     return new
 
+# %% ../nbs/12_unmerged.ipynb #35eeeb73
 def _after(old, T, b): # float64
     "The map that does what `old` does and then `T` and `b`"
     if old is None: return T, b
@@ -214,13 +252,14 @@ def _after(old, T, b): # float64
     b0 = values['bias']@T if 'bias' in values else None
     return values['weight'].T@T, b0 if b is None else b if b0 is None else b0+b
 
-# %% ../nbs/12_unmerged.ipynb #855034b4
+# %% ../nbs/12_unmerged.ipynb #13a60604
 def plain_class(cls):
     "The class of transformers that a class is made from"
     return next((c for c in cls.__mro__ if getattr(transformers, c.__name__, None) is c), cls)
 
+# %% ../nbs/12_unmerged.ipynb #9aee1611
 def _convert(model):
-    "Give a model and its configs the classes that know of maps, also one whose classes came with a checkpoint"
+    "Give a model, also one loaded with classes of its own, and its configs the classes that know of maps"
     was, config = type(model.config), model.config
     plain, cls = plain_class(was), plain_class(type(model))
     held = [config, *(c for m in model.modules() if (c := vars(m).get('config')) is not None)]
@@ -230,8 +269,10 @@ def _convert(model):
         if type(c) is was: c.__class__ = linear_class(plain)
     model.__class__ = linear_class(cls) if plain is cls.config_class else linear_class(cls, plain)
     config.replaceme_layers = next(n for n,m in model.named_modules() if m is layers)
-    config.auto_map = {'AutoConfig': f'modeling_replaceme.{type(config).__name__}', auto: f'modeling_replaceme.{type(model).__name__}'}
+    classes = {'AutoConfig': type(config), auto: type(model)}
+    config.auto_map = {k: f'modeling_replaceme.{c.__name__}' for k,c in classes.items()}
 
+# %% ../nbs/12_unmerged.ipynb #c16365ef
 def _put(model, i, new): # -> a model that shares its tensors with `model`
     "Put a module behind a layer, and say so in the config"
     model = shared_copy(model)
@@ -241,6 +282,7 @@ def _put(model, i, new): # -> a model that shares its tensors with `model`
     for c in _configs(model): c.replaceme_linear = list(kinds)
     return model
 
+# %% ../nbs/12_unmerged.ipynb #855034b4
 def with_linear(model, # a cut model; it is left as it is
                 i, # layer whose output is mapped, 0-based
                 T:Tensor, # `(d,d)`, right-multiplied: the state `S` becomes `S@T`
@@ -252,6 +294,7 @@ def with_linear(model, # a cut model; it is left as it is
     T, b = _after(getattr(layer, 'replaceme_map', None), T, None if b is None else b.detach().to(T))
     return _put(model, i, _linear_map(T, b, model.dtype, _place(layer)))
 
+# %% ../nbs/12_unmerged.ipynb #8b8ac446
 def replace_linear(model,
                    block, # the layers that go
                    T, b=None, # the map in their place
@@ -259,41 +302,55 @@ def replace_linear(model,
     "Remove a block and put a linear map of its own behind the layer before the cut; `model` is left as it is"
     return with_linear(cut(model, [block]), block.start-1, T, b)
 
-# %% ../nbs/12_unmerged.ipynb #4739f79a
+# %% ../nbs/12_unmerged.ipynb #7163596b
 def _check_network(model, i, kind):
     "Raise unless a network of this kind can be put behind a layer"
-    if kind not in map_kinds(): raise ReplaceMeError(f"{kind!r} is no kind of network: choose one of {', '.join(map_kinds())}.{nearest(kind, map_kinds())}")
+    if kind not in map_kinds():
+        raise ReplaceMeError(f"{kind!r} is no kind of network: choose one of "
+                             f"{', '.join(map_kinds())}.{nearest(kind, map_kinds())}")
     _check_place(model, i)
     there = linear_layers(model).get(i)
-    if there: raise ReplaceMeError(f"Layer {i} is followed by a map or a network already ({there}): choose another layer, or a model without it.")
+    if there:
+        raise ReplaceMeError(f"Layer {i} is followed by a map or a network already ({there}): choose "
+                             "another layer, or a model without it.")
 
+# %% ../nbs/12_unmerged.ipynb #4739f79a
 def with_network(model, # a cut model; it is left as it is
                  i, # layer that the network stands behind, 0-based
                  kind, # one of `map_kinds`
                  seed=0, # of the matrices that do not start at zero
                 ): # -> a model that shares its tensors with `model` and has the network's besides
-    "Put a small network behind a layer, which starts as the identity and is there to be trained (LLM-Streamline, arXiv 2403.19135)"
+    "Put a small network, at first the identity, behind a layer (LLM-Streamline, arXiv 2403.19135)"
     _check_network(model, i, kind)
-    with torch.device('cpu'): new = map_kinds()[kind](width(model), generator=torch.Generator().manual_seed(seed))
+    with torch.device('cpu'):
+        new = map_kinds()[kind](width(model), generator=torch.Generator().manual_seed(seed))
     return _put(model, i, new.to(_place(layers_of(model)[i]), model.dtype))
 
-# %% ../nbs/12_unmerged.ipynb #52aec1be
+# %% ../nbs/12_unmerged.ipynb #6c8abf55
 def _grouped(x, w, *args, out_shape=None, **kwargs): return 2*torch.Size(x).numel()*out_shape[-1]
 
-_OPS = [getattr(torch.ops.aten, '_grouped_mm', None), getattr(torch.ops.transformers, 'grouped_mm_fallback', None)] # of experts
+# of experts
+_OPS = [getattr(torch.ops.aten, '_grouped_mm', None),
+        getattr(torch.ops.transformers, 'grouped_mm_fallback', None)]
 
+# %% ../nbs/12_unmerged.ipynb #52aec1be
 def token_cost(model)->float: # multiply-adds
     "Multiply-adds that a token of a short input costs"
     batch = {k: v.to(input_device(model)) for k,v in dummy(model).items()}
+    known = {op: _grouped for op in _OPS if op is not None}
     with judging(model):
         n = run(model, batch)[0].shape[:2].numel()
-        with FlopCounterMode(display=False, custom_mapping={op: _grouped for op in _OPS if op is not None}) as f: run(model, batch) if sees(model) else model(**batch)
+        with FlopCounterMode(display=False, custom_mapping=known) as f:
+            run(model, batch) if sees(model) else model(**batch)
     return f.get_total_flops()/2/n
 
+# %% ../nbs/12_unmerged.ipynb #e7f41864
 def _size(module)->tuple:
     "(parameters, multiply-adds for a row) of a map or a network: one for each entry of a matrix"
-    return sum(p.numel() for p in module.parameters()), sum(p.numel() for p in module.parameters() if p.ndim==2)
+    params = list(module.parameters())
+    return sum(p.numel() for p in params), sum(p.numel() for p in params if p.ndim==2)
 
+# %% ../nbs/12_unmerged.ipynb #2b0079b7
 def linear_cost(model, # before or after the maps are added
                 n_maps=1,
                 bias=False,
