@@ -39,10 +39,12 @@ def parameters_of(model)->dict: # `{name: parameter}`
     "All parameters; one that is tied stands under each of its names"
     return dict(model.named_parameters(remove_duplicate=False))
 
+# %% ../nbs/12_widths.ipynb #5c515181
 def n_parameters(model)->int:
     "How many numbers a model has; tied ones count once"
     return sum(p.numel() for p in model.parameters())
 
+# %% ../nbs/12_widths.ipynb #4fc99714
 def set_value(root, name, value):
     "Give an attribute of a module inside another value"
     path, _, key = name.rpartition('.')
@@ -51,16 +53,34 @@ def set_value(root, name, value):
 # %% ../nbs/12_widths.ipynb #4a1158da
 class WrongSize(ReplaceMeError): "The config builds a parameter of another size"
 
+# %% ../nbs/12_widths.ipynb #8644f946
+def _skeleton(cls, config, dtype):
+    "The model that a config builds, with buffers and without weights"
+    from accelerate import init_empty_weights # importing it changes the filters of warnings
+    try:
+        if hasattr(config, 'validate'): config.validate() # transformers does before it saves
+        with init_empty_weights(include_buffers=False): return cls._from_config(config, dtype=dtype)
+    except Exception as e:
+        raise WrongSize(f"nothing can be built ({type(e).__name__}: {' '.join(str(e).split())[:150]})") from e
+
+# %% ../nbs/12_widths.ipynb #038a02dc
+def _own(p, like): return nn.Parameter(p.detach().contiguous(), like is None or like.requires_grad)
+
+# %% ../nbs/12_widths.ipynb #881ec128
+def _buffers(new, dense):
+    "Saved buffers are the dense model's, the others go to its device; how it generates is copied"
+    kept = {k: v for k,v in dense.state_dict().items() if k not in parameters_of(dense)}
+    for name,m in new.named_modules():
+        for k,b in m._buffers.items():
+            if b is not None: m._buffers[k] = kept.get(f'{name}.{k}'.lstrip('.'), b).to(input_device(dense))
+    if hasattr(dense, 'generation_config'): new.generation_config = copy.deepcopy(dense.generation_config)
+
+# %% ../nbs/12_widths.ipynb #1c105885
 def build_with(cls, config,
                params, # `{name: tensor}`: those that are other than the dense model's
                dense): # shares its other tensors
     "A model of a class as its config builds it, with these parameters"
-    from accelerate import init_empty_weights # importing it changes the filters of warnings
-    try:
-        if hasattr(config, 'validate'): config.validate() # transformers does before it saves
-        with init_empty_weights(include_buffers=False): new = cls._from_config(config, dtype=dense.dtype)
-    except Exception as e:
-        raise WrongSize(f"nothing can be built ({type(e).__name__}: {' '.join(str(e).split())[:150]})") from e
+    new = _skeleton(cls, config, dense.dtype)
     old, wants = parameters_of(dense), parameters_of(new)
     have = {**old, **params}
     for k in {**wants, **params}:
@@ -70,17 +90,7 @@ def build_with(cls, config,
     _buffers(new, dense)
     return new.train(dense.training)
 
-def _own(p, like): return nn.Parameter(p.detach().contiguous(), like is None or like.requires_grad)
-
 # %% ../nbs/12_widths.ipynb #323cbf59
-def _buffers(new, dense):
-    "Saved buffers are the dense model's, the others go to its device; how it generates is copied"
-    kept = {k: v for k,v in dense.state_dict().items() if k not in parameters_of(dense)}
-    for name,m in new.named_modules():
-        for k,b in m._buffers.items():
-            if b is not None: m._buffers[k] = kept.get(f'{name}.{k}'.lstrip('.'), b).to(input_device(dense))
-    if hasattr(dense, 'generation_config'): new.generation_config = copy.deepcopy(dense.generation_config)
-
 def rebuilt(model, params, # `{name: tensor}`
             **changes): # to the config
     "The model its own class builds from a changed config, with these parameters: an ordinary checkpoint"
@@ -118,6 +128,7 @@ class Shortcut(nn.Module):
         turned = nn.functional.linear(x, self.weight.to(x.dtype)) - x
         return out + turned.reshape(out.shape)/self.factor
 
+# %% ../nbs/12_widths.ipynb #1dc5a39d
 def add_shortcut(layer, norm, writer, d, factor=1.):
     "Put a matrix on the shortcut around the step from a norm to a writer"
     s = Shortcut(d, factor)
@@ -126,11 +137,12 @@ def add_shortcut(layer, norm, writer, d, factor=1.):
     layer.get_submodule(norm).register_forward_pre_hook(s.keep)
     layer.get_submodule(writer).register_forward_hook(s.add)
 
-# %% ../nbs/12_widths.ipynb #6c148f18
+# %% ../nbs/12_widths.ipynb #7a0ad1a9
 class SizedConfig(LinearConfig):
     "Mixed into a config: the sizes of the matrices in every layer"
     def source(self): return modelling_source()
 
+# %% ../nbs/12_widths.ipynb #6c148f18
 class SizedModel:
     "Mixed into a model: built by its family's code, then given the sizes in its config"
     def __init__(self, config, *args, **kwargs):
@@ -165,6 +177,7 @@ def sized_class(base): # a model or config class of transformers
     own = dict(config_class=sized_class(base.config_class), __module__=__name__)
     return type(name, (SizedModel, base), own)
 
+# %% ../nbs/12_widths.ipynb #39e09979
 def __getattr__(name):
     "`SizedX` is class `X` of transformers with sizes from its config"
     base = name.removeprefix('Sized')
@@ -203,6 +216,7 @@ def _by_layer(stack, n, values): # `{full name: value}` -> (a dictionary for eac
         else: rest[k] = v
     return inside, rest
 
+# %% ../nbs/12_widths.ipynb #99a3b634
 def _own_config(model, stack, changes):
     "A copy of a model's config in the class that knows of sizes"
     cls, config = type(model), copy.deepcopy(model.config)
@@ -239,5 +253,5 @@ def with_sizes(model, params, # `{name: tensor}`
 @dataclasses.dataclass
 class Widths:
     "Narrower layers"
-    plain:bool = key(False, "of methods slicegpt and llm_pruner: cut all layers alike, so that the result is an "
-        "ordinary checkpoint; false cuts as published, and saves a modelling file beside the weights")
+    plain:bool = key(False, "of methods slicegpt and llm_pruner: cut all layers alike, so that the result "
+        "is an ordinary checkpoint; false cuts as published, and saves a modelling file beside the weights")
