@@ -440,9 +440,15 @@ def suggestions(result)->list: # sentences
     return [s for f in (_advise_depth, _advise_block, _advise_fit, _advise_data) for s in f(result)]
 
 # %% ../nbs/20_report.ipynb #30f1a490
+def _is_anothers(result, k):
+    "Is it a key of methods that did not make the result?"
+    m, f = method_of_result(result), SimpleNamespace(name=k)
+    return bool(m) and not m.owns(f) and any(k in g.__dataclass_fields__ for g in GROUPS)
+
 def shown_config(result)->dict:
-    "The config to show: without secrets, empty keys and this machine's paths"
-    return {k: no_path(v) for k,v in (result.get('config') or {}).items() if v is not None and k!='token'}
+    "The config to show: without secrets, empty keys, keys of other methods and this machine's paths"
+    conf = (result.get('config') or {}).items()
+    return {k: no_path(v) for k,v in conf if v is not None and k!='token' and not _is_anothers(result, k)}
 
 # %% ../nbs/20_report.ipynb #0703f8cc
 def hub_id(name)->str|None:
@@ -861,12 +867,13 @@ _AT = dict(last=', measured at the last token of each text', all=', measured at 
 
 def _where(result):
     "The block, in words and pictures"
-    if not blocks_of(result): return
+    words = peer_words(result)
+    if not blocks_of(result): return _section('What became of the layers', P(words)) if words else None
     value, metric, tokens = (_get(result, 'distance', k) for k in ('value', 'metric', 'tokens'))
     several, notes = len(blocks_of(result))>1, sink_notes(result)
     its = f"Their {metric or ''} distances add up to" if several else f"Its {metric or ''} distance is"
     how = f" {its} {value:.4f}{_AT.get(tokens, '')}." if value is not None else ''
-    intro = peer_words(result) or f'The {_block_text(result)}: layers {_layer_names(result)} went.{how}'
+    intro = words or f'The {_block_text(result)}: layers {_layer_names(result)} went.{how}'
     return _section('Where the layers went', P(intro), P(' '.join(notes)) if notes else None, _strip(result),
                     *_pictures(result))
 

@@ -15,8 +15,8 @@ from replaceme.core import ReplaceMeError
 from replaceme.data import batches
 from replaceme.evaluate import batch_loss
 from replaceme.models import load_model, tiny_model, tiny_vision
-from replaceme.pipeline import PEERS, Config, calibration_texts, make_config, prune, read_config, run, training_batches
-from replaceme.registry import METHODS
+from replaceme.pipeline import Config, calibration_texts, make_config, prune, read_config, run, training_batches
+from replaceme.registry import METHODS, peers
 from replaceme.report import report_html
 from replaceme.streamline import place_network
 
@@ -155,7 +155,7 @@ BAD = dict(map="wide", affine=True, weights="inv_norm", structure="diag", diag=T
            accurate=True, l1=.1, epochs=3, lr=.1, activations_save_path="acts")
 
 
-@pytest.mark.parametrize("method", PEERS)
+@pytest.mark.parametrize("method", peers())
 @pytest.mark.parametrize("key", BAD)
 def test_keys_that_a_peer_would_ignore_are_refused_by_name(method, key):
     with pytest.raises(ReplaceMeError, match=key if key != "top_k" else "top_k|select"):
@@ -167,7 +167,7 @@ def test_keys_that_a_peer_would_ignore_are_refused_by_name(method, key):
 def test_keys_of_one_method_are_refused_elsewhere(key, value, method):
     given = value.strip("'") if isinstance(value, str) else value
     make_config(method=method, **{key: given})
-    for other in {"auto", "lstsq", "cosine", "remove", *PEERS} - {method}:
+    for other in {"auto", "lstsq", "cosine", "remove", *peers()} - {method}:
         with pytest.raises(ReplaceMeError, match=f"{key} is {value}, but it belongs to method {method}, and the method is {other}"):
             make_config(method=other, **{key: given})
 
@@ -350,3 +350,26 @@ def test_run_streamline(place, monkeypatch, capsys):
     assert r["method"] == "streamline" and r["peer"]["network"] == "ffn" and r["config"]["trainer"] == dict(learning_rate=1e-3)
     cli.run_streamline(["--config", "s.yaml", "--save_path", "nothing", "--network", "none"])
     assert json.loads((place / "nothing/replaceme.json").read_text())["peer"]["network"] == "none" and "What was trained" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method, words", [("slicegpt", "turned into its principal components"), ("llm_pruner", "heads with their queries and")])
+@pytest.mark.parametrize("plain", [False, True])
+def test_what_makes_layers_narrower_is_a_method_like_the_others(place, monkeypatch, method, words, plain):
+    "From the YAML to a folder that loads, and a report that says what became of the layers"
+    monkeypatch.chdir(place)
+    keys = dict(model_path="./tiny", method=method, plain=plain, layers_to_skip=2, dataset_size=8, max_length=32, eval_dataset=None, prompt=None)
+    r, path = run(make_config(**keys, dataset="texts.jsonl", save_path=f"narrow-{method}-{plain}"))
+    assert (r["block"], r["blocks"], r["n_layers"]["before"]) == (None, [], r["n_layers"]["after"])
+    dense = AutoModelForCausalLM.from_pretrained("tiny")
+    layer = sum(p.numel() for p in dense.model.layers[0].parameters())
+    gone = r["parameters"]["before"] - r["parameters"]["after"]
+    assert abs(gone - 2 * layer) < layer  # as many as two layers have, as near as whole channels come
+    again = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=not plain)
+    assert again.num_parameters() == r["parameters"]["after"] and (path / "modeling_replaceme.py").exists() != plain
+    page, card = (path / "report.html").read_text(), (path / "README.md").read_text()
+    assert words in page and words in card and "All layers became narrower" in page
+    assert ("trust_remote_code=True" in card) != plain and "simple: false" not in card  # a key of another method
+    with pytest.raises(ReplaceMeError, match="no layer went, all became narrower"):
+        r.plot()
+    with pytest.raises(ReplaceMeError, match=f"recover: cut trains what stands at a cut, and method {method} cuts no layer out: use lora"):
+        make_config(**keys, recover="cut")
