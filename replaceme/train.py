@@ -464,12 +464,18 @@ def _best_of(folder, last):
     if str(best)!=was: write_whole(last/_STATE, json.dumps({**state, 'best_model_checkpoint': str(best)}))
 
 # %% ../nbs/17_train.ipynb #484b0ade
+def _is_finished(checkpoint):
+    "Was the state of a checkpoint, which is written last, written to its end? A killed process leaves half of it"
+    try: json.loads((checkpoint/_STATE).read_text(encoding='utf-8'))
+    except (OSError, ValueError): return False
+    return True
+
 def _go_on(folder, facts): # -> the checkpoint to go on from, or None
     "Refuse a folder of another training, or one in disorder"
     was = read_note(folder, 'training.json', TRAINING, 'a training')
     if not was: return None
     check_facts(folder, 'a training', was, facts)
-    whole = [p for p in _checkpoints(folder).values() if (p/_STATE).exists()]
+    whole = [p for p in _checkpoints(folder).values() if _is_finished(p)]
     if not whole: return None
     bare = set(facts['trainer']) & {'save_only_model', 'deepspeed', 'fsdp'}
     rest = [] if bare else ['optimizer.pt', 'scheduler.pt']

@@ -435,7 +435,7 @@ TORN = dict(
     older=lambda d: (d / "training.json").write_text('{"format": "replaceme training 1"}'), no_note=lambda d: (d / "training.json").unlink(),
     weights=lambda d: shorten(last(d) / "model.safetensors"), no_weights=lambda d: (last(d) / "model.safetensors").unlink(),
     optimizer=lambda d: shorten(last(d) / "optimizer.pt"), no_optimizer=lambda d: (last(d) / "optimizer.pt").unlink(),
-    random=lambda d: shorten(next(last(d).glob("rng_state*"))), state=lambda d: shorten(last(d) / "trainer_state.json"),
+    random=lambda d: shorten(next(last(d).glob("rng_state*"))),
     empty_state=lambda d: (last(d) / "trainer_state.json").write_text("[]"))
 
 
@@ -446,6 +446,15 @@ def test_a_training_in_disorder_is_refused_ever_after(training, name):
         with pytest.raises(ReplaceMeError) as e:
             train(training)
         assert str(training) in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("left", [0, 1, 40, None])
+def test_a_checkpoint_that_a_kill_left_unfinished_is_passed_over(a_training, training, left):
+    "Its state is written last: half of it, or none, and the training goes on from the checkpoint before, or from the start"
+    state = last(training) / "trainer_state.json"
+    state.unlink() if left is None else state.write_text(state.read_text()[:left])
+    a, b = [train(f)[0].state_dict() for f in (a_training, training)]
+    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_other_folders_beside_the_checkpoints_are_no_matter(a_training, training):
