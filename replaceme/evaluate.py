@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_TASKS', 'CHAT', 'SCORES', 'Perplexity', 'cut_pieces', 'piece_losses', 'check_length', 'batch_loss',
-           'last_states', 'first_output', 'outputs', 'state_cosines', 'agreement', 'perplexity', 'read_tasks',
+           'first_output', 'last_states', 'outputs', 'state_cosines', 'agreement', 'perplexity', 'read_tasks',
            'load_tasks', 'check_chat', 'eval_tasks', 'Answer', 'task_samples', 'option_scores', 'item_weights',
            'task_stability', 'stability', 'prompt_ids', 'continuation', 'Asking']
 
@@ -41,7 +41,8 @@ class Perplexity:
 
     def plot(self, ax=None):
         "The loss of each piece"
-        return plot_pieces({f'perplexity {self.value:.2f}': self.losses or [self.loss]}, 'loss (nats/token)', ax)
+        pieces = {f'perplexity {self.value:.2f}': self.losses or [self.loss]}
+        return plot_pieces(pieces, 'loss (nats/token)', ax)
 
 # %% ../nbs/13_evaluate.ipynb #ef6d1ff1
 def cut_pieces(tokenizer,
@@ -61,8 +62,8 @@ def cut_pieces(tokenizer,
     ids = list(islice(chain.from_iterable(map(bare, texts)), need))
     rows = [[*before, *ids[i:i+step]] for i in range(0, len(ids)-step+1, step)] or [[*before, *ids]]
     if min(len(rows[0]), length)<2 or length<=len(before) or pieces<1:
-        raise ReplaceMeError(f"perplexity needs two tokens or more to predict one: the text has {len(ids)}, length is "
-                             f"{length} and pieces {pieces}. Give a longer text.")
+        raise ReplaceMeError(f"perplexity needs two tokens or more to predict one: the text has {len(ids)}, "
+                             f"length is {length} and pieces {pieces}. Give a longer text.")
     return torch.tensor(rows)
 
 # %% ../nbs/13_evaluate.ipynb #f4027e6a
@@ -82,14 +83,16 @@ def piece_losses(model,
 def check_length(model, length):
     "Beyond its positions a model either fails or babbles; neither says anything about pruning"
     most = getattr(stack_config(model), 'max_position_embeddings', None)
-    if most and length>most: raise ReplaceMeError(f"pieces of {length} tokens do not fit the model's {most} positions: "
-                                                  f"give a length of {most} or less.")
+    if most and length>most:
+        raise ReplaceMeError(f"pieces of {length} tokens do not fit the model's {most} positions: "
+                             f"give a length of {most} or less.")
 
 # %% ../nbs/13_evaluate.ipynb #38355b14
 def _check_finite(losses):
     bad = [i for i,l in enumerate(losses) if not math.isfinite(l)]
-    if bad: raise ReplaceMeError(f"the model's loss is {losses[bad[0]]} on piece {bad[0]} of the text: its weights or "
-                                 "activations overflow. Try dtype float32, or another block.")
+    if bad:
+        raise ReplaceMeError(f"the model's loss is {losses[bad[0]]} on piece {bad[0]} of the text: its "
+                             "weights or activations overflow. Try dtype float32, or another block.")
 
 # %% ../nbs/13_evaluate.ipynb #d010bc52
 def batch_loss(model,
@@ -98,8 +101,12 @@ def batch_loss(model,
     "Mean loss over all predicted tokens of padded batches, text by text"
     rows = [ids[mask.bool()] for b in batches for ids,mask in zip(b['input_ids'], b['attention_mask'])]
     rows = [r for r in rows if len(r)>1]
-    with judging(model): losses = [piece_losses(model, r[None])[0]*(len(r)-1) for r in tqdm(rows, desc=desc, unit='text', leave=False)]
+    bar = tqdm(rows, desc=desc, unit='text', leave=False)
+    with judging(model): losses = [piece_losses(model, r[None])[0]*(len(r)-1) for r in bar]
     return sum(losses)/sum(len(r)-1 for r in rows)
+
+# %% ../nbs/13_evaluate.ipynb #f2fb56dd
+def first_output(out): return out.last_hidden_state if hasattr(out, 'last_hidden_state') else out[0]
 
 # %% ../nbs/13_evaluate.ipynb #05f7a47e
 @torch.no_grad()
@@ -107,17 +114,19 @@ def last_states(model, batches)->list: # of `(B,S,d)`, on the CPU
     "What the backbone makes of each batch"
     with judging(model): return [first_output(run(model, b)).float().cpu() for b in batches]
 
-def first_output(out): return out.last_hidden_state if hasattr(out, 'last_hidden_state') else out[0]
-
+# %% ../nbs/13_evaluate.ipynb #21d63e63
 def outputs(model, batch): # logits of a language model, last states of an image encoder; float32, on the CPU
     "What a model puts out for a batch"
     if sees(model): return last_states(model, [batch])[0]
-    with judging(model): return model(**{k: v.to(input_device(model)) for k,v in batch.items()}).logits.float().cpu()
+    with judging(model):
+        return model(**{k: v.to(input_device(model)) for k,v in batch.items()}).logits.float().cpu()
 
+# %% ../nbs/13_evaluate.ipynb #7801c66b
 def state_cosines(xs, ys)->torch.Tensor: # lists of `(B,S,d)` -> `(N,)`
     "The cosine between the states of two models, patch by patch"
     return torch.cat([F.cosine_similarity(x, y, dim=-1).flatten() for x,y in zip(xs, ys)])
 
+# %% ../nbs/13_evaluate.ipynb #3f5b0e24
 def agreement(dense, # a model, or its `last_states`
               model, batches)->float: # 1 is perfect
     "Mean cosine between the last states of two models"
@@ -145,22 +154,24 @@ def perplexity(model, tokenizer,
     stderr = statistics.stdev(losses)/math.sqrt(len(losses)) if len(losses)>1 else None
     return Perplexity(math.exp(min(loss, 700)), loss, ids[:,1:].numel(), stderr, losses)
 
-# %% ../nbs/13_evaluate.ipynb #940b7aea
-DEFAULT_TASKS = dict(winogrande=5, boolq=0, race=0, openbookqa=0, piqa=0, sciq=0, lambada_openai=0)
-
 # %% ../nbs/13_evaluate.ipynb #94ed7010
 def _shots(name, o):
     "The number of shots in one entry of a mapping: `5`, `{fewshots: 5}`, `{num_fewshot: 5}` or nothing"
     if isinstance(o, dict):
         known = ('fewshots', 'num_fewshot')
         for k in set(o)-set(known):
-            raise ReplaceMeError(f"tasks: {name} has the unknown key {k!r}.{nearest(k, known)} The key is fewshots.")
-        if len(o)>1: raise ReplaceMeError(f"tasks: {name} gives fewshots and num_fewshot, which is the same: keep one.")
+            raise ReplaceMeError(f"tasks: {name} has the unknown key {k!r}.{nearest(k, known)} The key is "
+                                 "fewshots.")
+        if len(o)>1:
+            raise ReplaceMeError(f"tasks: {name} gives fewshots and num_fewshot, which is the same: keep "
+                                 "one.")
         o = next(iter(o.values()), None)
     if o is None or (type(o) is int and o>=0): return o
     raise ReplaceMeError(f"tasks: {name} asks for {o!r} shots: give a whole number, 0 or more.")
 
 # %% ../nbs/13_evaluate.ipynb #30cd4e7f
+DEFAULT_TASKS = dict(winogrande=5, boolq=0, race=0, openbookqa=0, piqa=0, sciq=0, lambada_openai=0)
+
 def read_tasks(tasks, # 'default', a name, a folder, a list of those, or a mapping to shots
               )->dict: # {task: shots or None}
     "One mapping from task to shots, however the tasks were written"
@@ -168,8 +179,8 @@ def read_tasks(tasks, # 'default', a name, a folder, a list of those, or a mappi
     if isinstance(tasks, (str, os.PathLike)): return {str(tasks): None}
     if isinstance(tasks, dict): return {str(k): _shots(k, v) for k,v in tasks.items()}
     if not isinstance(tasks, (list, tuple)):
-        raise ReplaceMeError(f"tasks is {tasks!r}: give 'default', a name, a list of names or a mapping such as "
-                             "{piqa: {fewshots: 0}}.")
+        raise ReplaceMeError(f"tasks is {tasks!r}: give 'default', a name, a list of names or a mapping "
+                             "such as {piqa: {fewshots: 0}}.")
     return {k: v for o in tasks for k,v in read_tasks(o).items()}
 
 # %% ../nbs/13_evaluate.ipynb #32ef14cd
@@ -179,6 +190,7 @@ def _builtin():
     from lm_eval.tasks import TaskManager
     return TaskManager()
 
+# %% ../nbs/13_evaluate.ipynb #022e0801
 def _managers(folders, names):
     "Those who know the tasks: the local folders alone where they suffice"
     from lm_eval.tasks import TaskManager
@@ -192,9 +204,11 @@ def _folder_tasks(folder):
     "The tasks of a local folder, or an error when it has none"
     from lm_eval.tasks import TaskManager
     found = TaskManager(include_path=folder, include_defaults=False).all_subtasks
-    if not found: raise ReplaceMeError(f"tasks: {folder} holds no task: lm-eval's are .yaml files with a `task:` name.")
+    if not found:
+        raise ReplaceMeError(f"tasks: {folder} holds no task: lm-eval's are .yaml files with a `task:` name.")
     return found
 
+# %% ../nbs/13_evaluate.ipynb #64c646a4
 def _is_folder(o): return Path(o).is_dir() and (os.sep in o or any(Path(o).rglob('*.yaml')))
 
 def _expand(tasks, include_path):
@@ -209,17 +223,19 @@ def _expand(tasks, include_path):
         wanted.update({t: shots for t in _folder_tasks(name)})
     return wanted, folders
 
-# %% ../nbs/13_evaluate.ipynb #b4ab6342
+# %% ../nbs/13_evaluate.ipynb #5f40a7ad
 @contextmanager
 def _kept_seeds(seed=1234):
     "Seeded inside; python's, numpy's and torch's random numbers go on outside as if nothing had happened"
     py, npy, acc = random.getstate(), np.random.get_state(), torch.accelerator.current_accelerator()
+    kind = acc.type if acc else 'cpu'
     try:
-        with torch.random.fork_rng(range(torch.accelerator.device_count()), device_type=acc.type if acc else 'cpu'):
+        with torch.random.fork_rng(range(torch.accelerator.device_count()), device_type=kind):
             random.seed(0), np.random.seed(seed), torch.manual_seed(seed)
             yield
     finally: random.setstate(py), np.random.set_state(npy)
 
+# %% ../nbs/13_evaluate.ipynb #b4ab6342
 @contextmanager
 def _quiet():
     "lm-eval's log held to errors, its prints swallowed, its bootstrap kept in this process"
@@ -233,11 +249,12 @@ def _quiet():
         log.setLevel(level)
         os.environ.pop('DISABLE_MULTIPROC') if env is None else os.environ.update(DISABLE_MULTIPROC=env)
 
-# %% ../nbs/13_evaluate.ipynb #cd2aaabd
+# %% ../nbs/13_evaluate.ipynb #af559482
 def _reason(e):
     "The first line of an exception, within reason"
     return f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:200]}"
 
+# %% ../nbs/13_evaluate.ipynb #cd2aaabd
 def _load(name, managers):
     "The lm-eval tasks behind one name"
     for m in managers:
@@ -245,11 +262,25 @@ def _load(name, managers):
         try: return m.load([name])
         except Exception as e:
             source = (m.task_index[name].cfg or {}).get('dataset_path')
-            raise ReplaceMeError(f"tasks: {name} (data set {source}) could not be loaded: {_reason(e)}. Its data comes "
-                "from the hub: connect once so that it is kept, or give a folder with your own task files.") from e
+            raise ReplaceMeError(f"tasks: {name} (data set {source}) could not be loaded: {_reason(e)}. Its "
+                "data comes from the hub: connect once so that it is kept, or give a folder with your own "
+                "task files.") from e
     known = [t for m in managers for t in m.all_tasks]
     raise ReplaceMeError(f"tasks: {name!r} is no task of lm-eval and no folder.{nearest(name, known)} "
                          "`lm-eval ls tasks` lists them all.")
+
+# %% ../nbs/13_evaluate.ipynb #c290f8dd
+def _set_shots(task, shots):
+    "Give a loaded task its number of shots, as lm-eval's own command does, but refuse what that one ignores"
+    own, name = task.get_config('num_fewshot'), task.task_name
+    if shots and own==0:
+        raise ReplaceMeError(f"tasks: {name} fixes its shots to 0 in its own file: {shots} are not to be "
+                             "had.")
+    if getattr(task, 'UNSAFE_CODE', False):
+        raise ReplaceMeError(f"tasks: {name} runs programs that the model writes: for that use lm-eval "
+                             "itself.")
+    task.set_config(key='num_fewshot', value=own or 0 if shots is None else shots)
+    task.set_fewshot_seed(seed=1234)
 
 # %% ../nbs/13_evaluate.ipynb #7e278288
 def load_tasks(tasks, # as for `read_tasks`
@@ -257,7 +288,8 @@ def load_tasks(tasks, # as for `read_tasks`
               )->dict: # lm-eval's: {'tasks': {name: Task}, 'groups': {name: Group}, ...}
     "Load tasks with their data and set their number of shots"
     wanted, folders = _expand(tasks, include_path)
-    if not wanted: raise ReplaceMeError("tasks is empty: give a name, a folder or a mapping, as {piqa: {fewshots: 0}}.")
+    if not wanted:
+        raise ReplaceMeError("tasks is empty: give a name, a folder or a mapping, as {piqa: {fewshots: 0}}.")
     with _quiet():
         managers, res = _managers(folders, wanted), dict(tasks={}, groups={}, group_map={})
         for name, shots in wanted.items():
@@ -266,22 +298,12 @@ def load_tasks(tasks, # as for `read_tasks`
             for k,v in got.items(): res[k].update(v)
     return res
 
-# %% ../nbs/13_evaluate.ipynb #ec09f4ee
-def _set_shots(task, shots):
-    "Give a loaded task its number of shots, as lm-eval's own command does, but refuse what that one ignores"
-    own, name = task.get_config('num_fewshot'), task.task_name
-    if shots and own==0:
-        raise ReplaceMeError(f"tasks: {name} fixes its shots to 0 in its own file: {shots} are not to be had.")
-    if getattr(task, 'UNSAFE_CODE', False):
-        raise ReplaceMeError(f"tasks: {name} runs programs that the model writes: for that use lm-eval itself.")
-    task.set_config(key='num_fewshot', value=own or 0 if shots is None else shots)
-    task.set_fewshot_seed(seed=1234)
-
 # %% ../nbs/13_evaluate.ipynb #3c9808d6
 def _plain(row, # lm-eval's results of one task
            shots, samples):
     "Metrics as plain floats, with the shots and the number of questions"
-    vals = {k.removesuffix(',none'): v for k,v in row.items() if ',' in k and isinstance(v, (int, float, np.number))}
+    vals = {k.removesuffix(',none'): v for k,v in row.items() if ',' in k
+            and isinstance(v, (int, float, np.number))}
     return {**{k: float(v) for k,v in vals.items() if math.isfinite(v)}, 'shots': shots, 'samples': samples}
 
 # %% ../nbs/13_evaluate.ipynb #c4a70002
@@ -293,11 +315,12 @@ def check_chat(tokenizer, chat):
         raise ReplaceMeError("apply_chat_template is true, but this tokenizer has no chat template: "
                              "leave it out, or set tokenizer.chat_template.")
 
-# %% ../nbs/13_evaluate.ipynb #d8ea2232
+# %% ../nbs/13_evaluate.ipynb #3d457229
 def _check_limit(limit):
     if limit is not None and not limit>0:
         raise ReplaceMeError(f"limit is {limit}: give a number above 0, or nothing for all questions.")
 
+# %% ../nbs/13_evaluate.ipynb #91009a1f
 def _count_tokens(lm)->dict: # {(context, continuation): tokens}, filled while the model runs
     "Have lm-eval's model note how many tokens of each continuation it scores; its results do not say"
     counts, inner = {}, lm._loglikelihood_tokens
@@ -307,6 +330,7 @@ def _count_tokens(lm)->dict: # {(context, continuation): tokens}, filled while t
     lm._loglikelihood_tokens = noted
     return counts
 
+# %% ../nbs/13_evaluate.ipynb #ccc44c91
 def _padding(tokenizer, model):
     "A copy of the tokenizer whose padding token, where possible, is one that the model has"
     res, kinds = copy.deepcopy(tokenizer), ('pad', 'unk', 'eos', 'bos')
@@ -315,16 +339,17 @@ def _padding(tokenizer, model):
     if good: res.pad_token = getattr(res, f'{good[0]}_token')
     return res
 
+# %% ../nbs/13_evaluate.ipynb #d8ea2232
 def _lm_eval(model, tokenizer, loaded, limit, batch_size, log_samples=False, chat=None):
     "What lm-eval finds, and how many tokens each continuation has"
     check_chat(tokenizer, chat)
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
+    kw = dict(limit=limit, log_samples=log_samples, bootstrap_iters=1000, **(chat or {}))
     with _quiet(), judging(model):
         lm = HFLM(pretrained=model, tokenizer=_padding(tokenizer, model), batch_size=batch_size)
         counts = _count_tokens(lm)
-        found = evaluate(lm, loaded, limit=limit, log_samples=log_samples, bootstrap_iters=1000, **(chat or {}))
-        return found, counts
+        return evaluate(lm, loaded, **kw), counts
 
 # %% ../nbs/13_evaluate.ipynb #d314d797
 def eval_tasks(model, tokenizer,
@@ -337,8 +362,9 @@ def eval_tasks(model, tokenizer,
     "Score a model in memory on lm-eval's tasks"
     _check_limit(limit)
     out, _ = _lm_eval(model, tokenizer, load_tasks(tasks, include_path), limit, batch_size, chat=chat)
-    count = lambda name: out['n-samples'].get(name, {}).get('effective', out['results'][name].get('sample_len'))
-    return {name: _plain(row, out['n-shot'].get(name, 0), count(name)) for name,row in out['results'].items()}
+    asked = {name: row.get('sample_len') for name,row in out['results'].items()}
+    asked |= {name: n['effective'] for name,n in out['n-samples'].items() if 'effective' in n}
+    return {name: _plain(row, out['n-shot'].get(name, 0), asked[name]) for name,row in out['results'].items()}
 
 # %% ../nbs/13_evaluate.ipynb #bf5c4bc7
 @dataclass
@@ -349,27 +375,33 @@ class Answer:
     right:dict # {metric: is the answer right by it}, as `acc`, `acc_norm`
     asked:str='' # a hash of the question as it was put, with its shots
 
+# %% ../nbs/13_evaluate.ipynb #bd2b1f04
 def _answer(s, # one of lm-eval's samples
             counts)->Answer: # {(context, continuation): tokens}
-    n = len(s['arguments'])
-    if 'acc_mutual_info' in s['metrics']: n //= 2 # the second half are the options without the question
-    right = {m: bool(s[m]) for m in s['metrics'] if isinstance(s[m], (int, float, np.number)) and s[m] in (0, 1)}
+    n, metrics = len(s['arguments']), s['metrics']
+    if 'acc_mutual_info' in metrics: n //= 2 # the second half are the options without the question
+    says = lambda v: isinstance(v, (int, float, np.number)) and v in (0, 1)
+    right = {m: bool(s[m]) for m in metrics if says(s[m])}
     logliks = [float(r[0]) for r in s['filtered_resps'][:n]]
-    return Answer(logliks, [counts[tuple(a)] for a in s['arguments'][:n]], right, s['doc_hash']+s['prompt_hash'])
+    tokens = [counts[tuple(a)] for a in s['arguments'][:n]]
+    return Answer(logliks, tokens, right, s['doc_hash']+s['prompt_hash'])
 
 # %% ../nbs/13_evaluate.ipynb #ffd023d4
 def _check_choices(loaded):
     "Every task offers options, said before anything runs"
     for name,t in loaded['tasks'].items():
         if t.OUTPUT_TYPE!='multiple_choice':
-            raise ReplaceMeError(f"tasks: {name} is not multiple choice but {t.OUTPUT_TYPE}: it has no options to "
-                                 "compare. Leave it out.")
+            raise ReplaceMeError(f"tasks: {name} is not multiple choice but {t.OUTPUT_TYPE}: it has no "
+                                 "options to compare. Leave it out.")
 
+# %% ../nbs/13_evaluate.ipynb #aa1216e8
 def _check_logliks(task, answers):
     for i,a in answers.items():
         for l in a.loglik:
-            if not math.isfinite(l): raise ReplaceMeError(f"tasks: an option of question {i} of {task} has the "
-                f"log-likelihood {l}: the model's weights or activations overflow. Try dtype float32, or another block.")
+            if not math.isfinite(l):
+                raise ReplaceMeError(f"tasks: an option of question {i} of {task} has the log-likelihood "
+                                     f"{l}: the model's weights or activations overflow. Try dtype "
+                                     "float32, or another block.")
 
 # %% ../nbs/13_evaluate.ipynb #866f44eb
 def task_samples(model, tokenizer,
@@ -391,13 +423,15 @@ def task_samples(model, tokenizer,
     return res
 
 # %% ../nbs/13_evaluate.ipynb #7a296dab
-SCORES = dict(perplexity=lambda loss: np.exp(np.minimum(loss, 300)), loss=lambda loss: loss) # 300, so that the square is a number, too
+# 300, so that the square is a number, too
+SCORES = dict(perplexity=lambda loss: np.exp(np.minimum(loss, 300)), loss=lambda loss: loss)
 
 def option_scores(answer, # an `Answer`
                   score='perplexity', # of an option's tokens; 'loss' is its logarithm
                  )->np.ndarray: # (options,)
     "What the spread of a question is taken over; losses above 300 nats count as 300"
-    if score not in SCORES: raise ReplaceMeError(f"score is {score!r}:{nearest(score, SCORES)} it is one of {', '.join(SCORES)}.")
+    if score not in SCORES:
+        raise ReplaceMeError(f"score is {score!r}:{nearest(score, SCORES)} it is one of {', '.join(SCORES)}.")
     loss = -np.array(answer.loglik, np.float64)/np.array(answer.tokens)
     return SCORES[score](loss)
 
@@ -410,29 +444,33 @@ def item_weights(sigma, # (questions,) spread of each question's scores
 
 # %% ../nbs/13_evaluate.ipynb #c632e6cf
 def _same_tasks(dense, pruned):
-    if not dense: raise ReplaceMeError("stability: there is no task to compare. Give what task_samples returns.")
+    if not dense:
+        raise ReplaceMeError("stability: there is no task to compare. Give what task_samples returns.")
     if set(dense)!=set(pruned):
-        raise ReplaceMeError(f"stability: the dense model was asked {', '.join(sorted(dense))}, the pruned one "
-                             f"{', '.join(sorted(pruned)) or 'nothing'}. Give both the same tasks.")
+        raise ReplaceMeError(f"stability: the dense model was asked {', '.join(sorted(dense))}, the pruned "
+                             f"one {', '.join(sorted(pruned)) or 'nothing'}. Give both the same tasks.")
 
+# %% ../nbs/13_evaluate.ipynb #76da398d
 def _same_items(task, dense, pruned):
-    if not dense: raise ReplaceMeError(f"stability: {task} has no questions. Give task_samples a larger limit.")
+    if not dense:
+        raise ReplaceMeError(f"stability: {task} has no questions. Give task_samples a larger limit.")
     if odd := set(dense)^set(pruned):
-        raise ReplaceMeError(f"stability: only one model was asked question {min(odd)} of {task} ({len(dense)} against "
-                             f"{len(pruned)} questions). Give both the same limit.")
+        raise ReplaceMeError(f"stability: only one model was asked question {min(odd)} of {task} "
+                             f"({len(dense)} against {len(pruned)} questions). Give both the same limit.")
     for i,a in dense.items():
         if a.asked!=pruned[i].asked or len(a.loglik)!=len(pruned[i].loglik):
-            raise ReplaceMeError(f"stability: question {i} of {task} was put differently to the two models. Give both "
-                                 "the same task files and shots.")
+            raise ReplaceMeError(f"stability: question {i} of {task} was put differently to the two models. "
+                                 "Give both the same task files and shots.")
 
+# %% ../nbs/13_evaluate.ipynb #e8610e9f
 def _check_answers(task, answers, metric):
     for i,a in answers.items():
         if len(a.loglik)<2:
-            raise ReplaceMeError(f"stability: question {i} of {task} has {len(a.loglik)} option(s), which is not "
-                                 "multiple choice. Leave the task out.")
+            raise ReplaceMeError(f"stability: question {i} of {task} has {len(a.loglik)} option(s), which "
+                                 "is not multiple choice. Leave the task out.")
         if metric not in a.right:
-            raise ReplaceMeError(f"stability: {task} does not say right or wrong by {metric!r}: give a metric of "
-                                 f"{', '.join(a.right) or 'another task'}.")
+            raise ReplaceMeError(f"stability: {task} does not say right or wrong by {metric!r}: give a "
+                                 f"metric of {', '.join(a.right) or 'another task'}.")
 
 # %% ../nbs/13_evaluate.ipynb #7e7d875e
 def task_stability(dense, # what `task_samples` returns for the dense model
@@ -440,14 +478,15 @@ def task_stability(dense, # what `task_samples` returns for the dense model
                    score='perplexity', # what the spread is taken over; 'loss' is its logarithm
                    metric='acc', # what says right or wrong
                   )->dict: # {task: {'stability', 'unweighted', 'samples', 'effective'}}
-    "Stability of each task, and where all questions count alike; `effective` is how many questions the weights amount to"
+    "Stability of each task, weighted and not; `effective` is how many questions the weights amount to"
     _same_tasks(dense, pruned)
     res = {}
     for task,answers in dense.items():
-        _same_items(task, answers, pruned[task])
-        for side in (answers, pruned[task]): _check_answers(task, side, metric)
+        others = pruned[task]
+        _same_items(task, answers, others)
+        for side in (answers, others): _check_answers(task, side, metric)
         w = item_weights(np.array([option_scores(a, score).std() for a in answers.values()]))
-        same = np.array([a.right[metric]==pruned[task][i].right[metric] for i,a in answers.items()], np.float64)
+        same = np.array([a.right[metric]==others[i].right[metric] for i,a in answers.items()], np.float64)
         res[task] = dict(stability=min(float(w@same), 1.), unweighted=float(same.mean()), samples=len(w),
                          effective=float(1/(w@w)))
     return res
@@ -477,9 +516,9 @@ def _greedy(model, tokenizer, max_new_tokens):
     "The model's generation config exchanged for plain greedy decoding"
     kept = model.generation_config
     eos = getattr(kept, 'eos_token_id', None)
-    eos = tokenizer.eos_token_id if eos is None else eos
-    pad = 0 # any token that the model has
-    model.generation_config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=pad)
+    ends = dict(eos_token_id=tokenizer.eos_token_id if eos is None else eos)
+    # as padding any token that the model has
+    model.generation_config = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=0, **ends)
     try: yield
     finally: model.generation_config = kept
 
@@ -496,15 +535,18 @@ def continuation(model, tokenizer, prompt,
         out = model.generate(input_ids=ids, attention_mask=mask)
     return tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
 
-# %% ../nbs/13_evaluate.ipynb #15f5f18a
+# %% ../nbs/13_evaluate.ipynb #15cd8141
 def _no_tasks(k):
     if k.tasks is None: return "no tasks are asked: that takes tasks"
 def _no_chat(k):
     if not k.apply_chat_template: return "no chat is made of the tasks: that takes apply_chat_template"
+
+# %% ../nbs/13_evaluate.ipynb #df395f11
 def _one_scored(k):
     if k.door=='evaluate' and k.compare is None:
         return "one model is scored on text and tasks; two answer a prompt (compare)"
 
+# %% ../nbs/13_evaluate.ipynb #15f5f18a
 @dataclass
 class Asking:
     "Questions to a language model"
