@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import dataclass, field
 
 import torch, transformers
-
+from fastcore.basics import patch
 from .core import *
 from .plots import *
 from .models import from_checkpoint
@@ -28,25 +28,30 @@ class Contract:
     writes:list = field(default_factory=list) # the modules that take a map, one entry for each kind of layer
     checks:dict = field(default_factory=dict) # the largest relative error of each statement
 
-    def __repr__(self): return f"{self.outcome}: {self.reason or ', '.join(f'{k} {v:.0e}' if isinstance(v, float) else f'{k} {v}' for k,v in self.checks.items())}"
+    def __repr__(self):
+        says = lambda v: f'{v:.0e}' if isinstance(v, float) else v
+        return f"{self.outcome}: {self.reason or ', '.join(f'{k} {says(v)}' for k,v in self.checks.items())}"
 
-    def plot(self, ax=None):
-        "The relative error of each statement; left of the dashed line it is rounding"
-        rows = [(k, max(v, 1e-10)) for k,v in self.checks.items() if isinstance(v, float)]
-        ax = plot_bars(rows, 'largest relative error', ax, log=True, fmt='.0e')
-        ax.axvline(TOLERANCE, color=INK, lw=1, ls='--')
-        return ax
-
+# %% ../nbs/15_contract.ipynb #3930395d
 TOLERANCE = 1e-4 # relative error that counts as rounding in float32
 
-# %% ../nbs/15_contract.ipynb #ba32ddf0
+@patch
+def plot(self:Contract, ax=None):
+    "The relative error of each statement; left of the dashed line it is rounding"
+    rows = [(k, max(v, 1e-10)) for k,v in self.checks.items() if isinstance(v, float)]
+    ax = plot_bars(rows, 'largest relative error', ax, log=True, fmt='.0e')
+    ax.axvline(TOLERANCE, color=INK, lw=1, ls='--')
+    return ax
+
+# %% ../nbs/15_contract.ipynb #d4a4f6c5
 def _loaded(model, folder):
-    "By the class anybody would use, or, for a family that transformers cannot find by its config, by the model's own"
+    "By the class anybody would use; where transformers cannot find it by the config, by the model's own"
     auto = getattr(transformers, auto_class(model))
     try: return from_checkpoint(auto, folder, dtype='auto', trust_remote_code=False)
     except ReplaceMeError: raise
     except (ValueError, KeyError, OSError): return from_checkpoint(type(model), folder, dtype='auto')
 
+# %% ../nbs/15_contract.ipynb #ba32ddf0
 def saved_and_loaded(model):
     "The model as it comes back from disk"
     with tempfile.TemporaryDirectory() as d:
@@ -54,11 +59,13 @@ def saved_and_loaded(model):
         try: return _loaded(model, d).eval()
         except ReplaceMeError as e: raise RuntimeError(str(e)) from e # it is not the model that is to blame
 
+# %% ../nbs/15_contract.ipynb #f0897635
 def written(model, batch, cache): # token ids, and the logits behind them
     "What a model writes, the likeliest token each time"
     kw = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0)
     return model.generate(**batch, **kw, use_cache=cache)
 
+# %% ../nbs/15_contract.ipynb #87e13122
 def caches_agree(model, batch)->bool:
     "Does the model write the same with the KV cache and without?"
     return torch.equal(written(model, batch, True), written(model, batch, False))
@@ -68,7 +75,9 @@ def blocks_to_try(model)->tuple: # (blocks, what takes the map before each of th
     "One removable block for every kind of layer that can take a map; raises with the reason if there is none"
     check_model(model)
     n = len(layers_of(model))
-    if n<3: raise ReplaceMeError(f"{type(model).__name__} has {n} layers: too few to remove one between two others.")
+    if n<3:
+        raise ReplaceMeError(f"{type(model).__name__} has {n} layers: too few to remove one between two "
+                             "others.")
     blocks = lasting(model, candidates(n, 2 if n>4 else 1))
     points = find_points(model, [b.start-1 for b in blocks])
     kinds = {}
@@ -78,7 +87,7 @@ def blocks_to_try(model)->tuple: # (blocks, what takes the map before each of th
     if not kinds: raise ReplaceMeError(f"{type(model).__name__}: {points[blocks[0].start-1]}.")
     return list(kinds.values()), list(kinds)
 
-# %% ../nbs/15_contract.ipynb #84d43002
+# %% ../nbs/15_contract.ipynb #eb22a73e
 def _errors(model, b, T, batch):
     "The relative errors of statements 1 to 4 for one block, and the folded model"
     d, removed, folded = len(T), cut(model, [b]), replace_block(model, b, T)
@@ -86,33 +95,48 @@ def _errors(model, b, T, batch):
     plain, made = outputs(removed, batch), outputs(folded, batch)
     with explicit_map(removed, b.start-1, T): ref = outputs(removed, batch)
     same = outputs(replace_block(model, b, torch.eye(d)), batch)
-    errors = dict(cut=relative_error(plain, skipped), fold=relative_error(made, ref), identity=relative_error(same, plain),
+    errors = dict(cut=relative_error(plain, skipped), fold=relative_error(made, ref),
+                  identity=relative_error(same, plain),
                   reload=relative_error(outputs(saved_and_loaded(folded), batch), made))
     return errors, relative_error(plain, ref), folded
 
+# %% ../nbs/15_contract.ipynb #067cf15a
+def _judged(found, untouched): # -> `found`
+    "What the errors come to"
+    fine = lambda k, v: v==0 if k=='identity' else v<TOLERANCE
+    bad = [k for k,v in found.checks.items() if isinstance(v, float) and not fine(k, v)]
+    if bad: found.outcome, found.reason = 'wrong', f"{bad[0]}: relative error {found.checks[bad[0]]:.1e}"
+    if not untouched: found.outcome, found.reason = 'wrong', 'the dense model has changed'
+    return found
+
+# %% ../nbs/15_contract.ipynb #c1455fef
 def _contract(model, # a model in float32; a tiny random one of a family stands for the family
               seed)->Contract:
-    before = {k: v.clone() for k,v in model.state_dict().items() if isinstance(v, torch.Tensor) and not v.is_meta}
+    state = lambda: {k: v for k,v in model.state_dict().items() if isinstance(v, torch.Tensor)}
+    before = {k: v.clone() for k,v in state().items() if not v.is_meta}
     try: blocks, names = blocks_to_try(model)
     except ReplaceMeError as e: return Contract('refused', str(e))
     batch = dummy(model)
     d, gen = width(model), torch.Generator().manual_seed(seed)
     T, found = torch.eye(d)+.3*torch.randn(d, d, generator=gen)/d**.5*3, Contract('exact', writes=names)
     agree = not sees(model) and caches_agree(model, batch)
+    wrong = lambda why: Contract('wrong', why, names, found.checks)
     for b in blocks:
         try: check_cut(model, [b]); errors, matters, folded = _errors(model, b, T, batch)
         except ReplaceMeError as e: return Contract('refused', f'without {b}: {e}', names)
         for k,v in errors.items(): found.checks[k] = max(found.checks.get(k, 0.), v)
-        if not matters>1e-3: return Contract('wrong', f'without {b} the map makes no difference ({matters:.0e})', names, found.checks)
-        if agree and not caches_agree(folded, batch): return Contract('wrong', f'without {b} the KV cache changes what is written', names, found.checks)
-    found.checks['cache'] = 'agrees' if agree else 'no text' if sees(model) else 'differs in the dense model too'
-    bad = [k for k,v in found.checks.items() if isinstance(v, float) and not (v==0 if k=='identity' else v<TOLERANCE)]
-    if bad: found.outcome, found.reason = 'wrong', f"{bad[0]}: relative error {found.checks[bad[0]]:.1e}"
-    if any(not torch.equal(v, before[k]) for k,v in model.state_dict().items() if k in before): found.outcome, found.reason = 'wrong', 'the dense model has changed'
-    return found
+        if not matters>1e-3: return wrong(f'without {b} the map makes no difference ({matters:.0e})')
+        if agree and not caches_agree(folded, batch):
+            return wrong(f'without {b} the KV cache changes what is written')
+    cache = 'no text' if sees(model) else 'differs in the dense model too'
+    found.checks['cache'] = 'agrees' if agree else cache
+    return _judged(found, all(torch.equal(v, before[k]) for k,v in state().items() if k in before))
 
+# %% ../nbs/15_contract.ipynb #84d43002
 def contract(model, # a model in float32; a tiny random one of a family stands for the family
              seed=0)->Contract:
     "Check the six statements on a model; whatever happens, the answer is a `Contract`"
     try: return _contract(model, seed)
-    except Exception as e: return Contract('wrong', f"it crashes: {type(e).__name__}: {' '.join(str(e).split())[:300]}")
+    except Exception as e:
+        why = ' '.join(str(e).split())[:300]
+        return Contract('wrong', f"it crashes: {type(e).__name__}: {why}")
