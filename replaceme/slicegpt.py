@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['helmert', 'components', 'basis', 'kept', 'gain_of', 'stream_sums', 'turned_writer', 'turned_reader', 'turned_norm',
-           'turned', 'projected', 'check_sliced', 'random_bases', 'count_at', 'widths_of', 'width_for', 'Sliced',
+           'turned', 'projected', 'random_bases', 'check_sliced', 'count_at', 'widths_of', 'width_for', 'Sliced',
            'slicegpt', 'SliceGPT']
 
 # %% ../nbs/16_slicegpt.ipynb #a6acd2ca
@@ -27,11 +27,12 @@ from .stats import *
 from .baselines import *
 from .methods import *
 
-# %% ../nbs/16_slicegpt.ipynb #0b98b908
+# %% ../nbs/16_slicegpt.ipynb #eaa5c67e
 def helmert(n)->Tensor: # `(n-1,n)`, float64
     "Orthonormal rows that are orthogonal to a row of ones"
     return torch.tensor(scipy.linalg.helmert(n), dtype=torch.float64)
 
+# %% ../nbs/16_slicegpt.ipynb #0b98b908
 def components(H:Tensor, # `(d,d)`, float64
                centred=False, # are its rows without their mean?
                damping=.01, # of the mean diagonal
@@ -56,6 +57,7 @@ def kept(H:Tensor, # `(d,d)`
     "The share of energy that a narrow stream keeps"
     return ((R.T@H@R).trace()/H.trace()).item()
 
+# %% ../nbs/16_slicegpt.ipynb #46f859dd
 def gain_of(e, # share of energy kept
             d, k): # width of the dense stream and of the narrow one
     "What the narrow norm must be multiplied with"
@@ -92,6 +94,7 @@ def turned_writer(m, # a linear layer, or an embedding
     W = dict(weight=as_rows(m, turn(as_rows(m).T).T))
     return W if m.bias is None else dict(W, bias=turn(m.bias))
 
+# %% ../nbs/16_slicegpt.ipynb #fee73640
 def turned_reader(m, # a linear layer
                   n, # the Norm it reads
                   R, s)->dict: # `{name: tensor}`
@@ -101,6 +104,7 @@ def turned_reader(m, # a linear layer
     if n.bias is not None: V = V + torch.outer(W@n.bias, V.new_full((R.shape[1],), R.shape[1]**-.5))
     return dict(weight=as_rows(m, V.to(m.weight.dtype)))
 
+# %% ../nbs/16_slicegpt.ipynb #5983438d
 def turned_norm(n, k, s)->dict: # `{name: tensor}`
     "Of size `k`, with a constant gain; a bias becomes the direction that a LayerNorm leaves free"
     def whole(v): return torch.full((k,), v, dtype=torch.float64)
@@ -125,19 +129,27 @@ def turned(model, stream:Stream,
     for name in stream.heads: put(name, turned_reader(mods[name], stream.norm, Rs[-1], gains[-1]))
     return new
 
-# %% ../nbs/16_slicegpt.ipynb #f6bde067
+# %% ../nbs/16_slicegpt.ipynb #fed2e8e1
 def _untied(model, stream):
     "What must be said in the config if a head shares its matrix with embeddings"
     ps = parameters_of(model)
     tied = any(ps[f'{h}.weight'] is ps[f'{e}.weight'] for h in stream.heads for e in stream.embeddings)
     return dict(tie_word_embeddings=False) if tied else {}
 
+# %% ../nbs/16_slicegpt.ipynb #86f1782d
 def _entering(model): # `(16,d)`, float64
     "The state that enters layer 0"
     seen = []
     with judging(model): tap(model, dummy(model), lambda i,x: seen.append(x.clone()), until=0)
     return seen[0].flatten(0, -2).double()
 
+# %% ../nbs/16_slicegpt.ipynb #bee6827b
+def _heads(config):
+    "The width of a head, written out"
+    n = getattr(config, 'num_attention_heads', None)
+    return dict(head_dim=getattr(config, 'head_dim', None) or config.hidden_size//n) if n else {}
+
+# %% ../nbs/16_slicegpt.ipynb #f6bde067
 def _plain(model, stream, Rs, gains):
     "Built by the family's own code from a smaller `hidden_size`"
     k, params, changes = Rs[0].shape[1], turned(model, stream, Rs, gains), _untied(model, stream)
@@ -151,11 +163,6 @@ def _plain(model, stream, Rs, gains):
     if abs(c-1)>1e-4:
         for name in stream.embeddings: small.get_submodule(name).weight.data *= c # a tensor of its own
     return small
-
-def _heads(config):
-    "The width of a head, written out"
-    n = getattr(config, 'num_attention_heads', None)
-    return dict(head_dim=getattr(config, 'head_dim', None) or config.hidden_size//n) if n else {}
 
 # %% ../nbs/16_slicegpt.ipynb #5c773485
 def _with_shortcuts(model, stream, Rs, gains):
@@ -171,7 +178,7 @@ def _with_shortcuts(model, stream, Rs, gains):
     params, changes = turned(model, stream, Rs, gains), dict(hidden_size=k, **_untied(model, stream))
     return with_sizes(model, params, shortcuts, sized, **changes)
 
-# %% ../nbs/16_slicegpt.ipynb #1d94cf3b
+# %% ../nbs/16_slicegpt.ipynb #a8595968
 def _onto(x, P): return (x.double()@P.to(x.device)).to(x)
 
 def _rescaled(n, d, k, s): # -> hooks
@@ -180,6 +187,7 @@ def _rescaled(n, d, k, s): # -> hooks
     return [n.module.register_forward_pre_hook(lambda m, a: (a[0]*(d/k)**.5, *a[1:])),
             n.module.register_forward_hook(lambda m, a, y: ((y.double()-b)*s*(k/d)**.5 + b).to(y))]
 
+# %% ../nbs/16_slicegpt.ipynb #d3e3db57
 def _projected_step(mods, step, P): # -> hooks
     "Writers that write onto `P`; the last one brings along what the projection does to the state"
     state, last = [], list(step.writers)[-1]
@@ -191,6 +199,7 @@ def _projected_step(mods, step, P): # -> hooks
     return [step.norms[0].module.register_forward_pre_hook(keep),
             *[mods[k].register_forward_hook(bypass if k==last else onto) for k in step.writers]]
 
+# %% ../nbs/16_slicegpt.ipynb #1d94cf3b
 @contextmanager
 def projected(model, stream, Rs, gains):
     "The dense model itself, with its stream projected onto the bases and its norms rescaled"
@@ -199,6 +208,14 @@ def projected(model, stream, Rs, gains):
     for i,step in enumerate(stream.steps): hs += _projected_step(mods, step, P[i+1]) # sees the state first
     for step,s in zip(stream.steps, gains): hs += [h for n in step.norms for h in _rescaled(n, d, k, s)]
     with hooks(*hs, *_rescaled(stream.norm, d, k, gains[-1])): yield model
+
+# %% ../nbs/16_slicegpt.ipynb #7a516faa
+def random_bases(stream, k, n=1)->list:
+    "Random bases, to try a model out before anything is measured"
+    g, m = torch.Generator().manual_seed(0), stream.d-stream.centred
+    qs = [torch.linalg.qr(torch.randn(m, m, generator=g).double())[0] for _ in range(n)]
+    B = helmert(stream.d).T if stream.centred else torch.eye(stream.d).double()
+    return [basis(B@q, k, stream.centred) for q in qs]
 
 # %% ../nbs/16_slicegpt.ipynb #15ac4155
 def check_sliced(model, small, stream, Rs, gains):
@@ -215,13 +232,6 @@ def check_sliced(model, small, stream, Rs, gains):
         raise ReplaceMeError(f"{name} cannot be made narrower: in another basis it computes something else "
                              f"(relative error {err:.1e}), so {other} reads or writes its stream.")
 
-def random_bases(stream, k, n=1)->list:
-    "Random bases, to try a model out before anything is measured"
-    g, m = torch.Generator().manual_seed(0), stream.d-stream.centred
-    qs = [torch.linalg.qr(torch.randn(m, m, generator=g).double())[0] for _ in range(n)]
-    B = helmert(stream.d).T if stream.centred else torch.eye(stream.d).double()
-    return [basis(B@q, k, stream.centred) for q in qs]
-
 # %% ../nbs/16_slicegpt.ipynb #7b60296f
 def _touched(stream): # names of modules
     return [*stream.embeddings, *(n.name for n in stream.norms), *stream.heads,
@@ -236,6 +246,7 @@ def count_at(model, stream, k, plain=True)->int: # parameters
     A, B = sum(p.numel() for p in {id(p): p for p in touched}.values()), sum(p.numel() for p in touched)
     return n_parameters(model) - A + B*k//stream.d + (0 if plain else len(stream.steps)*k*k)
 
+# %% ../nbs/16_slicegpt.ipynb #4d162b8f
 def widths_of(model, stream)->list:
     "The widths that the model's config takes"
     def takes(k):
@@ -282,6 +293,7 @@ class Sliced(Removed):
         ax.plot([1-e for e in self.kept], color=ACCENT)
         return ax
 
+# %% ../nbs/16_slicegpt.ipynb #5536b9fc
 def _width(model, stream, n, fraction, plain):
     "The width that was asked for"
     if (n is None)==(fraction is None):
