@@ -40,6 +40,7 @@ def _inputs(model, layer, writers, ids, disturb):
         except _Stop: pass
     return seen
 
+# %% ../nbs/16_llm_pruner.ipynb #4ee24ee1
 def _disturbed(y, rows, shape):
     "Other values in one row of a reader's output for each copy of the text; the last copy stays as it is"
     z = y.reshape(*shape, -1).clone()
@@ -72,6 +73,7 @@ class Group:
     @property
     def kind(self): return 'neurons' if sum(map(len, self.cols.values()))==1 else 'heads'
 
+# %% ../nbs/16_llm_pruner.ipynb #d2200dcf
 def connected(links, # `{reader: {writer: (rows, columns) bool}}`
              )->list: # of `Group`
     "The connected parts of a graph of rows and columns"
@@ -87,7 +89,7 @@ def connected(links, # `{reader: {writer: (rows, columns) bool}}`
         parts.setdefault(part, ({}, {}))[i>=len(rows)].setdefault(name, []).append(j)
     return [Group(*({k: torch.tensor(v) for k,v in o.items()} for o in both)) for both in parts.values()]
 
-# %% ../nbs/16_llm_pruner.ipynb #273f5b11
+# %% ../nbs/16_llm_pruner.ipynb #68fe61a6
 def _make(model, step, stack):
     "What must be equal for two steps to have the same groups: names, types and sizes of what is in them"
     layer, prefix = layers_of(model)[step.layer], f'{stack}.{step.layer}.'
@@ -95,6 +97,18 @@ def _make(model, step, stack):
     sizes = [(k.removeprefix(prefix), model.get_submodule(k).weight.shape) for k in both]
     return (*sizes, *((name, type(m)) for name,m in layer.named_modules()))
 
+# %% ../nbs/16_llm_pruner.ipynb #6bb49a87
+def _asked(model, step):
+    "The groups of one step"
+    gs = connected({r: dependents(model, step.layer, r, [*step.writers]) for r in step.readers})
+    for g in gs:
+        if not g.rows or not g.cols:
+            name = [*g.rows, *g.cols][0]
+            raise ReplaceMeError(f"{type(model).__name__}: a part of {name} seems to be of no use to "
+                                 "what writes the stream, or to use nothing: groups cannot be told apart.")
+    return gs
+
+# %% ../nbs/16_llm_pruner.ipynb #273f5b11
 def groups_of(model, stream:Stream, layers)->dict: # `{layer: list of Group}`
     "The groups of these layers"
     all_, makes, found = layers_of(model), {}, {i: [] for i in layers}
@@ -107,16 +121,6 @@ def groups_of(model, stream:Stream, layers)->dict: # `{layer: list of Group}`
             new = lambda o: {f'{stack}.{step.layer}.{k.removeprefix(was)}': v for k,v in o.items()}
             found[step.layer] += [Group(new(g.rows), new(g.cols)) for g in gs]
     return found
-
-def _asked(model, step):
-    "The groups of one step"
-    gs = connected({r: dependents(model, step.layer, r, [*step.writers]) for r in step.readers})
-    for g in gs:
-        if not g.rows or not g.cols:
-            name = [*g.rows, *g.cols][0]
-            raise ReplaceMeError(f"{type(model).__name__}: a part of {name} seems to be of no use to "
-                                 "what writes the stream, or to use nothing: groups cannot be told apart.")
-    return gs
 
 # %% ../nbs/16_llm_pruner.ipynb #1796e027
 TAYLOR = ('vector', 'element')
@@ -142,7 +146,7 @@ def first_tokens(batches, texts=10, # so many texts
     if not rows: raise ReplaceMeError("llm_pruner needs texts of two tokens or more: there is none.")
     return rows
 
-# %% ../nbs/16_llm_pruner.ipynb #15f8449a
+# %% ../nbs/16_llm_pruner.ipynb #147a2535
 @contextmanager
 def asking_gradients(params):
     "Gradients are kept for these parameters, for a moment"
@@ -153,6 +157,7 @@ def asking_gradients(params):
     finally:
         for p,w in zip(params, was): p.requires_grad_(w)
 
+# %% ../nbs/16_llm_pruner.ipynb #15f8449a
 def gradients(model, params, # `{name: parameter}`
               texts)->dict: # of `(t,)` tokens -> `{name: gradient}`, float32 or wider
     "The gradient of the mean loss of all predicted tokens"
@@ -195,20 +200,24 @@ def importances(model, groups, # `{layer: list of Group}`
         return sum(of(k, axis)[i].sum() for axis,part in enumerate((g.rows, g.cols)) for k,i in part.items())
     return {l: torch.stack([one(g) for g in gs]) for l,gs in groups.items()}
 
+# %% ../nbs/16_llm_pruner.ipynb #655d1288
+def _size(mods, g): # `{name: module}`, a Group
+    "How many parameters a group holds, a bias with its row"
+    rows = sum(len(i)*(as_rows(mods[k]).shape[1]+(mods[k].bias is not None)) for k,i in g.rows.items())
+    return rows + sum(len(i)*as_rows(mods[k]).shape[0] for k,i in g.cols.items())
+
 # %% ../nbs/16_llm_pruner.ipynb #09d7c4c0
 def group_sizes(model, gs)->dict: # `{kind: (groups, parameters of one)}`, the kind with fewest groups first
     "How many groups of each kind a layer has, and how many parameters each holds"
     mods, found = dict(model.named_modules()), {}
-    for g in gs:
-        rows = sum(len(i)*(as_rows(mods[k]).shape[1]+(mods[k].bias is not None)) for k,i in g.rows.items())
-        cols = sum(len(i)*as_rows(mods[k]).shape[0] for k,i in g.cols.items())
-        found.setdefault(g.kind, []).append(rows+cols)
+    for g in gs: found.setdefault(g.kind, []).append(_size(mods, g))
     for kind,sizes in found.items():
         if len(set(sizes))>1:
             raise ReplaceMeError(f"{type(model).__name__}: its {kind} are of several sizes ({set(sizes)} "
                                  "parameters), so they cannot be taken out in equal numbers.")
     return dict(sorted(((k, (len(v), v[0])) for k,v in found.items()), key=lambda o: o[1][0]))
 
+# %% ../nbs/16_llm_pruner.ipynb #fb35a3f3
 def spread(sizes, # `{kind: (groups, parameters of one)}`
            budget, # parameters that go from the layer
           )->dict: # `{kind: groups that go}`
@@ -220,11 +229,12 @@ def spread(sizes, # `{kind: (groups, parameters of one)}`
         left -= out[kind]*size
     return out
 
-# %% ../nbs/16_llm_pruner.ipynb #bc206b8b
+# %% ../nbs/16_llm_pruner.ipynb #f822d2e5
 def middle_layers(L)->list:
     "The layers that LLM-Pruner prunes: of 32 those from 4 to 29"
     return [*range(math.floor(L*4/32+.5), L-math.floor(L*2/32+.5))]
 
+# %% ../nbs/16_llm_pruner.ipynb #bc206b8b
 def plan(model, groups, # `{layer: list of Group}`
          n=None, # layers' worth of parameters that go
          ratio=None, # or the part of the groups that goes from each of these layers
@@ -244,12 +254,13 @@ def plan(model, groups, # `{layer: list of Group}`
                              f"layers' worth of parameters, of which a part can go, not {part:.0%}.")
     return {l: spread(s, part*there[l]) for l,s in sizes.items()}
 
-# %% ../nbs/16_llm_pruner.ipynb #dd5b4f13
+# %% ../nbs/16_llm_pruner.ipynb #e1900833
 def _stays(gone, k, m, part):
     "Numbers of the rows or columns that stay"
     out = {int(j) for g in gone for j in getattr(g, part).get(k, [])}
     return torch.tensor([j for j in range(m) if j not in out])
 
+# %% ../nbs/16_llm_pruner.ipynb #dd5b4f13
 def kept_params(model, gone, # list of Group
                )->dict: # `{name: tensor}`
     "The parameters of readers and writers without these groups"
@@ -263,18 +274,23 @@ def kept_params(model, gone, # list of Group
             if part=='rows' and m.bias is not None: new[f'{k}.bias'] = m.bias.detach()[keep]
     return new
 
-# %% ../nbs/16_llm_pruner.ipynb #e70c8a74
+# %% ../nbs/16_llm_pruner.ipynb #0c0c5c38
 def _common(names):
     "The module that holds them all"
     parts = [n.split('.')[:-1] for n in names]
     return '.'.join(a for a,*b in zip(*parts) if all(a==x for x in b))
 
+def _around(model, names): # pairs of name and module
+    "It, and what is in it besides linear layers"
+    at = f'{_common(names)}.'
+    return [(n, m) for n,m in model.named_modules() if not is_linear(m) and f'{n}.'.startswith(at)]
+
+# %% ../nbs/16_llm_pruner.ipynb #e70c8a74
 def _numbers(model, all_, gone, kind):
     "Whole numbers in the modules around that count groups of a kind, as they are now: `{name: value}`"
     parts = {**all_[0].rows, **all_[0].cols}
     old, new, wide, found = len(all_), len(all_)-len(gone), {len(v)*len(all_) for v in parts.values()}, {}
-    for name,m in model.named_modules():
-        if is_linear(m) or not f'{name}.'.startswith(f'{_common(parts)}.'): continue
+    for name,m in _around(model, parts):
         for k,v in ((k, v) for k,v in vars(m).items() if type(v) is int and v>0):
             counts = kind=='heads' and re.search('head', k) and not re.search('dim|size|per|groups', k)
             is_wide = v in wide and not re.search('head|layer', k)
@@ -296,39 +312,50 @@ def _said(model, counts, # `{kind: (groups before, groups now)}`
     fields = [k for k in named if vars(config)[k]==f] or [k for k in named if vars(config)[k] is None]
     return {**out, **({k: f*new//old for k in fields} if old!=new else {})}
 
+# %% ../nbs/16_llm_pruner.ipynb #8d1fc797
+def _plainly(model, groups, gone, params):
+    "The model without groups that its own class builds from a changed config"
+    l, gs = next(iter(groups.items()))
+    old, less = Counter(g.kind for g in gs), Counter(g.kind for g in gone[l])
+    counts = {k: (n, n-less[k]) for k,n in old.items()}
+    try: return rebuilt(model, params, **_said(model, counts, old['neurons']))
+    except WrongSize as e:
+        what = and_words([f'{n} {k} instead of {o}' for k,(o,n) in sorted(counts.items()) if o!=n])
+        raise ReplaceMeError(f"{type(model).__name__}: its config cannot say that it has {what} ({e}): use "
+                             "plain=False, with a small file beside the weights, or heads=False.") from e
+
 # %% ../nbs/16_llm_pruner.ipynb #88d13f59
 def without_groups(model, groups, # `{layer: list of Group}`: all there are
                    gone, # `{layer: list of Group}`: those that go
                    plain=False): # let the config say it? then every layer must lose as many
     "The model without these groups; it shares all other tensors with the dense one"
     params = {k: v for gs in gone.values() for k,v in kept_params(model, gs).items()}
+    if plain: return _plainly(model, groups, gone, params)
     of = lambda gs, kind: [g for g in gs if g.kind==kind]
-    if not plain:
-        settings = {k: v for l in gone for kind in {g.kind for g in gone[l]}
-                    for k,v in _numbers(model, of(groups[l], kind), of(gone[l], kind), kind).items()}
-        return with_sizes(model, params, settings=settings)
-    l, gs = next(iter(groups.items()))
-    old = Counter(g.kind for g in gs)
-    counts = {k: (n, n-len(of(gone[l], k))) for k,n in old.items()}
-    try: return rebuilt(model, params, **_said(model, counts, len(of(gs, 'neurons'))))
-    except WrongSize as e:
-        what = and_words([f'{n} {k} instead of {o}' for k,(o,n) in sorted(counts.items()) if o!=n])
-        raise ReplaceMeError(f"{type(model).__name__}: its config cannot say that it has {what} ({e}): use "
-                             "plain=False, with a small file beside the weights, or heads=False.") from e
+    settings = {k: v for l in gone for kind in {g.kind for g in gone[l]}
+                for k,v in _numbers(model, of(groups[l], kind), of(gone[l], kind), kind).items()}
+    return with_sizes(model, params, settings=settings)
+
+# %% ../nbs/16_llm_pruner.ipynb #7a3b924d
+def _columns(gone): # `{layer: list of Group}` -> `{name of a writer: numbers of columns}`
+    "All columns of groups"
+    out = {}
+    for g in (g for gs in gone.values() for g in gs):
+        for k,i in g.cols.items(): out.setdefault(k, []).extend(i.tolist())
+    return out
 
 # %% ../nbs/16_llm_pruner.ipynb #ed91eb13
 @contextmanager
 def silenced(model, gone):
     "The dense model itself, whose writers read zeros in the columns of these groups"
-    mods, out = dict(model.named_modules()), {}
-    for g in (g for gs in gone.values() for g in gs):
-        for k,i in g.cols.items(): out.setdefault(k, []).extend(i.tolist())
+    mods = dict(model.named_modules())
     def zero(m, a, i):
         x = a[0].clone(); x[...,i] = 0
         return (x, *a[1:])
-    hs = [mods[k].register_forward_pre_hook(lambda m, a, i=i: zero(m, a, i)) for k,i in out.items()]
-    with hooks(*hs): yield model
+    def at(k, i): return mods[k].register_forward_pre_hook(lambda m, a: zero(m, a, i))
+    with hooks(*[at(k, i) for k,i in _columns(gone).items()]): yield model
 
+# %% ../nbs/16_llm_pruner.ipynb #1df1752a
 def check_without(model, small, gone):
     "Raise unless the narrower model computes what the dense one computes with these groups silenced"
     batch, name = {k: v.to(input_device(model)) for k,v in dummy(model).items()}, type(model).__name__
@@ -373,6 +400,7 @@ class Grouped(Removed):
         ax.bar([*self.lost], [*self.lost.values()], color=ACCENT)
         return ax
 
+# %% ../nbs/16_llm_pruner.ipynb #1637a2ee
 def _lowest(groups, worth, counts):
     "The groups of each kind that are worth least"
     gone = {}
