@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['SHARED', 'paired', 'entry', 'Plan', 'row_config', 'plans', 'CompareConfig', 'text_losses', 'rights', 'stabilities',
            'costs', 'tasks_digest', 'data_digest', 'plain_config', 'check_place', 'eval_pieces', 'Bench', 'write_texts',
-           'Line', 'ppl', 'lines', 'difference', 'ahead', 'ahead_text', 'with_differences', 'task_differences',
-           'Comparison', 'csv_row', 'front', 'compare_path', 'about', 'read_comparison', 'write_comparison',
-           'check_compare', 'run_rows', 'compare']
+           'held_now', 'heap_given_back', 'Line', 'ppl', 'lines', 'difference', 'ahead', 'ahead_text',
+           'with_differences', 'task_differences', 'Comparison', 'csv_row', 'front', 'compare_path', 'about',
+           'read_comparison', 'write_comparison', 'check_compare', 'run_rows', 'compare']
 
 # %% ../nbs/23_compare.ipynb #2e25b001
-import dataclasses, functools, gc, io, json, math, os, re, warnings
+import ctypes, dataclasses, functools, gc, io, json, math, os, re, warnings
+from contextlib import contextmanager
 from csv import DictWriter
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -282,10 +283,12 @@ def write_texts(model, tokenizer, cfg):
 def make(self:Bench, plan)->dict:
     "Prune, score, and say what went wrong if something did"
     row = dict(method=plan.name, n=plan.n, seed=plan.seed, config=plain_config(row_config(self.cfg, plan)))
+    self.held = held_now()
     try: row.update(self.measured(plan, row))
     except ReplaceMeError as e: row['error'] = str(e)
     except (torch.OutOfMemoryError, MemoryError): row.update(error="out of memory: lower batch_size or max_length", again=True)
-    gc.collect()
+    stays = max(0, held_now()-self.held)
+    if 'peak_memory' in row: row['peak_memory'] = max(0, row['peak_memory']-stays)
     self.check_untouched(plan)
     return row if row.get('again') else self.keep(row, plan)
 
@@ -294,6 +297,7 @@ def measured(self:Bench, plan, row)->dict:
     "What a row costs, which stays in `row` if scoring fails, and what it is worth"
     cfg = row_config(self.cfg, plan) # what this method does not read of the shared keys is not in it
     if 'self' in _named(cfg): write_texts(self.model, self.tokenizer, cfg)
+    self.held = held_now() # the rows before it have left nothing in the heap
     small, result = prune(self.model, self.tokenizer, plan.n, seed=plan.seed, **{k: getattr(cfg, k) for k in _DATA}, **plan.keys)
     row.update(costs(result))
     said = self.answers(small)
@@ -305,6 +309,31 @@ def check_untouched(self:Bench, plan):
     loss = text_losses(self.model, self.ids[:1])[0]
     if not math.isclose(loss, self.loss0, rel_tol=1e-3):
         raise ReplaceMeError(f"{plan}: the dense model's loss on the first piece was {self.loss0:.4f} and is {loss:.4f} now: the method changed it. The row was not kept; please report it.")
+
+# %% ../nbs/23_compare.ipynb #6d1c0a58
+def _glibc():
+    "The C library where its heap can be steered, else None"
+    try: lib = ctypes.CDLL(None)
+    except (TypeError, OSError): return None # Windows
+    return lib if hasattr(lib, 'malloc_trim') and hasattr(lib, 'mallopt') else None
+
+def held_now()->int: # bytes
+    "Resident memory, once all that is free has gone back to the system"
+    gc.collect()
+    if (lib := _glibc()): lib.malloc_trim(0)
+    return resident_memory()
+
+# %% ../nbs/23_compare.ipynb #6d1c0a5c
+_MMAP_THRESHOLD = -3 # in malloc.h
+
+@contextmanager
+def heap_given_back():
+    "Inside, no block of a megabyte or more leaves a new hole in the heap when it is freed (nothing changes without glibc)"
+    lib = _glibc()
+    if lib: lib.mallopt(_MMAP_THRESHOLD, 2**20)
+    try: yield
+    finally:
+        if lib: lib.mallopt(_MMAP_THRESHOLD, 2**25)
 
 # %% ../nbs/23_compare.ipynb #0a011b55
 @dataclass
@@ -462,7 +491,8 @@ def tasks_table(self:Comparison)->str:
 
 _HOW = """Perplexity is exp of the mean loss over equally long pieces of one text; the interval is the middle 95% of 2000 draws of pieces, the same pieces for two models that are compared.
 Pieces that follow each other in one text are not quite independent, and the best of many methods is a little lucky: intervals that barely miss zero prove little.
-Seconds and memory are those of the pruning alone, without the making of the calibration texts; memory is what was held at most above the loaded model."""
+Seconds and memory are those of the pruning alone, without the making of the calibration texts; memory is what was held at most above the loaded model.
+Before a row, the memory of those before it is given back to the system; what stays for good, such as a library that is loaded on its first use, is no row's."""
 
 def _setup(a)->str:
     "What was compared, in a sentence or two"
@@ -634,7 +664,8 @@ def run_rows(bench, cfg)->list: # of rows, the dense model first
     dense, todo = bench.dense(), plans(cfg)
     rows = {str(p): row for p in todo if (row := bench.found(p))}
     left = [p for p in todo if str(p) not in rows]
-    with tqdm(total=len(todo), initial=len(rows), unit='row') as bar:
+    if left: text_losses(bench.model, bench.ids[:1]) # what scoring loads late is no row's
+    with heap_given_back(), tqdm(total=len(todo), initial=len(rows), unit='row') as bar:
         for p in left:
             bar.set_description(str(p))
             with locked(bench.path(p)): rows[str(p)] = bench.found(p) or bench.make(p)

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import replaceme.compare as module
 from replaceme.arch import layers_of
 from replaceme.compare import (Bench, CompareConfig, Comparison, ahead, ahead_text, check_place, compare, difference, entry, front, lines, paired, plans,
                                read_comparison, row_config, text_losses, with_differences)
-from replaceme.core import ReplaceMeError, ReplaceMeWarning, write_whole
+from replaceme.core import ReplaceMeError, ReplaceMeWarning, peak_memory, reset_peak_memory, resident_memory, write_whole
 from replaceme.evaluate import perplexity, task_samples, task_stability
 from replaceme.models import tiny_model, tiny_tokenizer
 from replaceme.pipeline import eval_text, make_config, prune, read_config
@@ -486,3 +487,65 @@ def test_entry_and_bench_key(place, tmp_path):
     bench = Bench(tiny_model("llama", layers=5), tiny_tokenizer(), cfg, tmp_path/"out")
     keys = [bench.key(), *(bench.key(p) for p in plans(cfg))]
     assert len(set(keys)) == 5 and all(len(k) == 16 for k in keys) and keys == [bench.key(), *(bench.key(p) for p in plans(cfg))]
+
+
+# what a row costs
+
+def held(mb):
+    "Blocks of 64 kB, as small tensors lie in the heap"
+    return [torch.ones(2**14) for _ in range(mb*16)]
+
+
+def memory_of(place, out, monkeypatch, during):
+    "MB of four rows, each of which calls `during` where a method would be at work"
+    def heavy(model, tokenizer, n, **kw):
+        loaded = resident_memory()
+        reset_peak_memory()
+        during()
+        costs = dict(peak_memory=peak_memory(), loaded_memory=loaded)
+        small, result = prune(model, tokenizer, n, **kw)
+        result.update(costs)
+        return small, result
+    monkeypatch.setattr(module, "prune", heavy)
+    return [r["peak_memory"]/2**20 for r in compare(here(place, out))[0].rows[1:]]
+
+
+def test_memory_that_a_row_freed_hides_nothing_of_the_next(place, tmp_path, monkeypatch):
+    pins = []
+
+    def during():
+        blocks = held(64)
+        pins.append(blocks[-1])  # the end of the heap stays, so that the rest of it would
+    for mb in memory_of(place, tmp_path/"out", monkeypatch, during):
+        assert mb == pytest.approx(64, abs=4)
+
+
+def test_what_stays_for_good_is_no_rows(place, tmp_path, monkeypatch):
+    library = []
+
+    def during():
+        if not library:
+            library.extend(held(100))
+        held(64)
+    for mb in memory_of(place, tmp_path/"out", monkeypatch, during):
+        assert mb == pytest.approx(64, abs=8)
+
+
+def test_memory_does_not_depend_on_the_place_in_a_comparison(place, tmp_path):
+    "The sums of a width of 768 are 5 MB each; the rows between leave much in the heap, or load libraries for good"
+    torch.manual_seed(0)
+    shape = dict(hidden_size=768, intermediate_size=256, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4, vocab_size=512)
+    save_sized(tmp_path/"m", shape)
+    ridge = [dict(name=k, method="lstsq", ridge=r) for k, r in dict(first=.1, middle=.2, last=.3).items()]
+    between = [dict(name="healed", method="lstsq", ridge=.1, recover="cut", train_tokens=200), "uidl"]
+    c, _ = compare(here(place, tmp_path/"out", model_path=str(tmp_path/"m"), layers=[1], methods=[ridge[0], between[0], ridge[1], between[1], ridge[2]]))
+    mb = {r["method"]: r["peak_memory"]/2**20 for r in c.rows[1:]}
+    assert mb["middle"] > 20
+    assert mb["first"] == pytest.approx(mb["middle"], rel=.05) and mb["last"] == pytest.approx(mb["middle"], rel=.05)
+
+
+def save_sized(folder, shape):
+    "A random llama of this shape"
+    tok = tiny_tokenizer()
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape, max_position_embeddings=128)).save_pretrained(folder)
+    tok.save_pretrained(folder)
