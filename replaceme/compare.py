@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHARED', 'paired', 'entry', 'Plan', 'row_config', 'plans', 'CompareConfig', 'text_losses', 'rights', 'stabilities',
-           'costs', 'tasks_digest', 'data_digest', 'plain_config', 'check_place', 'eval_pieces', 'Bench', 'write_texts',
-           'held_now', 'heap_given_back', 'Line', 'ppl', 'lines', 'difference', 'ahead', 'ahead_text',
+           'costs', 'tasks_digest', 'data_digest', 'plain_config', 'check_place', 'eval_pieces', 'Bench', 'held_now',
+           'heap_given_back', 'write_texts', 'Line', 'ppl', 'lines', 'difference', 'ahead', 'ahead_text',
            'with_differences', 'task_differences', 'Comparison', 'csv_row', 'front', 'compare_path', 'about',
            'read_comparison', 'write_comparison', 'check_compare', 'run_rows', 'compare']
 
@@ -215,9 +215,12 @@ def eval_pieces(model, tokenizer, cfg)->torch.Tensor: # (pieces, length)
     ids = cut_pieces(tokenizer, eval_text(cfg, tokenizer, model), cfg.eval_length, cfg.eval_size)
     check_length(model, ids.shape[1])
     check_ids(model, ids)
-    if len(ids)<2: raise ReplaceMeError(f"eval_dataset {cfg.eval_dataset} gives one piece of {ids.shape[1]} tokens, and an interval needs two: raise eval_size or lower eval_length.")
+    if len(ids)<2: raise ReplaceMeError(
+        f"eval_dataset {cfg.eval_dataset} gives one piece of {ids.shape[1]} tokens, and an interval needs two: "
+        "raise eval_size or lower eval_length.")
     return ids
 
+# %% ../nbs/23_compare.ipynb #6d1c0b06
 class Bench:
     "What all rows share, and where they are kept"
     def __init__(self, model, tokenizer, cfg, path):
@@ -227,28 +230,34 @@ class Bench:
         self.facts = dict(model=identity(model, tokenizer), text=digest_of(self.ids.tolist()), tasks=tasks_digest(cfg),
                           versions=self.versions, device=input_device(model).type)
 
-    def asked(self, plan=None)->list: # None is the dense model
-        "All that a row depends on"
-        if plan is None: return [self.facts, 'dense', no_path([self.cfg.tasks, self.cfg.limit]), self.cfg.batch_size]
-        cfg = row_config(self.cfg, plan)
-        at = str([*(getattr(cfg, k) for k in _DATA), plan.seed, cfg.trains and training_size(cfg)])
-        if at not in self.data: self.data[at] = data_digest(self.model, self.tokenizer, cfg)
-        return [self.facts, self.data[at], plain_config(cfg)]
-
     def path(self, plan=None)->Path: return kept_path(self.rows_at, 'row', self.asked(plan))
     def key(self, plan=None): return self.path(plan).stem # the hash that a row is found by
 
-    def found(self, plan=None):
-        "The finished row of a plan under its present name, or None"
-        row = read_kept(self.path(plan))
-        return row and {**row, **dict(method=plan.name if plan else 'dense')}
+# %% ../nbs/23_compare.ipynb #6d1c0b08
+@patch
+def asked(self:Bench, plan=None)->list: # None is the dense model
+    "All that a row depends on"
+    if plan is None: return [self.facts, 'dense', no_path([self.cfg.tasks, self.cfg.limit]), self.cfg.batch_size]
+    cfg = row_config(self.cfg, plan)
+    at = str([*(getattr(cfg, k) for k in _DATA), plan.seed, cfg.trains and training_size(cfg)])
+    if at not in self.data: self.data[at] = data_digest(self.model, self.tokenizer, cfg)
+    return [self.facts, self.data[at], plain_config(cfg)]
 
-    def keep(self, row, plan=None):
-        "Write a row, now"
-        path = self.path(plan)
-        row = dict(hash=path.stem, **row, versions=self.versions)
-        spared(f"the file of {plan or 'the dense model'}", write_kept, path, 'row', self.asked(plan), row)
-        return row
+# %% ../nbs/23_compare.ipynb #6d1c0b0b
+@patch
+def found(self:Bench, plan=None):
+    "The finished row of a plan under its present name, or None"
+    row = read_kept(self.path(plan))
+    return row and {**row, **dict(method=plan.name if plan else 'dense')}
+
+# %% ../nbs/23_compare.ipynb #6d1c0b0c
+@patch
+def keep(self:Bench, row, plan=None):
+    "Write a row, now"
+    path = self.path(plan)
+    row = dict(hash=path.stem, **row, versions=self.versions)
+    spared(f"the file of {plan or 'the dense model'}", write_kept, path, 'row', self.asked(plan), row)
+    return row
 
 # %% ../nbs/23_compare.ipynb #d1bdad89
 @patch
@@ -272,43 +281,6 @@ def dense(self:Bench)->dict:
     self.loss0 = row['losses'][0]
     self.said = {t: {int(i): Answer(**a) for i,a in qs.items()} for t,qs in row['answers'].items()}
     return {k: v for k,v in row.items() if k!='answers'}
-
-# %% ../nbs/23_compare.ipynb #d00b7bc7
-def write_texts(model, tokenizer, cfg):
-    "Have the model write its texts into the cache, before anything is measured"
-    calibration_texts(model, tokenizer, cfg)
-    if cfg.trains: training_batches(model, tokenizer, cfg)
-
-@patch
-def make(self:Bench, plan)->dict:
-    "Prune, score, and say what went wrong if something did"
-    row = dict(method=plan.name, n=plan.n, seed=plan.seed, config=plain_config(row_config(self.cfg, plan)))
-    self.held = held_now()
-    try: row.update(self.measured(plan, row))
-    except ReplaceMeError as e: row['error'] = str(e)
-    except (torch.OutOfMemoryError, MemoryError): row.update(error="out of memory: lower batch_size or max_length", again=True)
-    stays = max(0, held_now()-self.held)
-    if 'peak_memory' in row: row['peak_memory'] = max(0, row['peak_memory']-stays)
-    self.check_untouched(plan)
-    return row if row.get('again') else self.keep(row, plan)
-
-@patch
-def measured(self:Bench, plan, row)->dict:
-    "What a row costs, which stays in `row` if scoring fails, and what it is worth"
-    cfg = row_config(self.cfg, plan) # what this method does not read of the shared keys is not in it
-    if 'self' in _named(cfg): write_texts(self.model, self.tokenizer, cfg)
-    self.held = held_now() # the rows before it have left nothing in the heap
-    small, result = prune(self.model, self.tokenizer, plan.n, seed=plan.seed, **{k: getattr(cfg, k) for k in _DATA}, **plan.keys)
-    row.update(costs(result))
-    said = self.answers(small)
-    return dict(losses=text_losses(small, self.ids), right=rights(said), stability=stabilities(self.said, said))
-
-@patch
-def check_untouched(self:Bench, plan):
-    "Raise unless the dense model still says what it said"
-    loss = text_losses(self.model, self.ids[:1])[0]
-    if not math.isclose(loss, self.loss0, rel_tol=1e-3):
-        raise ReplaceMeError(f"{plan}: the dense model's loss on the first piece was {self.loss0:.4f} and is {loss:.4f} now: the method changed it. The row was not kept; please report it.")
 
 # %% ../nbs/23_compare.ipynb #6d1c0a58
 def _glibc():
@@ -334,6 +306,48 @@ def heap_given_back():
     try: yield
     finally:
         if lib: lib.mallopt(_MMAP_THRESHOLD, 2**25)
+
+# %% ../nbs/23_compare.ipynb #d00b7bc7
+def write_texts(model, tokenizer, cfg):
+    "Have the model write its texts into the cache, before anything is measured"
+    calibration_texts(model, tokenizer, cfg)
+    if cfg.trains: training_batches(model, tokenizer, cfg)
+
+# %% ../nbs/23_compare.ipynb #6d1c0b01
+@patch
+def measured(self:Bench, plan, row)->dict:
+    "What a row costs, which stays in `row` if scoring fails, and what it is worth"
+    cfg = row_config(self.cfg, plan) # what this method does not read of the shared keys is not in it
+    if 'self' in _named(cfg): write_texts(self.model, self.tokenizer, cfg)
+    self.held = held_now() # the rows before it have left nothing in the heap
+    data = {k: getattr(cfg, k) for k in _DATA}
+    small, result = prune(self.model, self.tokenizer, plan.n, seed=plan.seed, **data, **plan.keys)
+    row.update(costs(result))
+    said = self.answers(small)
+    return dict(losses=text_losses(small, self.ids), right=rights(said), stability=stabilities(self.said, said))
+
+# %% ../nbs/23_compare.ipynb #6d1c0b03
+@patch
+def check_untouched(self:Bench, plan):
+    "Raise unless the dense model still says what it said"
+    loss = text_losses(self.model, self.ids[:1])[0]
+    if not math.isclose(loss, self.loss0, rel_tol=1e-3):
+        raise ReplaceMeError(f"{plan}: the dense model's loss on the first piece was {self.loss0:.4f} and is "
+                             f"{loss:.4f} now: the method changed it. The row was not kept; please report it.")
+
+# %% ../nbs/23_compare.ipynb #6d1c0b05
+@patch
+def make(self:Bench, plan)->dict:
+    "Prune, score, and say what went wrong if something did"
+    row = dict(method=plan.name, n=plan.n, seed=plan.seed, config=plain_config(row_config(self.cfg, plan)))
+    try: row.update(self.measured(plan, row))
+    except ReplaceMeError as e: row['error'] = str(e)
+    except (torch.OutOfMemoryError, MemoryError):
+        row.update(error="out of memory: lower batch_size or max_length", again=True)
+    after = held_now()
+    if 'peak_memory' in row: row['peak_memory'] = max(0, row['peak_memory'] - max(0, after-self.held))
+    self.check_untouched(plan)
+    return row if row.get('again') else self.keep(row, plan)
 
 # %% ../nbs/23_compare.ipynb #0a011b55
 @dataclass
