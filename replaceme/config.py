@@ -31,6 +31,7 @@ def method_of(cfg)->Method|None:
     "The method of a configuration"
     return METHODS.get(cfg.method)
 
+# %% ../nbs/22_config.ipynb #9eaa0c8d
 def keys_of(cfg)->Keys:
     "What the method of a configuration may read of it"
     return Keys(cfg, *METHODS[cfg.method].keys)
@@ -48,7 +49,8 @@ class Config(*reversed((*BASES[:3], *GROUPS, *BASES[3:]))):
     @property
     def rungs(self): return check_rungs(self.recover)
     @property
-    def trains(self): return bool(self.rungs) or self.method in METHODS and METHODS[self.method].trains(keys_of(self))
+    def trains(self):
+        return bool(self.rungs) or self.method in METHODS and METHODS[self.method].trains(keys_of(self))
     @property
     def alone(self): return self.save_transform_only
 
@@ -59,23 +61,24 @@ class Config(*reversed((*BASES[:3], *GROUPS, *BASES[3:]))):
 # %% ../nbs/22_config.ipynb #de6e67d8
 def _renewed(cls, new=()):
     "Make the methods of a dataclass anew, with fields that were added to it or to its bases"
-    own = {n: cls.__dataclass_fields__[n] for n in vars(cls).get('__annotations__', {})} | {f.name: f for f in new}
+    own = {n: cls.__dataclass_fields__[n] for n in vars(cls).get('__annotations__', {})} | {f.name: f
+                                                                                            for f in new}
     cls.__annotations__ = {n: f.type for n,f in own.items()}
     for n,f in own.items(): setattr(cls, n, f)
     for n in ('__init__', '__repr__', '__eq__', '__match_args__'):
         if n in vars(cls): delattr(cls, n)
     dataclass(cls)
 
+# %% ../nbs/22_config.ipynb #c1a4c3f4
 def _grow(group, cls=Config):
     "Add a group to a configuration and to those made of it"
     _renewed(cls, fields(group))
     def below(c): return [c2 for c1 in c.__subclasses__() for c2 in (c1, *below(c1))]
     for c in below(cls):
         if '__dataclass_fields__' in vars(c): _renewed(c)
-
 listen(_grow)
 
-# %% ../nbs/22_config.ipynb #d7438a8a
+# %% ../nbs/22_config.ipynb #8581a680
 @dataclass
 class MapConfig(Config):
     "The YAML schema of a map alone"
@@ -84,10 +87,12 @@ class MapConfig(Config):
     prompt:str|None = key(None, "nothing is asked", '')
     door, command = 'map', 'a command that saves a map alone'
 
+# %% ../nbs/22_config.ipynb #02f3eaa9
 class AnalyseConfig(Config):
     "The YAML schema of a profile"
     door, command = 'analyse', 'get_distance_analysis'
 
+# %% ../nbs/22_config.ipynb #d7438a8a
 class PruneConfig(Config):
     "What `prune` takes for a model in memory"
     door, command = 'prune', 'prune'
@@ -95,31 +100,38 @@ class PruneConfig(Config):
     def unread(cls, name, value):
         scored = any(name in g.__dataclass_fields__ for g in (Judged, Asking))
         if scored: why = "score the two models with replaceme.evaluate"
-        elif name in Saving.__dataclass_fields__ or name=='save_transform_only': why = "save it with save_checkpoint"
+        elif name in Saving.__dataclass_fields__ or name=='save_transform_only':
+            why = "save it with save_checkpoint"
         else: why = "it is loaded already"
         return f"{name} means nothing for a model in memory: {why}."
 
-# %% ../nbs/22_config.ipynb #82bdb3a9
+# %% ../nbs/22_config.ipynb #6a7af09b
 class _Loader(yaml.SafeLoader): "YAML that refuses a repeated key"
 
+# %% ../nbs/22_config.ipynb #14fbaddc
 def _mapping(loader, node, deep=False):
     seen = {}
     for k,_ in node.value:
         line = k.start_mark.line+1
         if k.value in seen:
-            raise ReplaceMeError(f"the key {k.value!r} stands twice (lines {seen[k.value]} and {line}): keep one.")
+            raise ReplaceMeError(f"the key {k.value!r} stands twice (lines {seen[k.value]} and {line}): keep "
+                                 "one.")
         seen[k.value] = line
     return yaml.SafeLoader.construct_mapping(loader, node, deep)
 
+# %% ../nbs/22_config.ipynb #a4dd1255
 _MAPPING = yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG
 _Loader.add_constructor(_MAPPING, lambda l,n: _mapping(l, n, deep=True))
 
+# %% ../nbs/22_config.ipynb #2de0aebf
 def read_yaml(text)->dict:
     "The mapping in a YAML text, or what is wrong with it"
     try: d = yaml.load(text, _Loader)
-    except yaml.YAMLError as e: raise ReplaceMeError(f"not readable as YAML: {' '.join(str(e).split())}") from e
+    except yaml.YAMLError as e:
+        raise ReplaceMeError(f"not readable as YAML: {' '.join(str(e).split())}") from e
     if d is None: return {}
-    if not isinstance(d, dict): raise ReplaceMeError(f"it holds a {type(d).__name__}, not `key: value` lines.")
+    if not isinstance(d, dict):
+        raise ReplaceMeError(f"it holds a {type(d).__name__}, not `key: value` lines.")
     return d
 
 # %% ../nbs/22_config.ipynb #ca28dba4
@@ -128,7 +140,8 @@ def _checked(cls, keys):
     known = {f.name: f for f in fields(cls)}
     for k in keys:
         if k not in known:
-            raise ReplaceMeError(f"unknown key {k!r}.{nearest(k, known)} The known keys are listed by --help.")
+            raise ReplaceMeError(f"unknown key {k!r}.{nearest(k, known)} The known keys are listed by "
+                                 "--help.")
     return {k: typed(known[k], v) for k,v in keys.items()}
 
 # %% ../nbs/22_config.ipynb #14989e31
@@ -140,13 +153,15 @@ def idle(cfg, f)->str|None: # a field
     if silent and f.name!='batch_size': return m.silence
     return next((why for o in f.metadata.get('unless', ()) if (why := o(cfg))), None)
 
+# %% ../nbs/22_config.ipynb #a0317486
 def read_by(cls, f)->bool:
     "Does the door of a class read a field?"
     return cls.door in f.metadata.get('by', [cls.door])
 
+# %% ../nbs/22_config.ipynb #b64fc4d2
 def _but(name, value, why): return f"{name} is {value!r}, but {why}; leave it out."
 
-# %% ../nbs/22_config.ipynb #2a2c98fd
+# %% ../nbs/22_config.ipynb #8ec20de8
 def check_together(cfg):
     "Refuse keys that contradict each other: those of each group, and those of the method"
     for g in (*BASES, *GROUPS):
@@ -155,9 +170,10 @@ def check_together(cfg):
     m.check(keys_of(cfg))
     odd = [r for r in cfg.rungs if r not in ('lora', 'qlora')]
     if odd and not m.drops:
-        raise ReplaceMeError(f"recover: {odd[0]} trains what stands at a cut, and method {m.name} cuts no layer out: "
-                             "use lora.")
+        raise ReplaceMeError(f"recover: {odd[0]} trains what stands at a cut, and method {m.name} cuts no "
+                             "layer out: use lora.")
 
+# %% ../nbs/22_config.ipynb #2a2c98fd
 def settled(cls, keys,
             excused=()): # names that may be idle
     "The configuration, and the keys that ask for something that is not read, which must all be excused"
@@ -176,25 +192,28 @@ def settled(cls, keys,
     check_together(cfg)
     return cfg, list(said)
 
-# %% ../nbs/22_config.ipynb #3fb836d7
+# %% ../nbs/22_config.ipynb #1bac0f2b
 def make_config(cls=Config, /, # or a class with more keys, or for another door
                 **keys)->Config:
-    "A checked configuration from `key=value` pairs; unknown keys, wrong types and what would be ignored are refused"
+    "A checked configuration of `key=value`; unknown keys, wrong types and what would be ignored are refused"
     return settled(cls, keys)[0]
 
+# %% ../nbs/22_config.ipynb #3fb836d7
 def _from_file(cls, keys, # of the right types
                file, # what stands in a file or is a command's own
                over=()): # names that win over it
-    "The same, where what a file asks for in vain is named and left alone, unless it is in vain by its own words"
+    "The same, but what a file asks for in vain is named and left alone, unless in vain by its own words"
     known = {f.name: f for f in fields(Config)}
     alone, ours = Config(**{k: v for k,v in file.items() if k in known}), [k for k in file if k in known]
     def own(k): return read_by(cls, known[k]) and idle(alone, known[k]) # contradicts its own file
     return settled(cls, keys, [k for k in ours if k not in over and not own(k)])
 
+# %% ../nbs/22_config.ipynb #30ac7ddf
 def _say_left(names, command, path=None):
     if not names: return
     one = len(names)==1
-    warnings.warn((f"config {path}: " if path else '') + f"{and_words(names)} {'is' if one else 'are'} left alone: "
+    warnings.warn((f"config {path}: " if path else '')
+                  + f"{and_words(names)} {'is' if one else 'are'} left alone: "
                   f"{command} does not read {'it' if one else 'them'} here.", ReplaceMeWarning, stacklevel=3)
 
 # %% ../nbs/22_config.ipynb #22a9da1d
@@ -212,18 +231,20 @@ def _no_rows(keys):
     "Refuse rows where only names can stand; in Python they are a data set in memory"
     for k in 'dataset', 'eval_dataset':
         v = keys.get(k)
-        rows = [x for x in (v if isinstance(v, list) else [v]) if isinstance(x, (dict, list)) and not is_part(x)]
+        rows = [x for x in (v if isinstance(v, list) else [v]) if isinstance(x, (dict, list))
+                and not is_part(x)]
         if rows:
-            raise ReplaceMeError(f"{k} holds rows, and rows cannot stand in a configuration: save them as .jsonl and "
-                                 "give its name.")
+            raise ReplaceMeError(f"{k} holds rows, and rows cannot stand in a configuration: save them as "
+                                 ".jsonl and give its name.")
 
+# %% ../nbs/22_config.ipynb #fb279cea
 def need(cfg, *names):
     "Raise unless these keys have a value"
     for k in names:
         if getattr(cfg, k) in (None, ''):
             raise ReplaceMeError(f"{k} is missing: give {cfg.__dataclass_fields__[k].metadata['missing']}.")
 
-# %% ../nbs/22_config.ipynb #cb31e83c
+# %% ../nbs/22_config.ipynb #12b26992
 def _text(path):
     "What a file says; nothing where none is named"
     if path is None: return ''
@@ -231,6 +252,7 @@ def _text(path):
     except (OSError, UnicodeDecodeError) as e:
         raise ReplaceMeError(f"config {path} cannot be read: {getattr(e, 'strerror', None) or e}.")
 
+# %% ../nbs/22_config.ipynb #f43e5b73
 def read_config(path=None, # YAML file; None for defaults only
                 defaults=None, # keys that the file's win over
                 cls=Config, # or a class with more keys, or for another door
@@ -245,6 +267,7 @@ def read_config(path=None, # YAML file; None for defaults only
         _no_rows({**own, **overrides})
         own = _checked(cls, own)
         cfg, left = _from_file(cls, {**own, **_checked(cls, overrides)}, own, overrides)
-    except ReplaceMeError as e: raise ReplaceMeError(f"config {path}: {e}" if path else str(e), page=e.page) from None
+    except ReplaceMeError as e:
+        raise ReplaceMeError(f"config {path}: {e}" if path else str(e), page=e.page) from None
     _say_left([k for k in file if k in (*left, *foreign)], cls.command, path)
     return cfg
