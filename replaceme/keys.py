@@ -49,6 +49,7 @@ def choices_of(f)->tuple:
     "The names that a key takes; none where it takes other values"
     return tuple(f.metadata.get('choices') or ())
 
+# %% ../nbs/00_keys.ipynb #8cc8d119
 def help_of(f)->str:
     "What a key is for"
     return f.metadata['help'].replace('{choices}', ', '.join(choices_of(f)))
@@ -66,7 +67,7 @@ def check_value(f, v):
         raise ReplaceMeError(f"{f.name} is {v}: it must be below {m['below']}.")
     if m.get('check'): m['check'](v)
 
-# %% ../nbs/00_keys.ipynb #d39585ad
+# %% ../nbs/00_keys.ipynb #2f200db1
 _WORDS = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text', list: 'a list',
           dict: 'a mapping', type(None): 'null'}
 
@@ -74,12 +75,14 @@ def kinds_of(f)->tuple: # of types
     "The types that a key takes"
     return get_args(f.type) or (f.type,)
 
+# %% ../nbs/00_keys.ipynb #e7841117
 def _number(v, kinds):
     "A number for what YAML reads as text, or as a whole number, where a key takes numbers"
     if float not in kinds or isinstance(v, bool): return v
     try: return float(v) if isinstance(v, (int, str)) and v!='auto' else v
     except ValueError: return v
 
+# %% ../nbs/00_keys.ipynb #37c23a40
 def typed(f, v):
     "A value as one of the types of its key, or an error that names the key"
     kinds, word = kinds_of(f), v.strip().lower() if isinstance(v, str) else None
@@ -89,10 +92,11 @@ def typed(f, v):
         raise ReplaceMeError(f"{f.name} is {v!r}: it must be {' or '.join(_WORDS[k] for k in kinds)}.")
     return v
 
-# %% ../nbs/00_keys.ipynb #a074057d
+# %% ../nbs/00_keys.ipynb #8d52d28c
 def _check_seed(v):
     if not 0<=v<2**63: raise ReplaceMeError(f"seed is {v}: it must be a whole number from 0 to 2**63-1.")
 
+# %% ../nbs/00_keys.ipynb #6b36d48a
 @dataclass
 class Common:
     "What everyone may read"
@@ -108,7 +112,8 @@ class Keys:
                           _common=set(Common.__dataclass_fields__))
     def __getattr__(self, name):
         if name in self._names or name in self._common: return getattr(self._cfg, name)
-        raise AttributeError(f"{name} is none of the keys that may be read here: {', '.join(sorted(self._names))}")
+        raise AttributeError(f"{name} is none of the keys that may be read here: "
+                             f"{', '.join(sorted(self._names))}")
     def get(self, name, other=None):
         "The value of a key, or another one where it may not be read"
         return getattr(self, name) if name in self._names else other
