@@ -28,18 +28,20 @@ from .merge import *
 from .search import *
 from .report import *
 
-# %% ../nbs/21_save.ipynb #e0d1d876
+# %% ../nbs/21_save.ipynb #b346d48f
 def _not_pushed(k):
     if k.push_to_hub is None: return "nothing is pushed: that takes push_to_hub"
 
+# %% ../nbs/21_save.ipynb #691f1c35
 def check_hub_name(name):
     "Raise unless a hub would take the name of a repository"
     from huggingface_hub.utils import validate_repo_id, HFValidationError
     try: validate_repo_id(name)
     except HFValidationError as e:
-        raise ReplaceMeError(f"push_to_hub is {name!r}, which is no name of a repository: give NAME or OWNER/NAME. "
-                             f"({e})") from None
+        raise ReplaceMeError(f"push_to_hub is {name!r}, which is no name of a repository: give NAME or "
+                             f"OWNER/NAME. ({e})") from None
 
+# %% ../nbs/21_save.ipynb #2b3123de
 @dataclass
 class Saving:
     "What is left on disk"
@@ -60,18 +62,25 @@ class Result(dict):
         d, peer = self['distance'], self.get('peer') or {}
         if 'influence' in peer: return plot_influence(peer['influence'], blocks_of(self), ax)
         blocks = as_blocks(d.get('block')) or blocks_of(self)
-        if not blocks: raise ReplaceMeError("there is no profile of blocks: no layer went, all became narrower.")
+        if not blocks:
+            raise ReplaceMeError("there is no profile of blocks: no layer went, all became narrower.")
         n = blocks[0][1]-blocks[0][0]
-        if str(n) not in d['profile']: raise ReplaceMeError(f"there is no profile of blocks of {n} layers: the blocks were not chosen by one.")
-        return plot_profile(d['profile'], n, blocks, d['metric'], ax=ax, sinks=d.get('sinks'), avoided=d.get('avoided'))
+        if str(n) not in d['profile']:
+            raise ReplaceMeError(f"there is no profile of blocks of {n} layers: the blocks were not chosen "
+                                 "by one.")
+        return plot_profile(d['profile'], n, blocks, d['metric'], ax=ax, sinks=d.get('sinks'),
+                            avoided=d.get('avoided'))
 
+# %% ../nbs/21_save.ipynb #ba5b68f4
 def versions()->dict:
     "The versions a result depends on"
     def v(name):
         try: return version(name)
         except PackageNotFoundError: return None
-    return dict(python=platform.python_version(), **{k: v(k) for k in ('replaceme', 'torch', 'transformers', 'datasets', 'safetensors')})
+    return dict(python=platform.python_version(),
+                **{k: v(k) for k in ('replaceme', 'torch', 'transformers', 'datasets', 'safetensors')})
 
+# %% ../nbs/21_save.ipynb #a11abea0
 def n_parameters(model)->int: # tied weights count once; 4-bit weights count in full
     "Number of parameters"
     return model.num_parameters()
@@ -95,27 +104,33 @@ def check_apart(path, # the folder that will be replaced
             if not isinstance(name, str) or name in ('self', 'python-docs'): continue
             if k not in kept and not local_path(name).exists(): continue
             if real_path(name, k).is_relative_to(out):
-                raise ReplaceMeError(f"save_path {path} is replaced as a whole, and {k} {name} lies there: choose another save_path.")
+                raise ReplaceMeError(f"save_path {path} is replaced as a whole, and {k} {name} lies there: "
+                                     "choose another save_path.")
 
+# %% ../nbs/21_save.ipynb #a8c641c7
 def check_own(model_path, path, was, # the model that the result there was made of
               named=False): # did somebody name the folder?
     "Raise where nobody named the folder, and it holds what was made of another model"
     now = str(model_path)
     if named or was in (None, now, no_path(now)): return
     if os.path.exists(was) and os.path.realpath(was)==os.path.realpath(local_path(now)): return
-    raise ReplaceMeError(f"{path} holds what was made of {was}, and would be replaced by what is made of {now}: give save_path.")
+    raise ReplaceMeError(f"{path} holds what was made of {was}, and would be replaced by what is made of "
+                         f"{now}: give save_path.")
 
 # %% ../nbs/21_save.ipynb #3ae76993
 def save_transform(folder, done):
-    "Write the maps alone, as safetensors that say where they belong: `T`, or `T0`, `T1`, ... of several blocks"
+    "Write the maps alone, as safetensors that say where they belong: `T`, or `T0`, `T1`, ... of several"
     names = ['T'] if len(done.fits)==1 else [f'T{i}' for i in range(len(done.fits))]
     f = done.fits[0]
-    use = ('X @ T is what the MLP adds, X what its last matrix reads' if f.kind=='wide' else 'M @ T: multiply from the right') + ('; the last row is a bias' if f.affine else '')
+    use = ('X @ T is what the MLP adds, X what its last matrix reads' if f.kind=='wide'
+           else 'M @ T: multiply from the right') + ('; the last row is a bias' if f.affine else '')
     one = dict(block=str(list(done.blocks[0])), layer=str(done.blocks[0].start-1))
-    meta = dict(format='replaceme map 1', map=f.kind, use=use, blocks=json.dumps([list(b) for b in done.blocks]), **(one if len(names)==1 else {}))
-    save_file({k: f.T.contiguous().cpu() for k,f in zip(names, done.fits)}, str(Path(folder)/'transform.safetensors'), metadata=meta)
+    meta = dict(format='replaceme map 1', map=f.kind, use=use,
+                blocks=json.dumps([list(b) for b in done.blocks]), **(one if len(names)==1 else {}))
+    save_file({k: f.T.contiguous().cpu() for k,f in zip(names, done.fits)},
+              str(Path(folder)/'transform.safetensors'), metadata=meta)
 
-# %% ../nbs/21_save.ipynb #41f04de1
+# %% ../nbs/21_save.ipynb #57f47b23
 RECORD = 'replaceme.json' # the sign of a folder of ours
 
 def write_record(folder, result, yaml_text=None, token=None):
@@ -126,10 +141,11 @@ def write_record(folder, result, yaml_text=None, token=None):
     write_whole(Path(folder)/'replaceme.yaml', text)
     write_whole(Path(folder)/RECORD, json.dumps(result, indent=1, default=str))
 
+# %% ../nbs/21_save.ipynb #41f04de1
 def write_provenance(folder, result, yaml_text=None, token=None,
                      name=None, # that the card tells to load
                      plots=None): # -> the names of the plots, which are drawn unless they are given
-    "Write what stands beside the weights: the record, and as far as that goes well, plots, model card and report"
+    "Write what stands beside the weights: the record, and where that goes well, plots, card and report"
     folder = Path(folder)
     write_record(folder, result, yaml_text, token)
     if plots is None: plots = spared('the plots', save_plots, folder, result) or []
@@ -167,33 +183,43 @@ def check_hub(k): # keys of `Saving` and `Loading`
     "Raise unless there is a hub, and a repository there that may be written; it is made here, empty"
     from huggingface_hub import HfApi, constants
     name = k.push_to_hub
-    if constants.HF_HUB_OFFLINE: raise ReplaceMeError(f"push_to_hub is {name}, but HF_HUB_OFFLINE is set: unset it, or leave push_to_hub out.")
-    if name==k.model_path: raise ReplaceMeError(f"push_to_hub is {name}, which is the dense model: choose another name.")
+    if constants.HF_HUB_OFFLINE:
+        raise ReplaceMeError(f"push_to_hub is {name}, but HF_HUB_OFFLINE is set: unset it, or leave "
+                             "push_to_hub out.")
+    if name==k.model_path:
+        raise ReplaceMeError(f"push_to_hub is {name}, which is the dense model: choose another name.")
     api = HfApi(token=k.token)
     try:
         api.whoami()
         files = api.list_repo_files(api.create_repo(name, private=k.private, exist_ok=True).repo_id)
     except Exception as e:
-        raise ReplaceMeError(f"push_to_hub is {name}, but the hub lets nobody write there ({type(e).__name__}: {e}): give a token with write access, or run `hf auth login`.") from e
+        raise ReplaceMeError(f"push_to_hub is {name}, but the hub lets nobody write there "
+                             f"({type(e).__name__}: {e}): give a token with write access, or run `hf auth "
+                             "login`.") from e
     if 'replaceme.json' not in files and set(files)-{'.gitattributes', 'README.md', 'LICENSE'}:
-        raise ReplaceMeError(f"push_to_hub: {name} holds something that was not written by replaceme: choose another name.")
+        raise ReplaceMeError(f"push_to_hub: {name} holds something that was not written by replaceme: choose "
+                             "another name.")
 
+# %% ../nbs/21_save.ipynb #0d451e05
 def push_folder(folder, k): # -> the address of the upload, or None
-    "Upload a finished folder in the place of what is there; a failure is a warning, since the folder is there"
+    "Upload a finished folder in the place of what is there; a failure is a warning: the folder is there"
     from huggingface_hub import HfApi
     api, name = HfApi(token=k.token), k.push_to_hub
     try:
         name = api.create_repo(name, private=k.private, exist_ok=True).repo_id
-        return str(api.upload_folder(folder_path=str(folder), repo_id=name, commit_message='Pruned with replaceme', delete_patterns='*').commit_url)
+        return str(api.upload_folder(folder_path=str(folder), repo_id=name,
+                                     commit_message='Pruned with replaceme', delete_patterns='*').commit_url)
     except Exception as e:
-        warnings.warn(f"{folder} was saved but could not be pushed to {k.push_to_hub} ({type(e).__name__}: {e}): push it with `hf upload {name} {folder}`.", ReplaceMeWarning)
+        warnings.warn(f"{folder} was saved but could not be pushed to {k.push_to_hub} ({type(e).__name__}: "
+                      f"{e}): push it with `hf upload {name} {folder}`.", ReplaceMeWarning)
 
 # %% ../nbs/21_save.ipynb #70f7a6ea
 def for_others(result)->dict:
     "A result without paths and without the words of the evaluation text"
     res = {k: no_path(v) if k in ('model', 'config', 'calibration') else v for k,v in result.items()}
     if 'errors' in res: res['errors'] = {k: v for k,v in res['errors'].items() if k!='words'}
-    if 'perplexity' in res: res['perplexity'] = {**res['perplexity'], 'text': no_path(res['perplexity']['text'])}
+    if 'perplexity' in res:
+        res['perplexity'] = {**res['perplexity'], 'text': no_path(res['perplexity']['text'])}
     return Result(res)
 
 # %% ../nbs/21_save.ipynb #3b9d0c55
@@ -208,8 +234,10 @@ def license_of(model_path, token=None)->dict: # of those keys that it has
     except Exception: return {} # no card, none that can be read, or no hub
     return {k: data[k] for k in ('license', 'license_name', 'license_link') if isinstance(data.get(k), str)}
 
+# %% ../nbs/21_save.ipynb #baf9c8fb
 def base_of(k, model)->dict: # id, task, license
     "What the card says of the model that was pruned"
     name = k.model_path or getattr(model.config, 'name_or_path', None)
-    task = dict(task='image-classification') if type(model).__name__.endswith('ForImageClassification') else {}
+    sorts = type(model).__name__.endswith('ForImageClassification')
+    task = dict(task='image-classification') if sorts else {}
     return dict(id=hub_id(name), **task, **license_of(name, k.token)) if name else task
