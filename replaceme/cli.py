@@ -25,13 +25,16 @@ from .pipeline import *
 from .report import *
 from .compare import *
 
-# %% ../nbs/24_cli.ipynb #8ef1c0e6
+# %% ../nbs/24_cli.ipynb #a7f5a0f5
 class _Parser(argparse.ArgumentParser):
     def error(self, message): raise ReplaceMeError(message)
 
+# %% ../nbs/24_cli.ipynb #e39609a2
 def _default(f):
-    return 'null' if f.default is None else str(f.default).lower() if isinstance(f.default, bool) else f.default
+    if f.default is None: return 'null'
+    return str(f.default).lower() if isinstance(f.default, bool) else f.default
 
+# %% ../nbs/24_cli.ipynb #8932aeae
 def _add_flag(group, f, aliases, shown=True):
     "One key as a flag"
     flags = [f'--{f.name}'] + [f'--{a}' for a,k in aliases.items() if k==f.name]
@@ -39,12 +42,14 @@ def _add_flag(group, f, aliases, shown=True):
     group.add_argument(*flags, dest=f.name, metavar='VALUE', nargs=f.metadata.get('nargs'),
                        default=argparse.SUPPRESS, help=text if shown else argparse.SUPPRESS)
 
+# %% ../nbs/24_cli.ipynb #0981d73e
 def _headed(cls):
     "The keys of a door, group by group: `[(heading, group or None, [field, ...])]`"
     groups, left = [*BASES[:3], *GROUPS, *BASES[3:]], {f.name: f for f in fields(cls) if read_by(cls, f)}
     found = [(g.__doc__, g, [left.pop(n) for n in g.__dataclass_fields__ if n in left]) for g in groups]
     return [('This command', None, list(left.values())), *((h, g, fs) for h,g,fs in found if fs)]
 
+# %% ../nbs/24_cli.ipynb #f8edbef6
 def _parser(name, doc, aliases, cls, method=None):
     "A parser with `--config` and one flag per key, those of a method under its heading"
     p = _Parser(name, description=doc, allow_abbrev=False)
@@ -56,12 +61,15 @@ def _parser(name, doc, aliases, cls, method=None):
         for f in fs: _add_flag(at, f, aliases, shown)
     return p
 
+# %% ../nbs/24_cli.ipynb #3643c218
 def _asked_method(argv):
     "The method that a command line names, for `--method laco --help`"
     argv = list(sys.argv[1:] if argv is None else argv)
-    named = [v for f,v in zip(argv, argv[1:]) if f=='--method'] + [a[9:] for a in argv if a.startswith('--method=')]
+    named = [v for f,v in zip(argv, argv[1:]) if f=='--method'] + [a[9:]
+                                                                   for a in argv if a.startswith('--method=')]
     return named[-1] if named and {'-h', '--help'} & {*argv} else None
 
+# %% ../nbs/24_cli.ipynb #9fbec6a4
 def _value(name, s, cls):
     "A flag's value: a path that is there, or what YAML makes of it where the key takes that, or else text"
     if isinstance(s, list): return s
@@ -72,22 +80,28 @@ def _value(name, s, cls):
     try: v = yaml.safe_load(s)
     except yaml.YAMLError:
         if str in kinds and not s.startswith(('[', '{')): return s
-        raise ReplaceMeError(f"--{name} {s!r} cannot be read: in a list, put quotes around names with signs in them.")
+        raise ReplaceMeError(f"--{name} {s!r} cannot be read: in a list, put quotes around names with signs "
+                             "in them.")
     if str not in kinds or isinstance(v, tuple(kinds-{str})): return v
     if is_part(v) and f.metadata.get('read'): return v # a data set that says how it is read
     if isinstance(v, str) and s.startswith(('"', "'")): return v
     return v if isinstance(v, int) and float in kinds else s
 
+# %% ../nbs/24_cli.ipynb #6fb07c3e
 SCHEMAS = {} # {command: its configuration}, filled by `command`
 
+# %% ../nbs/24_cli.ipynb #c9d826f9
 def _stray(arg, cls, aliases):
     "What is said of an argument that a command does not have"
     name = arg.lstrip('-').split('=')[0]
-    theirs = [k for k,c in SCHEMAS.items() if name in c.__dataclass_fields__ and read_by(c, c.__dataclass_fields__[name])]
-    if theirs and arg.startswith('--'): return f"unknown argument {arg!r}: it belongs to {and_words(theirs)}; leave it out."
+    theirs = [k for k,c in SCHEMAS.items() if name in c.__dataclass_fields__
+              and read_by(c, c.__dataclass_fields__[name])]
+    if theirs and arg.startswith('--'):
+        return f"unknown argument {arg!r}: it belongs to {and_words(theirs)}; leave it out."
     known = [f.name for f in fields(cls) if read_by(cls, f)] + [*aliases, 'config']
     return f"unknown argument {arg!r}.{nearest(name, known)} See --help."
 
+# %% ../nbs/24_cli.ipynb #04bc2dac
 def parse(name, doc, argv, aliases,
           defaults=None, # keys for which it has a default of its own
           cls=Config, # its configuration: `Config`, or a class with more keys
@@ -104,11 +118,11 @@ def parse(name, doc, argv, aliases,
 
 # %% ../nbs/24_cli.ipynb #4659b97f
 def check_config_stays(cfg, config):
-    "Raise where the file of the configuration lies in the folder that is replaced, unless it is written there anew"
+    "Raise where the file of the configuration lies in a folder that is replaced, unless written there anew"
     known = cfg.model_path and (cfg.layers_to_skip or cfg.blocks)
     if known and Path(config).name!='replaceme.yaml': check_apart(output_path(cfg), [('config', config)])
 
-# %% ../nbs/24_cli.ipynb #e67952eb
+# %% ../nbs/24_cli.ipynb #37853365
 @contextlib.contextmanager
 def _printable():
     "What a terminal or a file cannot encode is written as an escape instead of ending the command"
@@ -119,14 +133,17 @@ def _printable():
         with contextlib.suppress(OSError, ValueError):
             for s,errors in streams: s.reconfigure(errors=errors)
 
+# %% ../nbs/24_cli.ipynb #4bb3585d
 def tell(*words):
     "Print. That nobody listens any more, or that a disk is full behind the pipe, does not undo what was done"
     try: print(*words, flush=True)
     except OSError:
         with contextlib.suppress(OSError): os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
+# %% ../nbs/24_cli.ipynb #2ebd1f1b
 def _line(message, *a, **kw): print('warning:', message, file=sys.stderr)
 
+# %% ../nbs/24_cli.ipynb #9b212dba
 def _hush():
     "At the command line only: other libraries' notes and loading bars do not belong between ours"
     from transformers.utils import logging as said
@@ -155,14 +172,14 @@ def command(aliases=None, # extra flags: {alias: key}
         return main
     return deco
 
+# %% ../nbs/24_cli.ipynb #8aa0c20f
 def _fail(name, e):
     print(f'{name}: error: {e}', file=sys.stderr)
     if (page := getattr(e, 'page', None)): print(f'help: {page}', file=sys.stderr)
     return 2
 
-# %% ../nbs/24_cli.ipynb #b9ae9c99
+# %% ../nbs/24_cli.ipynb #90c30b05
 def _oneline(text): return ' '.join(text.split())
-
 _ALIASES = dict(model='model_path', layers='layers_to_skip')
 
 @command(_ALIASES, replaces=True)
@@ -170,33 +187,41 @@ def run_replaceme(cfg, yaml_text):
     "Prune a model: profile, choose a block, fit the map, fold it, save, reload, and score before and after."
     _run(cfg, yaml_text)
 
+# %% ../nbs/24_cli.ipynb #b9ae9c99
 def _run(cfg, yaml_text):
     result, path = run(cfg, yaml_text)
     if not main_process(): return
     tell(results_table(result))
-    for g in result.get('generations', []): tell(f'{g["prompt"]}\n  before: {_oneline(g["before"])}\n  after:  {_oneline(g["after"])}\n')
+    for g in result.get('generations', []):
+        tell(f'{g["prompt"]}\n  before: {_oneline(g["before"])}\n  after:  {_oneline(g["after"])}\n')
     if cfg.save_transform_only: tell('map     ', path/'transform.safetensors')
     else: tell('model   ', path)
     for kind,name in (('report  ', 'report.html'), ('profile ', 'profile.png')):
         if (path/name).exists(): tell(kind, path/name)
     if result.get('pushed'): tell('pushed  ', result['pushed'])
 
+# %% ../nbs/24_cli.ipynb #72ac1d49
 def _only(cfg, method, command):
     "Raise when a config that is for another method comes to a command of one method"
-    if cfg.method!=method: raise ReplaceMeError(f"method is {cfg.method!r}: {command} is for method {method}; use run_replaceme.")
+    if cfg.method!=method:
+        raise ReplaceMeError(f"method is {cfg.method!r}: {command} is for method {method}; use run_replaceme.")
 
 @command(_ALIASES, defaults=dict(method='uidl'), replaces=True)
 def run_uidl(cfg, yaml_text):
-    "Prune a model by UIDL: remove the block across which the last token turns least, save, reload, and score before and after."
+    """Prune a model by UIDL: remove the block across which the last token turns least, save, reload, and
+    score before and after."""
     _only(cfg, 'uidl', 'run_uidl')
     _run(cfg, yaml_text)
 
+# %% ../nbs/24_cli.ipynb #f9278fa6
 @command(_ALIASES, defaults=dict(method='streamline'), replaces=True)
 def run_streamline(cfg, yaml_text):
-    "Prune a model by LLM-Streamline: train a light network in the place of a block, save, reload, and score before and after."
+    """Prune a model by LLM-Streamline: train a light network in the place of a block, save, reload, and
+    score before and after."""
     _only(cfg, 'streamline', 'run_streamline')
     _run(cfg, yaml_text)
 
+# %% ../nbs/24_cli.ipynb #13ceba82
 def _map_alone(cfg, yaml_text):
     result, path = run(cfg, yaml_text)
     tell(results_table(result))
@@ -205,15 +230,21 @@ def _map_alone(cfg, yaml_text):
 @command(_ALIASES, dict(method='lstsq'), MapConfig, replaces=True)
 def get_lt_with_lstsq(cfg, yaml_text):
     "Fit the least squares map alone and save it as safetensors; no model is written, nothing is scored."
-    if cfg.method!='lstsq': raise ReplaceMeError(f"method is {cfg.method!r}: get_lt_with_lstsq is for method lstsq; use get_lt_with_solvers or run_replaceme.")
+    if cfg.method!='lstsq':
+        raise ReplaceMeError(f"method is {cfg.method!r}: get_lt_with_lstsq is for method lstsq; use "
+                             "get_lt_with_solvers or run_replaceme.")
     _map_alone(cfg, yaml_text)
 
+# %% ../nbs/24_cli.ipynb #3d53a08e
 @command(_ALIASES, dict(method='cosine'), MapConfig, replaces=True)
 def get_lt_with_solvers(cfg, yaml_text):
     "Fit the map with an iterative solver and save it as safetensors; no model is written, nothing is scored."
-    if cfg.method!='cosine': raise ReplaceMeError(f"method is {cfg.method!r}: get_lt_with_solvers is for method cosine; use get_lt_with_lstsq or run_replaceme.")
+    if cfg.method!='cosine':
+        raise ReplaceMeError(f"method is {cfg.method!r}: get_lt_with_solvers is for method cosine; use "
+                             "get_lt_with_lstsq or run_replaceme.")
     _map_alone(cfg, yaml_text)
 
+# %% ../nbs/24_cli.ipynb #4f5a0630
 @command(_ALIASES, cls=AnalyseConfig)
 def get_distance_analysis(cfg, yaml_text):
     "Measure how much every run of layers changes the hidden state; writes JSON, CSV and a picture."
@@ -222,17 +253,24 @@ def get_distance_analysis(cfg, yaml_text):
     tell()
     for f in files: tell({'.json': 'profile ', '.csv': 'table   ', '.png': 'picture '}[f.suffix], f)
 
+# %% ../nbs/24_cli.ipynb #e04f0fe6
 @command(_ALIASES, cls=EvaluateConfig)
 def evaluate_model(cfg, yaml_text):
-    "Score a model, or two side by side (--compare DENSE PRUNED): perplexity on a text, and lm-eval tasks by name, by mapping with few-shot counts, or from a folder."
+    """Score a model, or two side by side (--compare DENSE PRUNED): perplexity on a text, and lm-eval tasks
+    by name, by mapping with few-shot counts, or from a folder."""
     scores = evaluate(cfg)
     tell(scores_table(scores))
-    for g in getattr(scores, 'answers', []): tell(f'\n{g["prompt"]}\n  {scores.names[0]}: {_oneline(g["before"])}\n  {scores.names[1]}: {_oneline(g["after"])}')
+    for g in getattr(scores, 'answers', []):
+        tell(f'\n{g["prompt"]}\n  {scores.names[0]}: {_oneline(g["before"])}\n  {scores.names[1]}: '
+             f'{_oneline(g["after"])}')
 
+# %% ../nbs/24_cli.ipynb #8e9b942f
 @command(cls=CompareConfig)
 def compare_methods(cfg, yaml_text):
-    "Compare methods: a list of methods and of numbers of layers on one model, one calibration, one evaluation; a table, JSON, CSV and a Pareto plot."
+    """Compare methods: a list of methods and of numbers of layers on one model, one calibration, one
+    evaluation; a table, JSON, CSV and a Pareto plot."""
     comparison, path = compare(cfg)
     tell(comparison.table())
-    for kind,name in (('table   ', 'comparison.md'), ('numbers ', 'comparison.json'), ('picture ', 'pareto.png')):
+    for kind,name in (('table   ', 'comparison.md'), ('numbers ', 'comparison.json'),
+                      ('picture ', 'pareto.png')):
         if (path/name).exists(): tell(kind, path/name)
