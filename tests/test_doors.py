@@ -1,0 +1,157 @@
+"""What `from replaceme import ...` opens, in whatever order, and the command that brings the examples to whoever has no clone."""
+import itertools
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+
+
+def python(code, cwd=ROOT, **env):
+    p = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, env={**os.environ, **env})
+    assert p.returncode == 0, p.stderr
+    return p.stdout
+
+
+def test_importing_the_package_loads_nothing():
+    "Neither torch nor any room; the names are there to be seen all the same"
+    out = python("import sys, replaceme; print([m for m in sys.modules if m.startswith(('torch', 'transformers', 'replaceme.'))]); print(dir(replaceme))")
+    loaded, names = out.splitlines()
+    assert loaded == "[]" and all(f"'{n}'" in names for n in ("prune", "load_model", "run", "compare", "evaluate", "__version__"))
+
+
+def test_doors_are_those_of_their_rooms():
+    python("from replaceme import *; import replaceme.models as m, replaceme.pipeline as p, replaceme.doors as d\n"
+           "assert load_model is m.load_model and prune is p.prune and run is d.run and callable(compare) and callable(evaluate)")
+
+
+FOUND = {  # how a name is come by, and what must then hold
+    "door": "from replaceme import NAME as door; assert callable(door)",
+    "attribute": "import replaceme; assert callable(replaceme.NAME)",
+    "room": "import replaceme.NAME; assert replaceme.NAME.SOMETHING",
+    "renamed": "import replaceme.NAME as room; assert room.SOMETHING and callable(room)",
+    "inside": "from replaceme.NAME import SOMETHING",
+    "above": "import replaceme.compare",  # which imports the other one by itself
+}
+WHOLE = "import replaceme.NAME, sys; assert replaceme.NAME is sys.modules['replaceme.NAME'] and callable(replaceme.NAME) and replaceme.NAME.SOMETHING"
+
+
+@pytest.mark.parametrize("name, something", [("evaluate", "perplexity"), ("compare", "Comparison")])
+def test_a_door_and_a_room_of_one_name_stand_in_any_order(name, something):
+    "All orders of two ways, each in a process of its own that has seen nothing (a fork, so that what the rooms stand on is imported once)"
+    def written(*ways):
+        return "\n".join([FOUND.get(w, w) for w in ways]).replace("NAME", name).replace("SOMETHING", something)
+    codes = [written(*pair, WHOLE) for pair in itertools.permutations(FOUND, 2)]
+    python(f"""
+import os, sys, replaceme.cli
+for name in [m for m in sys.modules if m.split('.')[0] == 'replaceme']: del sys.modules[name]
+for code in {codes!r}:
+    if (child := os.fork()) == 0:
+        try: exec(code, {{}})
+        except BaseException as e: print(code, repr(e), file=sys.stderr, flush=True); os._exit(1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, code
+""")
+
+
+def test_a_door_that_becomes_a_room_stays_a_door(tmp_path):
+    "Of any name, not of those two alone"
+    code = "import sys, types, replaceme; replaceme.run = types.ModuleType('replaceme.run'); assert callable(replaceme.run)"
+    python(code + "; replaceme.other = types.ModuleType('other'); assert not callable(replaceme.other)")
+
+
+def test_the_doors_take_keys_a_file_or_both(save_tiny, tmp_path, monkeypatch):
+    from replaceme import compare, evaluate, run
+    from replaceme.core import ReplaceMeError
+    monkeypatch.chdir(save_tiny(tmp_path))
+    words = "The map stands in for the layers that went, one two three. " * 60
+    Path("a.txt").write_text(words), Path("b.txt").write_text(words[7:])
+    text = dict(model_path="./tiny", dataset="a.txt", dataset_size=8, max_length=32, eval_dataset="b.txt", eval_size=2, eval_length=32)
+    Path("run.yaml").write_text("# mine\nlayers_to_skip: 2\nmethod: remove\n")
+    result, path = run("run.yaml", save_path="out", prompt=None, **text)
+    assert (path / "replaceme.yaml").is_file() and result["method"] == "remove"
+    result, again = run(dict(text, prompt=None), layers_to_skip=2, method="remove", save_path="again")
+    pair = evaluate(compare=["out", "again"], eval_dataset="b.txt", eval_size=2, eval_length=32, speed=False, prompt=None)
+    assert pair.names
+    Path("score.yaml").write_text("eval_dataset: b.txt\neval_size: 2\neval_length: 32\n")
+    scores = evaluate(Path("score.yaml"), model_path="out")
+    assert scores["perplexity"]["value"] == pytest.approx(result["perplexity"]["after"]["value"], rel=1e-4)
+    comparison, _ = compare(layers=[2], methods=["remove"], save_path="rows", **text)
+    assert [r["method"] for r in comparison.rows] == ["dense", "remove"]
+    for wrong, said in ((dict(layers_to_skp=2), "layers_to_skip"), (dict(config=3), "YAML file"), (dict(config="none.yaml"), "none.yaml"),
+                        (dict(dataset=[{"text": "x"}]), "rows"), (dict(config="run.yaml", metod="uidl"), "method")):
+        with pytest.raises(ReplaceMeError, match=said):
+            run(**wrong)
+    with pytest.raises(ReplaceMeError, match="model in memory"):
+        evaluate(object())
+
+
+def command(*words, cwd):
+    return subprocess.run([sys.executable, "-c", "from replaceme.doors import main; main()", *words], cwd=cwd, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def test_examples_are_written_and_never_over_what_differs(tmp_path):
+    p = command("examples", cwd=tmp_path)
+    assert p.returncode == 0 and len(p.stdout.splitlines()) == len(EXAMPLES)
+    assert {f.name: f.read_bytes() for f in (tmp_path / "examples").iterdir()} == {f.name: f.read_bytes() for f in EXAMPLES}
+    p = command("examples", cwd=tmp_path)
+    assert p.returncode == 0 and "already" in p.stdout
+    mine = tmp_path / "examples/uidl.yaml"
+    mine.write_text("model_path: mine\n")
+    (tmp_path / "examples/evaluate.yaml").unlink()
+    p = command("examples", cwd=tmp_path)
+    assert (p.returncode, p.stdout, len(p.stderr.splitlines())) == (2, "", 1) and "uidl.yaml" in p.stderr
+    assert mine.read_text() == "model_path: mine\n" and not (tmp_path / "examples/evaluate.yaml").exists()
+    assert command("examples", "elsewhere", cwd=tmp_path).returncode == 0 and (tmp_path / "elsewhere/uidl.yaml").exists()
+
+
+def folder(path): path.mkdir()
+def binary(path): path.write_bytes(b"\xff\xfe\x00")
+def nowhere(path): path.symlink_to("not/there")
+def loop(path): path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize("stands", [folder, binary, nowhere, loop])
+def test_whatever_stands_where_an_example_goes_is_not_ours(tmp_path, stands):
+    (tmp_path / "examples").mkdir()
+    stands(tmp_path / "examples/uidl.yaml")
+    p = command("examples", cwd=tmp_path)
+    assert (p.returncode, p.stdout, len(p.stderr.splitlines())) == (2, "", 1) and "uidl.yaml" in p.stderr
+    assert len(list((tmp_path / "examples").iterdir())) == 1
+
+
+@pytest.mark.parametrize("words", [(), ("exmaples",), ("examples", "a", "b"), ("examples", "file"), ("examples", "file/in"), ("examples", "--force")])
+def test_a_mistake_is_one_line(tmp_path, words):
+    (tmp_path / "file").write_text("")
+    p = command(*words, cwd=tmp_path)
+    assert (p.returncode, p.stdout, len(p.stderr.splitlines())) == (2, "", 1) and p.stderr.startswith("replaceme: error: ")
+
+
+def test_the_wheel_has_the_examples(tmp_path):
+    "Built without a network; unpacked, it writes them"
+    if subprocess.run(["git", "-C", ROOT, "rev-parse"], capture_output=True).returncode:
+        pytest.skip("not a git checkout")
+    made = subprocess.run(["git", "-C", ROOT, "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True).stdout.splitlines()
+    src = tmp_path / "src"
+    for name in made:
+        if (ROOT / name).is_file() and not name.startswith(("nbs/", "tests/", "benchmarks/")):
+            (src / name).parent.mkdir(parents=True, exist_ok=True)
+            (src / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", tmp_path, src], check=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as z:
+        assert [n for n in sorted(z.namelist()) if n.endswith(".yaml")] == [f"replaceme/examples/{f.name}" for f in EXAMPLES]
+        assert b"replaceme = replaceme.doors:main" in z.read(next(n for n in z.namelist() if n.endswith("entry_points.txt")))
+        z.extractall(tmp_path / "lib")
+    python("from replaceme.doors import main; main(['examples'])", cwd=tmp_path, PYTHONPATH=str(tmp_path / "lib"))
+    assert len(list((tmp_path / "examples").iterdir())) == len(EXAMPLES)
+
+
+def test_the_examples_stand_once():
+    "In the package; what lies at the top is a link to them"
+    assert (ROOT / "examples").is_symlink() and (ROOT / "examples").resolve() == ROOT / "replaceme/examples"
