@@ -178,3 +178,18 @@ def test_notebooks_read_one_idea_a_cell():
     print("all:", have, "aimed at:", {k: aim for k, (aim, _) in READS.items()})
     for k, (aim, reached) in READS.items():
         assert have[k] <= reached if k.startswith("too") else have[k] >= reached, (k, have[k], reached)
+
+
+def test_imports_stand_in_cells_of_their_own():
+    "Cells that import are run when the pages are made, and nothing that they need is there by then"
+    mixed = []
+    for path in sorted((ROOT / "nbs").glob("[0-9]*.ipynb")):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            src = "".join(cell["source"])
+            if cell["cell_type"] != "code" or src.startswith("#| export") or "nbdev_export()" in src or "eval: false" in src:
+                continue
+            body = ast.parse(src).body if "%" not in src[:2] else []
+            imports = [s for s in body if isinstance(s, (ast.Import, ast.ImportFrom))]
+            if imports and len(imports) < len(body):
+                mixed.append(f"{path.name} {cell['id']}")
+    assert mixed == []
