@@ -38,12 +38,13 @@ def checked_cut(model, blocks): # -> a model that shares its tensors with `model
     "Remove blocks, or say why the result could not be saved or would compute something else"
     small = cut(model, blocks)
     if lost := differs_when_rebuilt(small):
-        raise ReplaceMeError(f"{type(model).__name__}: without layers {', '.join(map(str, blocks))} its config would rebuild {lost}: this method cannot be used "
+        raise ReplaceMeError(f"{type(model).__name__}: without layers {', '.join(map(str, blocks))} its "
+                             f"config would rebuild {lost}: this method cannot be used "
                              "for this model and number of layers; try another number.")
     check_cut(model, blocks, small)
     return small
 
-# %% ../nbs/16_baselines.ipynb #c01de596
+# %% ../nbs/16_baselines.ipynb #c0c1567d
 def distances(model, batches,
               n, # layers of a block
               metric='angular', # a name in `METRICS`
@@ -54,10 +55,12 @@ def distances(model, batches,
     collect(model, batches, [], {}, profile, desc='distances')
     return {b: profile.mean[b.start, b.end].item() for b in blocks}
 
+# %% ../nbs/16_baselines.ipynb #36fe2ebc
 def nearest_block(distances)->Block: # of `{Block: distance}`
     "The block with the smallest distance"
     return best_blocks(list(distances), list(distances.values()))[0][1]
 
+# %% ../nbs/16_baselines.ipynb #c01de596
 @dataclass
 class OneBlock(Removed):
     "One block, and the distances it was chosen by"
@@ -71,13 +74,16 @@ class OneBlock(Removed):
         row = [self.distances.get(b, math.nan) for b in candidates(len(layers_of(model)), len(near))]
         at = 'last' if self.metric=='angular' and not sees(model) else 'all'
         return Distances(self.metric, at, self.distances[near], {str(len(near)): row},
-                         block=list(near) if [near]!=self.blocks else None) # a trained layer stands for one more
+                         # a trained layer stands for one more
+                         block=list(near) if [near]!=self.blocks else None)
 
     def plot(self, ax=None):
         "Distance of every candidate, the nearest marked"
-        if not self.distances: raise ReplaceMeError("nothing was measured: these layers were not chosen by a distance.")
+        if not self.distances:
+            raise ReplaceMeError("nothing was measured: these layers were not chosen by a distance.")
         D, b = {b.start: d for b,d in self.distances.items()}, nearest_block(self.distances)
-        return plot_profile([D.get(s, math.nan) for s in range(1, max(D)+1)], len(b), tuple(b), self.metric, ax)
+        return plot_profile([D.get(s, math.nan) for s in range(1, max(D)+1)], len(b), tuple(b), self.metric,
+                            ax)
 
 # %% ../nbs/16_baselines.ipynb #fec812c6
 def uidl(model, batches,
@@ -88,17 +94,21 @@ def uidl(model, batches,
     check_model(model)
     L = len(layers_of(model))
     candidates(L, n) # says what is wrong with the number
-    if simple and n>L-2: raise ReplaceMeError(f"n is {n}, but the model has {L} layers, of which the first and the last stay: use at most {L-2}.")
+    if simple and n>L-2:
+        raise ReplaceMeError(f"n is {n}, but the model has {L} layers, of which the first and the last stay: "
+                             f"use at most {L-2}.")
     D = {} if simple else distances(model, batches, n)
     block = Block(L-1-n, L-1) if simple else nearest_block(D)
-    return checked_cut(model, [block]), OneBlock([*range(*block)], 0 if simple else n_tokens(batches), D, 'angular')
+    return checked_cut(model, [block]), OneBlock([*range(*block)], 0 if simple else n_tokens(batches), D,
+                                                 'angular')
 
 # %% ../nbs/16_baselines.ipynb #b56ed87e
 @torch.no_grad()
 def influences(model, batches)->Tensor: # `(L,)`, float64
     "How much each layer turns its input, the mean over all tokens (ShortGPT, arXiv 2403.03853, eq. 1)"
     cos, n = torch.zeros(len(layers_of(model)), dtype=torch.float64), 0
-    with judging(model), tqdm(total=n_tokens(batches), desc='influence', unit=' tokens', unit_scale=True) as bar:
+    with judging(model), tqdm(total=n_tokens(batches), desc='influence', unit=' tokens',
+                              unit_scale=True) as bar:
         for batch in batches:
             mask, x = batch['attention_mask'], None
             def hidden(l, y):
@@ -126,10 +136,14 @@ class Influences(Removed):
         "Influence of every layer; those that went are dark"
         return plot_influence(self.influence, self.blocks, ax)
 
+# %% ../nbs/16_baselines.ipynb #4fb93803
 def lowest(BI, # one number for each layer
-           n)->tuple: # (the `n` layers with the lowest influence that may go, those among the lowest that may not)
+           # (the `n` layers with the lowest influence that may go, those among the lowest that may not)
+           n)->tuple:
     "The layers that ShortGPT removes; layer 0 stays"
-    if not all(map(math.isfinite, BI)): raise ReplaceMeError(f"The influence of layer {[math.isfinite(b) for b in BI].index(False)} is not finite: load the model with another dtype.")
+    if not all(map(math.isfinite, BI)):
+        raise ReplaceMeError(f"The influence of layer {[math.isfinite(b) for b in BI].index(False)} is not "
+                             "finite: load the model with another dtype.")
     order = sorted(range(len(BI)), key=lambda l: BI[l])
     gone = [l for l in order if l>0][:n]
     return sorted(gone), [0] if order.index(0)<n else []
@@ -143,8 +157,10 @@ def shortgpt(model, batches,
     candidates(len(layers_of(model)), n) # says what is wrong with the number
     BI = influences(model, batches).tolist()
     gone, passed = lowest(BI, n)
-    if passed: warnings.warn(f"layer 0 is among the {n} with the lowest influence ({BI[0]:.4f}), but the first layer stays: the next lowest goes in its place.",
-                             ReplaceMeWarning, stacklevel=2)
+    if passed:
+        warnings.warn(f"layer 0 is among the {n} with the lowest influence ({BI[0]:.4f}), but the first "
+                      "layer stays: the next lowest goes in its place.",
+                      ReplaceMeWarning, stacklevel=2)
     res = Influences(gone, n_tokens(batches), BI, passed)
     return checked_cut(model, res.blocks), res
 
@@ -157,7 +173,7 @@ def collapsed(first:Tensor, # `theta_l`
     new = theta + sum(_precise(o).to(theta.device)-theta for o in others)
     return new.to(first)
 
-# %% ../nbs/16_baselines.ipynb #0bd57a8d
+# %% ../nbs/16_baselines.ipynb #30728aa9
 def _weights(layer): return {n: tuple(p.shape) for n,p in layer.named_parameters()}
 
 def matching(model, l, m)->bool:
@@ -165,12 +181,15 @@ def matching(model, l, m)->bool:
     ls = layers_of(model)
     return all(_weights(ls[l+k])==_weights(ls[l]) for k in range(1, m+1))
 
+# %% ../nbs/16_baselines.ipynb #1bae37c3
 def check_plain(model):
     "Raise unless the weights of the layers are plain floating point numbers"
     for n,p in layers_of(model).named_parameters():
         if not p.is_floating_point() or p.element_size()<2 or hasattr(p, 'quant_state'):
-            raise ReplaceMeError(f"The weight {n} of the layers is quantised, so no differences can be added to it: load the model in its original precision.")
+            raise ReplaceMeError(f"The weight {n} of the layers is quantised, so no differences can be added "
+                                 "to it: load the model in its original precision.")
 
+# %% ../nbs/16_baselines.ipynb #0bd57a8d
 def collapse(model,
              l, # layer that stays
              m, # how many of the layers behind it collapse into it
@@ -188,8 +207,10 @@ def collapse(model,
 def states_cosine(X, Y, # what two models make of each batch, `(B,S,d)`, as from `last_states`
                   batches)->float:
     "Cosine between all states of a text, the mean over texts"
-    texts = [(x[m], y[m]) for xs,ys,b in zip(X, Y, batches) for x,y,m in zip(xs, ys, b['attention_mask'].bool())]
-    return sum(torch.cosine_similarity(x.flatten().double(), y.flatten().double(), dim=0).item() for x,y in texts)/len(texts)
+    texts = [(x[m], y[m]) for xs,ys,b in zip(X, Y, batches)
+             for x,y,m in zip(xs, ys, b['attention_mask'].bool())]
+    return sum(torch.cosine_similarity(x.flatten().double(), y.flatten().double(), dim=0).item()
+               for x,y in texts)/len(texts)
 
 # %% ../nbs/16_baselines.ipynb #7f4c8c05
 @dataclass
@@ -203,13 +224,14 @@ class Merges(Removed):
         ax = styled_axes(ax, (6.4,3), 'layer that takes others', 'cosine of the last states')
         for yes in (True, False):
             at = [(i, t['cosine']) for i,t in enumerate(self.tries) if t['accepted']==yes]
-            ax.plot(*zip(*at) if at else ([], []), ls='none', marker='o', mec=MARK, mfc=MARK if yes else 'none', label='accepted' if yes else 'refused')
+            ax.plot(*zip(*at) if at else ([], []), ls='none', marker='o', mec=MARK,
+                    mfc=MARK if yes else 'none', label='accepted' if yes else 'refused')
         ax.axhline(self.threshold, color=INK, lw=1, ls='--')
         ax.set_xticks(range(len(self.tries)), [t['layer'] for t in self.tries], fontsize=7, rotation=90)
         styled_legend(ax)
         return ax
 
-# %% ../nbs/16_baselines.ipynb #4f25fb43
+# %% ../nbs/16_baselines.ipynb #4cf5d155
 def _try(model, l, m, refs, batches):
     "A collapse and its cosine"
     new = collapse(model, l, m)
@@ -219,8 +241,11 @@ def _too_few(n, gone, threshold, tries):
     "Raise with what the threshold let go"
     best = max((t['cosine'] for t in tries if not t['accepted']), default=None)
     raise ReplaceMeError(f"LaCo's threshold {threshold:g} lets {gone} of {n} layers go in {len(tries)} tries"
-                         + ("" if best is None else f"; the best collapse that was refused has a cosine of {best:.4f}") + ": lower threshold, ask for fewer layers, or change C.")
+                         + ("" if best is None
+                            else f"; the best collapse that was refused has a cosine of {best:.4f}")
+                         + ": lower threshold, ask for fewer layers, or change C.")
 
+# %% ../nbs/16_baselines.ipynb #4f25fb43
 def _search(model, texts, n, C, I, threshold):
     "LaCo's search: `(model, tries, numbers of the layers that stay)`"
     refs, tries = last_states(model, texts), []
@@ -249,13 +274,16 @@ def laco(model, batches,
     "Collapse layers into others, from deep to shallow (LaCo, arXiv 2402.11187, algorithm 1)"
     check_model(model)
     for k,v,least in (('C', C, 2), ('I', I, 1), ('texts', texts, 1)):
-        if type(v) is not int or v<least: raise ReplaceMeError(f"{k} is {v}: it must be a whole number, at least {least}.")
+        if type(v) is not int or v<least:
+            raise ReplaceMeError(f"{k} is {v}: it must be a whole number, at least {least}.")
     L = len(layers_of(model))
     lasting(model, candidates(L, n)); check_plain(model)
     few = first_texts(batches, texts)
     small, tries, keep = _search(model, few, n, C, I, threshold)
     gone = sorted({*range(L)}-{*keep})
-    if lost := differs_when_rebuilt(small): raise ReplaceMeError(f"{type(model).__name__}: without layers {gone} its config would rebuild {lost}: try another number of layers.")
+    if lost := differs_when_rebuilt(small):
+        raise ReplaceMeError(f"{type(model).__name__}: without layers {gone} its config would rebuild "
+                             f"{lost}: try another number of layers.")
     return small, Merges(gone, n_tokens(few), threshold, tries)
 
 # %% ../nbs/16_baselines.ipynb #69c85bfb
@@ -265,11 +293,13 @@ def _paley(q): # a prime
     "Paley's Hadamard matrix: `(q+1,q+1)` for `q%4==3`, `(2q+2,2q+2)` for `q%4==1`"
     chi = -torch.ones(q, dtype=torch.float64)
     chi[torch.arange(q)**2%q] = 1; chi[0] = 0
-    C, i = torch.ones(q+1, q+1, dtype=torch.float64), torch.arange(q)
-    C[0,0], C[1:,0], C[1:,1:], eye = 0, 1 if q%4==1 else -1, chi[(i[:,None]-i)%q], torch.eye(q+1, dtype=torch.float64)
+    C, eye = [f(q+1).double() for f in (lambda n: torch.ones(n, n), torch.eye)]
+    i = torch.arange(q)
+    C[0,0], C[1:,0], C[1:,1:] = 0, 1 if q%4==1 else -1, chi[(i[:,None]-i)%q]
     if q%4==3: return eye+C
     return torch.kron(C, C.new_tensor([[1,1],[1,-1]])) + torch.kron(eye, C.new_tensor([[1,-1],[-1,-1]]))
 
+# %% ../nbs/16_baselines.ipynb #2f12af2b
 def _known(m):
     "A Hadamard matrix of size `m` that is not made by doubling a smaller one, or None"
     if m==1: return torch.ones(1, 1, dtype=torch.float64)
@@ -288,7 +318,8 @@ def rotation(d)->tuple: # (`(d,d)` orthonormal, float64; was it Hadamard?)
     "The orthonormal Hadamard matrix of a width, or the nearest thing where none is known"
     twos = [2**k for k in range(d.bit_length()) if d%2**k==0]
     for p in reversed(twos):
-        if (H := _known(d//p)) is not None: return torch.kron(torch.tensor(scipy.linalg.hadamard(p)).double(), H)/d**.5, True
+        if (H := _known(d//p)) is not None:
+            return torch.kron(torch.tensor(scipy.linalg.hadamard(p)).double(), H)/d**.5, True
     p = twos[-1]
     return torch.kron(torch.tensor(scipy.linalg.hadamard(p)).double()/p**.5, _dct(d//p)), False
 
@@ -298,7 +329,8 @@ def magnitudes(model, batches, block, H)->tuple: # `(d,)` before and after, floa
     "Mean absolute activation in the basis `H` where a block begins and where it ends"
     sums = {i: torch.zeros(len(H), dtype=torch.float64) for i in block}
     n = 0
-    with judging(model), tqdm(total=n_tokens(batches), desc='magnitudes', unit=' tokens', unit_scale=True) as bar:
+    with judging(model), tqdm(total=n_tokens(batches), desc='magnitudes', unit=' tokens',
+                              unit_scale=True) as bar:
         for batch in batches:
             mask = batch['attention_mask']
             def hidden(i, x):
@@ -308,6 +340,7 @@ def magnitudes(model, batches, block, H)->tuple: # `(d,)` before and after, floa
             n += len(mask); bar.update(n_tokens([batch]))
     return tuple(sums[i]/n_tokens(batches) for i in block)
 
+# %% ../nbs/16_baselines.ipynb #a9f5c8db
 def patch_of(H, # `(d,d)`, orthonormal
              before, after, # `(d,)`, mean absolute activations
             )->tuple: # (`P`, `r`)
@@ -337,26 +370,32 @@ class Patch(OneBlock):
         ax.axvline(1, color=INK, lw=1, ls='--')
         return ax
 
+# %% ../nbs/16_baselines.ipynb #9a7f42de
 def linearpatch(model, batches,
                 n, # layers that go
-                block=None, # which; by default the `n` layers with the smallest cosine distance over all tokens
+                # which; by default the `n` layers with the smallest cosine distance over all tokens
+                block=None,
                )->tuple: # (pruned model, Patch)
     "Remove a block and rescale the state in the Hadamard basis (LinearPatch, arXiv 2505.24680)"
     check_model(model)
-    if block is not None and len(block)!=n: raise ReplaceMeError(f"block {block} has {len(block)} layers, but n is {n}: give the same number in both.")
+    if block is not None and len(block)!=n:
+        raise ReplaceMeError(f"block {block} has {len(block)} layers, but n is {n}: give the same number in "
+                             "both.")
     D = distances(model, batches, n, 'cosine', 'all') if block is None else {}
     block = block or nearest_block(D)
     small, (H, true) = checked_cut(model, [block]), rotation(width(model))
     P, r = patch_of(H, *magnitudes(model, batches, block, H))
-    return with_linear(small, block.start-1, P), Patch([*range(*block)], n_tokens(batches), D, 'cosine', r, true)
+    return with_linear(small, block.start-1, P), Patch([*range(*block)], n_tokens(batches), D, 'cosine', r,
+                                                       true)
 
-# %% ../nbs/16_baselines.ipynb #5c30c113
+# %% ../nbs/16_baselines.ipynb #84974317
 @dataclass
 class UIDLKeys:
     "Of method uidl"
     simple:bool = key(False, "of method uidl: the deepest layers_to_skip layers but the last one go, and "
         "nothing is measured")
 
+# %% ../nbs/16_baselines.ipynb #5c30c113
 class UIDL(Method):
     name, title, paper, keys = 'uidl', 'UIDL', '2403.17887', (UIDLKeys,)
     chose, instead = 'across which the last token of a text turns least', 'Nothing stands in their place.'
@@ -376,11 +415,12 @@ class ShortGPT(Method):
     def remove(self, model, batches, job): return shortgpt(model, batches, job.n)
     def chosen(self, said):
         total = '' if said.value is None else f' Their influences add up to {said.value:.4f}.'
-        stays = ' Layer 0 was among the lowest, but the first layer stays.' if said.facts.get('passed') else ''
+        low = said.facts.get('passed')
+        stays = ' Layer 0 was among the lowest, but the first layer stays.' if low else ''
         return (': those that turn the hidden state least, each taken by itself, wherever they are.'
                 f'{total}{stays}')
 
-# %% ../nbs/16_baselines.ipynb #87e2f38f
+# %% ../nbs/16_baselines.ipynb #daecc5ba
 def _below_one(v):
     if v>=1: raise ReplaceMeError(f"threshold is {v}: no cosine exceeds it; use a number below 1.")
 
@@ -388,14 +428,17 @@ def _below_one(v):
 class LaCoKeys:
     "Of method laco"
     C:int|None = key(None, "of method laco: layers that become one (4)", least=2)
-    I:int|None = key(None, "of method laco: how many layers the search moves up after a collapse (2)", least=1)
+    I:int|None = key(None, "of method laco: how many layers the search moves up after a collapse (2)",
+                     least=1)
     threshold:float|None = key(None, "of method laco: what the cosine of the last states must exceed (0.65)",
         least=-1, check=_below_one)
 
+# %% ../nbs/16_baselines.ipynb #87e2f38f
 class LaCo(Method):
     name, title, paper, keys, most_texts = 'laco', 'LaCo', '2402.11187', (LaCoKeys,), 10
     did = 'collapsed into layers before them'
-    instead = ('The differences between their weights and those of the layer that takes them were added to that '
+    instead = ('The differences between their weights and those of the layer that takes them were added to '
+               'that '
                'layer, which keeps its shape.')
 
     def remove(self, model, batches, job): return laco(model, batches, job.n, **job.keys.given())
@@ -403,7 +446,8 @@ class LaCo(Method):
         took = [t for t in said.facts.get('tries') or [] if t.get('accepted')]
         each = and_words(f"{spans(t['takes'])} into {t['layer']} (cosine {t['cosine']:.4f})" for t in took)
         limit = said.facts.get('threshold')
-        kept = '' if limit is None else (" A collapse was kept when the cosine of the last hidden states with the "
+        kept = '' if limit is None else (" A collapse was kept when the cosine of the last hidden states "
+                                         "with the "
                                          f"dense model's exceeded {limit:g}.")
         return (f': {each}.' if each else '.') + kept
 
@@ -421,11 +465,12 @@ class LinearPatch(Method):
     def stood(self, said):
         mixed = 'H a Hadamard matrix mixed with a cosine transform, since none is known for this width'
         basis = mixed if said.facts.get('hadamard') is False else 'H the Hadamard matrix'
-        return (f"Behind layer {said.before} stands a matrix of its own, H diag(r) H' with {basis}, which brings "
-                "each channel of that basis to the mean magnitude it has behind the removed layers. No weight can "
+        return (f"Behind layer {said.before} stands a matrix of its own, H diag(r) H' with {basis}, which "
+                "brings "
+                "each channel of that basis to the mean magnitude it has behind the removed layers. No "
+                "weight can "
                 f"take it{said.cost}, so loading the model takes trust_remote_code=True.")
 
 # %% ../nbs/16_baselines.ipynb #98351540
 for m in (UIDL(), ShortGPT(), LaCo(), LinearPatch()): add_method(m)
-
 BASELINES = dict(uidl=uidl, shortgpt=shortgpt, laco=laco, linearpatch=linearpatch) # as functions

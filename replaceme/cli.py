@@ -204,7 +204,8 @@ def _run(cfg, yaml_text):
 def _only(cfg, method, command):
     "Raise when a config that is for another method comes to a command of one method"
     if cfg.method!=method:
-        raise ReplaceMeError(f"method is {cfg.method!r}: {command} is for method {method}; use run_replaceme.")
+        raise ReplaceMeError(f"method is {cfg.method!r}: {command} is for method {method}; use "
+                             "run_replaceme.")
 
 @command(_ALIASES, defaults=dict(method='uidl'), replaces=True)
 def run_uidl(cfg, yaml_text):

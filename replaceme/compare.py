@@ -46,7 +46,9 @@ def paired(a, b, # (N,) losses of two models on the same pieces, or rights and w
           )->tuple: # (difference, low, high)
     "Mean of `a-b` with its 95% interval by a paired bootstrap"
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if a.shape!=b.shape: raise ReplaceMeError(f"one has {len(a)} pieces, the other {len(b)}: only what was measured on the same pieces is a pair.")
+    if a.shape!=b.shape:
+        raise ReplaceMeError(f"one has {len(a)} pieces, the other {len(b)}: only what was measured on the "
+                             "same pieces is a pair.")
     if len(a)<2: raise ReplaceMeError(f"{len(a)} piece has no spread: give two or more (eval_size).")
     low, high = np.quantile(drawn_means((a-b)[:,None], np.random.default_rng(seed)), [.025, .975])
     return float((a-b).mean()), float(low), float(high)
@@ -55,28 +57,37 @@ def paired(a, b, # (N,) losses of two models on the same pieces, or rights and w
 _READ = [f for f in fields(Config) if 'compare' in f.metadata['by']] # what the rows have in common
 SHARED = tuple(f.name for f in _READ if f.name not in ('save_path', 'seed'))
 _DATA = tuple(f.name for f in _READ if 'prune' in f.metadata['by'] and f.name!='seed')
-
 _QUANTISED = "the dense model is scored and cut as it is loaded; set dtype to load it smaller"
-_NEVER = dict(layers_to_skip="list the numbers of layers in `layers`", seed="list the seeds in `seeds`", use_4bit=_QUANTISED, use_8bit=_QUANTISED,
-              blocks="a comparison removes the numbers in `layers`, and each method says where", num_A="it removes num_A times as many layers; max_blocks does not",
-              save_transform_only="a comparison saves numbers and no model", prompt="a comparison asks no prompt",
-              activations_save_path="each row keeps its activations to itself", distances_path="each row pays for its own profile",
+_NEVER = dict(layers_to_skip="list the numbers of layers in `layers`", seed="list the seeds in `seeds`",
+              use_4bit=_QUANTISED, use_8bit=_QUANTISED,
+              blocks="a comparison removes the numbers in `layers`, and each method says where",
+              num_A="it removes num_A times as many layers; max_blocks does not",
+              save_transform_only="a comparison saves numbers and no model",
+              prompt="a comparison asks no prompt",
+              activations_save_path="each row keeps its activations to itself",
+              distances_path="each row pays for its own profile",
               train_path="a training that goes on where another start left it would not be timed whole",
               **dict.fromkeys(('push_to_hub', 'private'), "a comparison saves no model"))
 
+# %% ../nbs/23_compare.ipynb #fe805a59
 def entry(e)->tuple: # (name, {key of Config: value})
     "One of `methods`: the name of a method, or a mapping of a method's options"
     if isinstance(e, str): return e, dict(method=e)
-    if not isinstance(e, dict): raise ReplaceMeError(f"methods: {e!r} is no method: give a name such as lstsq, or a mapping such as {{name: mine, method: auto, merge: false}}.")
-    if not isinstance(e.get('method'), str): raise ReplaceMeError(f"methods: the entry {e} does not say which method: add method: NAME.")
+    if not isinstance(e, dict):
+        raise ReplaceMeError(f"methods: {e!r} is no method: give a name such as lstsq, or a mapping such as "
+                             f"{{name: mine, method: auto, merge: false}}.")
+    if not isinstance(e.get('method'), str):
+        raise ReplaceMeError(f"methods: the entry {e} does not say which method: add method: NAME.")
     keys = {k: v for k,v in e.items() if k!='name'}
     name = str(e.get('name') or keys['method'])
     for k in keys:
-        if k in SHARED or k=='save_path': raise ReplaceMeError(f"methods: {name}: {k} must be the same for all methods, or they could not be compared: write it at the top.")
+        if k in SHARED or k=='save_path':
+            raise ReplaceMeError(f"methods: {name}: {k} must be the same for all methods, or they could not "
+                                 "be compared: write it at the top.")
         if k in _NEVER: raise ReplaceMeError(f"methods: {name}: {k} is not for an entry: {_NEVER[k]}.")
     return name, keys
 
-# %% ../nbs/23_compare.ipynb #c5819978
+# %% ../nbs/23_compare.ipynb #9a21aaec
 def _layers(n): return f'{n} layer' + 's'*(n>1)
 
 @dataclass
@@ -88,22 +99,29 @@ class Plan:
     seed:int
     def __str__(self): return f'{self.name}, {_layers(self.n)}' + (f', seed {self.seed}' if self.seed else '')
 
+# %% ../nbs/23_compare.ipynb #ddb78a2b
 def row_config(cfg, plan)->Config:
     "The config of one row, checked"
     keys = dict({k: getattr(cfg, k) for k in SHARED}, **plan.keys, layers_to_skip=plan.n, seed=plan.seed)
     try: return settled(Config, keys, SHARED)[0] # what is shared may mean nothing to one method
-    except ReplaceMeError as e: raise ReplaceMeError(f"methods: {plan.name} with {_layers(plan.n)}: {e}", page=e.page) from None
+    except ReplaceMeError as e:
+        raise ReplaceMeError(f"methods: {plan.name} with {_layers(plan.n)}: {e}", page=e.page) from None
 
+# %% ../nbs/23_compare.ipynb #bf7bebbf
 def plans(cfg)->list: # of `Plan`, in the order of seeds, numbers of layers, methods
     "The rows of a comparison"
     named = [entry(e) for e in cfg.methods]
     return [Plan(name, keys, n, seed) for seed in cfg.seeds for n in cfg.layers for name,keys in named]
 
+# %% ../nbs/23_compare.ipynb #c5819978
 def _distinct(name, values, least):
     "A list of whole numbers, none twice"
-    if not values: raise ReplaceMeError(f"{name} is missing: give a list, such as {name}: [{', '.join(str(least+i) for i in range(2))}].")
+    if not values:
+        raise ReplaceMeError(f"{name} is missing: give a list, such as {name}: "
+                             f"[{', '.join(str(least+i) for i in range(2))}].")
     for v in values:
-        if type(v) is not int or v<least: raise ReplaceMeError(f"{name} holds {v!r}: it is a list of whole numbers, each at least {least}.")
+        if type(v) is not int or v<least:
+            raise ReplaceMeError(f"{name} holds {v!r}: it is a list of whole numbers, each at least {least}.")
         if values.count(v)>1: raise ReplaceMeError(f"{name} holds {v} twice: keep one.")
 
 # %% ../nbs/23_compare.ipynb #8b8e091b
@@ -114,19 +132,22 @@ class CompareConfig(Config):
     methods:list|None = key(None, "what is compared: names of methods, or mappings such as {name: auto "
         "unmerged, method: auto, merge: false}", 'compare')
     layers:list|None = key(None, "numbers of layers to remove, such as [3, 6]", 'compare')
-    seeds:list|None = key(None, "seeds, [0] by default; each makes the whole set of rows once more", 'compare')
+    seeds:list|None = key(None, "seeds, [0] by default; each makes the whole set of rows anew", 'compare')
     seed:int = key(0, "not here: list the seeds in `seeds`", '')
     door, command = 'compare', 'compare_methods'
 
     def __post_init__(self):
         if self.seeds is None: self.seeds = [0]
-        if not self.methods: raise ReplaceMeError("methods is missing: give a list, such as methods: [lstsq, auto].")
-        _distinct('layers', self.layers, 1)
-        _distinct('seeds', self.seeds, 0)
+        if not self.methods:
+            raise ReplaceMeError("methods is missing: give a list, such as methods: [lstsq, auto].")
+        for k,least in (('layers', 1), ('seeds', 0)): _distinct(k, getattr(self, k), least)
         names = [entry(e)[0] for e in self.methods]
         twice = next((n for n in names if names.count(n)>1 or n=='dense'), None)
-        if twice: raise ReplaceMeError(f"methods: the name {twice!r} is taken: give the entry another (name: ...).")
-        if self.eval_dataset is None: raise ReplaceMeError("eval_dataset is null, but methods are compared by their loss on a text: name one.")
+        if twice: raise ReplaceMeError(f"methods: the name {twice!r} is taken: give the entry another "
+                                       "(name: ...).")
+        if self.eval_dataset is None:
+            raise ReplaceMeError("eval_dataset is null, but methods are compared by their loss on a text: "
+                                 "name one.")
         for p in plans(self): row_config(self, p)
 
     @classmethod
@@ -135,47 +156,59 @@ class CompareConfig(Config):
         else: why = _NEVER.get(name, "it is an option of a method: write it in the entries it is for")
         return f"{name} is not for the top of a comparison: {why}."
 
-# %% ../nbs/23_compare.ipynb #91b121d5
+# %% ../nbs/23_compare.ipynb #cf2842f4
 def text_losses(model, ids, # (pieces, length)
                 desc='perplexity')->list: # nats per token, one number for each piece
     "The loss of a model on each piece of the evaluation text"
-    with judging(model): losses = [piece_losses(model, p[None])[0] for p in tqdm(ids, desc=desc, unit='piece', leave=False)]
+    with judging(model):
+        losses = [piece_losses(model, p[None])[0] for p in tqdm(ids, desc=desc, unit='piece', leave=False)]
     _check_finite(losses)
     return losses
 
+# %% ../nbs/23_compare.ipynb #c0f6f405
 def rights(answers)->dict: # {task: {metric: [0 or 1 for each question]}}
     "Right and wrong, question by question, from what `task_samples` returns"
-    return {t: {m: [int(qs[i].right[m]) for i in sorted(qs)] for m in ('acc', 'acc_norm') if m in next(iter(qs.values())).right}
+    return {t: {m: [int(qs[i].right[m]) for i in sorted(qs)] for m in ('acc', 'acc_norm')
+                if m in next(iter(qs.values())).right}
             for t,qs in answers.items()}
 
+# %% ../nbs/23_compare.ipynb #91b121d5
 def stabilities(dense, answers)->dict: # {task: {'stability', 'literal', 'unweighted'}}
-    "The stability of each task: weights from the spread of the losses, and the literal formula, from the spread of the perplexities"
+    "The stability of each task: weights from the spread of losses, and literally, of perplexities"
     if not dense: return {}
     loss, literal = task_stability(dense, answers, 'loss'), task_stability(dense, answers)
-    return {t: dict(stability=s['stability'], literal=literal[t]['stability'], unweighted=s['unweighted']) for t,s in loss.items()}
+    return {t: dict(stability=s['stability'], literal=literal[t]['stability'], unweighted=s['unweighted'])
+            for t,s in loss.items()}
 
 # %% ../nbs/23_compare.ipynb #796473ea
 def costs(result)->dict:
     "What the pruning took out and what it cost"
-    return dict(blocks=result['blocks'], parameters=result['parameters']['after'], trained_tokens=(result.get('training') or {}).get('tokens', 0),
-                seconds=sum(v for k,v in result['seconds'].items() if k!='texts'), peak_memory=max(0, result['peak_memory']-result['loaded_memory']))
+    return dict(blocks=result['blocks'], parameters=result['parameters']['after'],
+                trained_tokens=(result.get('training') or {}).get('tokens', 0),
+                seconds=sum(v for k,v in result['seconds'].items() if k!='texts'),
+                peak_memory=max(0, result['peak_memory']-result['loaded_memory']))
 
-# %% ../nbs/23_compare.ipynb #b1ccfadc
+# %% ../nbs/23_compare.ipynb #8c0b866f
 def tasks_digest(cfg)->str|None:
     "A hash of the questions that are asked, and the check that all are multiple choice"
     if cfg.tasks is None: return None
     loaded = load_tasks(cfg.tasks)
     _check_choices(loaded)
-    words = lambda t: {k: v for k,v in t.dump_config().items() if isinstance(v, (str, int, float, list)) and 'path' not in k}
-    asked = [[name, words(t), [dict(d) for d in t.eval_docs][:cfg.limit]] for name,t in sorted(loaded['tasks'].items())]
+    words = lambda t: {k: v for k,v in t.dump_config().items() if isinstance(v, (str, int, float, list))
+                       and 'path' not in k}
+    asked = [[name, words(t), [dict(d) for d in t.eval_docs][:cfg.limit]]
+             for name,t in sorted(loaded['tasks'].items())]
     return digest_of([asked, cfg.chat] if cfg.chat else asked)
 
+# %% ../nbs/23_compare.ipynb #b1ccfadc
 def _named(cfg): return cfg.dataset if isinstance(cfg.dataset, list) else [cfg.dataset]
 
 def _part(cfg, d): # -> the config of one part of a mixture, alone, with all the texts that may come from it
     sizes = [s for s in (cfg.dataset_size, training_size(cfg) if cfg.trains else None) if s]
-    table = {} if kind_of(d)=='table' else dict.fromkeys(('dataset_column', 'dataset_subset', 'dataset_split'))
-    return dataclasses.replace(cfg, dataset=d, dataset_shares=None, dataset_size=max(sizes, default=1), **table)
+    table = {} if kind_of(d)=='table' else dict.fromkeys(('dataset_column', 'dataset_subset',
+                                                          'dataset_split'))
+    return dataclasses.replace(cfg, dataset=d, dataset_shares=None, dataset_size=max(sizes, default=1),
+                               **table)
 
 def _read(model, tokenizer, cfg): # -> batches, without those that the model writes
     "What a row is calibrated and trained on, as far as it can be read without the model"
@@ -187,10 +220,12 @@ def _read(model, tokenizer, cfg): # -> batches, without those that the model wri
     try: return [*bs, *(b for part in training_batches(model, tokenizer, cfg) for b in part)]
     except ReplaceMeError: return bs # the row itself will say so
 
+# %% ../nbs/23_compare.ipynb #15bb9d7d
 def data_digest(model, tokenizer, cfg)->str:
-    "A hash of the tokens of calibration and training; those that the model writes follow from the rest of the key"
+    "A hash of the tokens of calibration and training, but for those that the model writes"
     return digest_of([text_digests(_read(model, tokenizer, cfg)), RECIPE])
 
+# %% ../nbs/23_compare.ipynb #36ca8df0
 _PATHS = ('model_path', 'save_path', 'token', 'device_map', 'push_to_hub', 'private')
 
 def plain_config(cfg)->dict:
@@ -203,9 +238,11 @@ _ROW = re.compile(r'\.?[0-9a-f]{16}\.json(\.partial-[\w-]+|\.lock)?')
 def check_place(path):
     "Refuse, before any work is done, a folder that is somebody else's"
     path = real_path(path, 'save_path')
-    if (path/'replaceme.json').exists(): raise ReplaceMeError(f"save_path {path} holds a pruned model: choose another folder.")
+    if (path/'replaceme.json').exists():
+        raise ReplaceMeError(f"save_path {path} holds a pruned model: choose another folder.")
     rows = path/'rows'
-    ours = (path/'comparison.json').is_file() or rows.is_dir() and all(_ROW.fullmatch(f.name) for f in rows.iterdir())
+    ours = (path/'comparison.json').is_file() or rows.is_dir() and all(_ROW.fullmatch(f.name)
+                                                                       for f in rows.iterdir())
     if not ours: check_output(path)
     else: prove_writable(rows, 'save_path')
 
@@ -216,7 +253,8 @@ def eval_pieces(model, tokenizer, cfg)->torch.Tensor: # (pieces, length)
     check_length(model, ids.shape[1])
     check_ids(model, ids)
     if len(ids)<2: raise ReplaceMeError(
-        f"eval_dataset {cfg.eval_dataset} gives one piece of {ids.shape[1]} tokens, and an interval needs two: "
+        f"eval_dataset {cfg.eval_dataset} gives one piece of {ids.shape[1]} tokens, and an interval needs "
+        "two: "
         "raise eval_size or lower eval_length.")
     return ids
 
@@ -227,7 +265,8 @@ class Bench:
         self.model, self.tokenizer, self.cfg, self.rows_at = model, tokenizer, cfg, Path(path)/'rows'
         self.ids, self.data = eval_pieces(model, tokenizer, cfg), {}
         self.versions = {k: v for k,v in versions().items() if k in ('replaceme', 'torch', 'transformers')}
-        self.facts = dict(model=identity(model, tokenizer), text=digest_of(self.ids.tolist()), tasks=tasks_digest(cfg),
+        self.facts = dict(model=identity(model, tokenizer), text=digest_of(self.ids.tolist()),
+                          tasks=tasks_digest(cfg),
                           versions=self.versions, device=input_device(model).type)
 
     def path(self, plan=None)->Path: return kept_path(self.rows_at, 'row', self.asked(plan))
@@ -237,7 +276,8 @@ class Bench:
 @patch
 def asked(self:Bench, plan=None)->list: # None is the dense model
     "All that a row depends on"
-    if plan is None: return [self.facts, 'dense', no_path([self.cfg.tasks, self.cfg.limit]), self.cfg.batch_size]
+    if plan is None:
+        return [self.facts, 'dense', no_path([self.cfg.tasks, self.cfg.limit]), self.cfg.batch_size]
     cfg = row_config(self.cfg, plan)
     at = str([*(getattr(cfg, k) for k in _DATA), plan.seed, cfg.trains and training_size(cfg)])
     if at not in self.data: self.data[at] = data_digest(self.model, self.tokenizer, cfg)
@@ -259,21 +299,27 @@ def keep(self:Bench, row, plan=None):
     spared(f"the file of {plan or 'the dense model'}", write_kept, path, 'row', self.asked(plan), row)
     return row
 
-# %% ../nbs/23_compare.ipynb #d1bdad89
+# %% ../nbs/23_compare.ipynb #1a16aaec
 @patch
 def answers(self:Bench, model)->dict:
     "How a model answers the questions, if there are any"
     if self.cfg.tasks is None: return {}
-    return task_samples(model, self.tokenizer, self.cfg.tasks, self.cfg.limit, None, self.cfg.batch_size, self.cfg.chat)
+    return task_samples(model, self.tokenizer, self.cfg.tasks, self.cfg.limit, None, self.cfg.batch_size,
+                        self.cfg.chat)
 
+# %% ../nbs/23_compare.ipynb #d1bdad89
 @patch
 def dense_row(self:Bench)->dict:
     "The row of the dense model, made"
     said = self.answers(self.model)
-    return self.keep(dict(method='dense', n=0, seed=None, blocks=[], parameters=n_parameters(self.model), trained_tokens=0,
-                          seconds=None, peak_memory=None, losses=text_losses(self.model, self.ids), right=rights(said),
-                          stability={}, answers={t: {i: dataclasses.asdict(a) for i,a in qs.items()} for t,qs in said.items()}))
+    return self.keep(dict(method='dense', n=0, seed=None, blocks=[], parameters=n_parameters(self.model),
+                          trained_tokens=0,
+                          seconds=None, peak_memory=None, losses=text_losses(self.model, self.ids),
+                          right=rights(said),
+                          stability={}, answers={t: {i: dataclasses.asdict(a) for i,a in qs.items()}
+                                                 for t,qs in said.items()}))
 
+# %% ../nbs/23_compare.ipynb #e44954a9
 @patch
 def dense(self:Bench)->dict:
     "The row of the dense model, found or made"
@@ -300,7 +346,7 @@ _MMAP_THRESHOLD = -3 # in malloc.h
 
 @contextmanager
 def heap_given_back():
-    "Inside, no block of a megabyte or more leaves a new hole in the heap when it is freed (nothing changes without glibc)"
+    "Inside, no large block leaves a new hole in the heap when it is freed (nothing without glibc)"
     lib = _glibc()
     if lib: lib.mallopt(_MMAP_THRESHOLD, 2**20)
     try: yield
@@ -324,7 +370,8 @@ def measured(self:Bench, plan, row)->dict:
     small, result = prune(self.model, self.tokenizer, plan.n, seed=plan.seed, **data, **plan.keys)
     row.update(costs(result))
     said = self.answers(small)
-    return dict(losses=text_losses(small, self.ids), right=rights(said), stability=stabilities(self.said, said))
+    return dict(losses=text_losses(small, self.ids), right=rights(said),
+                stability=stabilities(self.said, said))
 
 # %% ../nbs/23_compare.ipynb #6d1c0b03
 @patch
@@ -333,7 +380,8 @@ def check_untouched(self:Bench, plan):
     loss = text_losses(self.model, self.ids[:1])[0]
     if not math.isclose(loss, self.loss0, rel_tol=1e-3):
         raise ReplaceMeError(f"{plan}: the dense model's loss on the first piece was {self.loss0:.4f} and is "
-                             f"{loss:.4f} now: the method changed it. The row was not kept; please report it.")
+                             f"{loss:.4f} now: the method changed it. The row was not kept; please "
+                             "report it.")
 
 # %% ../nbs/23_compare.ipynb #6d1c0b05
 @patch
@@ -368,23 +416,27 @@ class Line:
     @property
     def trained(self): return any(r['trained_tokens'] for r in self.rows)
     @property
-    def blocks(self): return ' / '.join(dict.fromkeys(' '.join(f'[{s},{e})' for s,e in r['blocks']) for r in self.rows))
+    def blocks(self):
+        return ' / '.join(dict.fromkeys(' '.join(f'[{s},{e})' for s,e in r['blocks']) for r in self.rows))
 
+# %% ../nbs/23_compare.ipynb #9f99430b
 def ppl(loss): return math.exp(min(loss, 700))
 
+# %% ../nbs/23_compare.ipynb #e30cbf2e
 def lines(rows)->list: # of `Line`, by number of layers; methods in their order
     "The rows of a comparison, seeds put together; the dense model is not among them"
     pairs = sorted(dict.fromkeys((r['n'], r['method']) for r in rows if r['n']), key=lambda p: p[0])
     of = lambda n, name, bad: [r for r in rows if (r['n'], r['method'])==(n, name) and ('error' in r)==bad]
     return [Line(name, n, of(n, name, False), of(n, name, True)) for n,name in pairs]
 
-# %% ../nbs/23_compare.ipynb #f768f26f
+# %% ../nbs/23_compare.ipynb #a10ffad3
 def difference(a, b)->tuple: # (nats, low, high)
     "How much more line `a` loses than line `b` on the same pieces, over the seeds both have"
     both = {r['seed'] for r in a.rows} & {r['seed'] for r in b.rows}
     of = lambda l: np.mean([r['losses'] for r in l.rows if r['seed'] in both], 0)
     return paired(of(a), of(b)) if both else (math.nan,)*3
 
+# %% ../nbs/23_compare.ipynb #f768f26f
 def ahead(rows)->list: # of dicts: `n`, `trained`, `best`, `loss`, `against`
     "For each number of layers the best line, and by how much it is ahead of each other one of its kind"
     ok, out = [l for l in lines(rows) if l.rows], []
@@ -393,25 +445,30 @@ def ahead(rows)->list: # of dicts: `n`, `trained`, `best`, `loss`, `against`
             group = sorted((l for l in ok if (l.n, l.trained)==(n, trained)), key=lambda l: l.loss)
             if not group: continue
             found = [(l.name, *difference(l, group[0])) for l in group[1:]]
-            against = [dict(zip(('method', 'nats', 'low', 'high'), f)) for f in found if f[1]==f[1]] # those with a seed in common
+            # those with a seed in common
+            against = [dict(zip(('method', 'nats', 'low', 'high'), f)) for f in found if f[1]==f[1]]
             out.append(dict(n=n, trained=trained, best=group[0].name, loss=group[0].loss, against=against))
     return out
 
+# %% ../nbs/23_compare.ipynb #136f230e
 def _percent(x): return f'{100*math.expm1(min(x, 700)):.1f}%'
 
 def ahead_text(rows)->str:
     "The same in words, a list in Markdown"
     out = []
     for g in ahead(rows):
-        out.append(f"- {_layers(g['n'])}, {'trained' if g['trained'] else 'training-free'}: **{g['best']}**, {g['loss']:.4f} nats" + ('.' if g['against'] else ', alone.'))
+        out.append(f"- {_layers(g['n'])}, {'trained' if g['trained'] else 'training-free'}: **{g['best']}**, "
+                   f"{g['loss']:.4f} nats" + ('.' if g['against'] else ', alone.'))
         for a in g['against']:
             sure = '' if a['low']>0 else '; the interval holds zero, so the two are not told apart'
-            out.append(f"    - ahead of {a['method']} by {a['nats']:.4f} nats [{a['low']:.4f}, {a['high']:.4f}], {_percent(a['nats'])} of perplexity [{_percent(a['low'])}, {_percent(a['high'])}]{sure}.")
+            out.append(f"    - ahead of {a['method']} by {a['nats']:.4f} nats [{a['low']:.4f}, "
+                       f"{a['high']:.4f}], {_percent(a['nats'])} of perplexity [{_percent(a['low'])}, "
+                       f"{_percent(a['high'])}]{sure}.")
     return '\n'.join(out)
 
 # %% ../nbs/23_compare.ipynb #e9f90cea
 def with_differences(rows)->list:
-    "The rows, each with its loss, its distance from the dense model and from the best of its number of layers and seed, and the intervals"
+    "The rows, each with its loss, its distance from the dense model and from the best row, and intervals"
     dense, out = rows[0], []
     for r in rows:
         if 'error' in r: out.append(r); continue
@@ -419,17 +476,20 @@ def with_differences(rows)->list:
         best = min(peers, key=lambda x: np.mean(x['losses']))
         loss, low, high = paired(r['losses'], np.zeros(len(r['losses'])))
         gap = paired(r['losses'], best['losses'])
-        out.append({**r, 'loss': [loss, low, high], 'perplexity': [ppl(loss), ppl(low), ppl(high)], 'above_dense': [*paired(r['losses'], dense['losses'])],
+        out.append({**r, 'loss': [loss, low, high], 'perplexity': [ppl(loss), ppl(low), ppl(high)],
+                    'above_dense': [*paired(r['losses'], dense['losses'])],
                     'ratio_to_dense': [ppl(x) for x in paired(r['losses'], dense['losses'])],
-                    'to_best': dict(method=best['method'], nats=list(gap), differs=gap[1]>0 or gap[2]<0), 'tasks': task_differences(r, best)})
+                    'to_best': dict(method=best['method'], nats=list(gap), differs=gap[1]>0 or gap[2]<0),
+                    'tasks': task_differences(r, best)})
     return out
 
+# %% ../nbs/23_compare.ipynb #3a3af899
 def task_differences(r, best)->dict: # {task: {metric: {'value', 'to_best'}}}
     "The accuracy on each task with its interval, and what it is above or below the best row's"
     one = lambda v, w: dict(value=list(paired(v, np.zeros(len(v)))), to_best=list(paired(v, w)))
     return {t: {m: one(v, best['right'][t][m]) for m,v in ms.items()} for t,ms in r['right'].items()}
 
-# %% ../nbs/23_compare.ipynb #0eec78f3
+# %% ../nbs/23_compare.ipynb #8dd73d82
 @dataclass
 class Comparison:
     "All rows of a comparison, the dense model first, and what they have in common"
@@ -445,6 +505,7 @@ class Comparison:
     @property
     def failed(self): return [r for r in self.rows if 'error' in r]
 
+# %% ../nbs/23_compare.ipynb #f41e051e
 def _between(v, fmt='.2f'):
     "A value and its interval"
     return '-' if v is None or math.isnan(v[0]) else f'{v[0]:{fmt}} [{v[1]:{fmt}}, {v[2]:{fmt}}]'
@@ -455,42 +516,56 @@ def _over_tasks(line, get):
     vals = [v for v in vals if v is not None]
     return f'{np.mean(vals):.3f}' if vals else '-'
 
+# %% ../nbs/23_compare.ipynb #0eec78f3
 def _stable(x): return x['stability']
 def _acc(x): return np.mean(x['acc']) if 'acc' in x else None
 
 def _columns(tasks, seeds)->dict: # {header: function of (Line, dense Line)}
     "The columns of the table"
     zeros = lambda l: np.zeros(len(l.losses))
-    return {'method': lambda l,d: l.name, 'n': lambda l,d: str(l.n), 'layers gone': lambda l,d: l.blocks or '-',
+    return {'method': lambda l,d: l.name, 'n': lambda l,d: str(l.n), 'layers gone': lambda l,d: l.blocks
+            or '-',
             'perplexity [95%]': lambda l,d: _between([ppl(x) for x in paired(l.losses, zeros(l))]),
-            **({'over seeds': lambda l,d: f'{min(l.perplexities):.2f} to {max(l.perplexities):.2f}' if len(l.rows)>1 else '-'} if seeds else {}),
-            'loss above dense (nats)': lambda l,d: _between(paired(l.losses, d.losses), '.3f') if l.n else '-',
-            **({'accuracy': lambda l,d: _over_tasks(l, _acc), 'stability': lambda l,d: _over_tasks(l, _stable)} if tasks else {}),
-            'trained tokens': lambda l,d: f"{l.mean('trained_tokens'):.0f}", 'seconds': lambda l,d: f"{l.mean('seconds'):.1f}" if l.n else '-',
-            'memory (MB)': lambda l,d: f"{l.mean('peak_memory')/1e6:.0f}" if l.n else '-', 'parameters (M)': lambda l,d: f"{l.mean('parameters')/1e6:.4g}"}
+            **({'over seeds': lambda l,d: f'{min(l.perplexities):.2f} to {max(l.perplexities):.2f}'
+                if len(l.rows)>1 else '-'} if seeds else {}),
+            'loss above dense (nats)': lambda l,d: _between(paired(l.losses, d.losses), '.3f') if l.n
+            else '-',
+            **({'accuracy': lambda l,d: _over_tasks(l, _acc),
+                'stability': lambda l,d: _over_tasks(l, _stable)} if tasks else {}),
+            'trained tokens': lambda l,d: f"{l.mean('trained_tokens'):.0f}",
+            'seconds': lambda l,d: f"{l.mean('seconds'):.1f}" if l.n else '-',
+            'memory (MB)': lambda l,d: f"{l.mean('peak_memory')/1e6:.0f}" if l.n else '-',
+            'parameters (M)': lambda l,d: f"{l.mean('parameters')/1e6:.4g}"}
 
+# %% ../nbs/23_compare.ipynb #8c6ac0cd
 @patch
 def cells(self:Comparison)->tuple: # (rows of strings, headers)
     "The table, cell by cell; a line without any good row says `failed`"
     cols = _columns(any(r.get('right') for r in self.rows), len(self.about.get('seeds', [0]))>1)
     d = self.dense
-    def row(l): return [f(l, d) for f in cols.values()] if l.rows else [l.name, str(l.n), '-', 'failed'] + ['-']*(len(cols)-4)
+    def row(l):
+        return [f(l, d) for f in cols.values()] if l.rows else [l.name, str(l.n), '-',
+                                                                'failed'] + ['-']*(len(cols)-4)
     return [row(l) for l in self.lines], list(cols)
 
+# %% ../nbs/23_compare.ipynb #b03c333d
 @patch
 def failures(self:Comparison)->list:
     "What went wrong, a line each"
     return [f"{r['method']}, {_layers(r['n'])}, seed {r['seed']}: {r['error']}" for r in self.failed]
 
+# %% ../nbs/23_compare.ipynb #1bfb7651
 @patch
 def table(self:Comparison)->str:
     "The table for a terminal, failures below"
-    return '\n'.join([text_table(*self.cells()), *([''] if self.failed else []), *(f'failed: {f}' for f in self.failures())])
+    return '\n'.join([text_table(*self.cells()), *([''] if self.failed else []),
+                      *(f'failed: {f}' for f in self.failures())])
 
+# %% ../nbs/23_compare.ipynb #fb7b00fe
 @patch
 def __repr__(self:Comparison): return self.table()
 
-# %% ../nbs/23_compare.ipynb #9ac54321
+# %% ../nbs/23_compare.ipynb #43b04bc8
 @patch
 def tasks_table(self:Comparison)->str:
     "Accuracy on each task with its interval, and the stability by both formulas"
@@ -499,56 +574,80 @@ def tasks_table(self:Comparison)->str:
         for t,ms in r.get('tasks', {}).items():
             s = r['stability'].get(t, {})
             num = lambda k: f'{s[k]:.3f}' if k in s else '-'
-            out.append([r['method'], str(r['n']), '-' if r['seed'] is None else str(r['seed']), t, *(_between(ms[m]['value'], '.3f') if m in ms else '-' for m in ('acc', 'acc_norm')),
-                        _between(ms['acc']['to_best'], '+.3f') if 'acc' in ms else '-', num('stability'), num('literal')])
-    return markdown_table(out, ['method', 'n', 'seed', 'task', 'acc', 'acc_norm', 'acc above the lowest loss', 'stability', 'literal']) if out else ''
+            out.append([r['method'], str(r['n']), '-' if r['seed'] is None else str(r['seed']), t,
+                        *(_between(ms[m]['value'], '.3f') if m in ms else '-' for m in ('acc', 'acc_norm')),
+                        _between(ms['acc']['to_best'], '+.3f') if 'acc' in ms else '-', num('stability'),
+                        num('literal')])
+    return markdown_table(out, ['method', 'n', 'seed', 'task', 'acc', 'acc_norm', 'acc above the lowest loss',
+                                'stability', 'literal']) if out else ''
 
-_HOW = """Perplexity is exp of the mean loss over equally long pieces of one text; the interval is the middle 95% of 2000 draws of pieces, the same pieces for two models that are compared.
-Pieces that follow each other in one text are not quite independent, and the best of many methods is a little lucky: intervals that barely miss zero prove little.
-Seconds and memory are those of the pruning alone, without the making of the calibration texts; memory is what was held at most above the loaded model.
-Before a row, the memory of those before it is given back to the system; what stays for good, such as a library that is loaded on its first use, is no row's."""
+# %% ../nbs/23_compare.ipynb #9ac54321
+_HOW = (
+    'Perplexity is exp of the mean loss over equally long pieces of one text; the interval is the'
+    ' middle 95% of 2000 draws of pieces, the same pieces for two models that are compared.\n'
+    'Pieces that follow each other in one text are not quite independent, and the best of many '
+    'methods is a little lucky: intervals that barely miss zero prove little.\n'
+    'Seconds and memory are those of the pruning alone, without the making of the calibration '
+    'texts; memory is what was held at most above the loaded model.\n'
+    'Before a row, the memory of those before it is given back to the system; what stays for '
+    "good, such as a library that is loaded on its first use, is no row's.")
 
 def _setup(a)->str:
     "What was compared, in a sentence or two"
-    text = f"{a.get('n_layers')} layers, calibrated on {a.get('calibration')}, scored on {a.get('pieces')} pieces of {a.get('length')} tokens of {a.get('text')}"
-    return text + (f", tasks {', '.join(a['tasks'])}" if a.get('tasks') else '') + f"; seeds {', '.join(map(str, a.get('seeds', [0])))}."
+    text = (f"{a.get('n_layers')} layers, calibrated on {a.get('calibration')}, scored on {a.get('pieces')} "
+            f"pieces of {a.get('length')} tokens of {a.get('text')}")
+    return text + (f", tasks {', '.join(a['tasks'])}" if a.get('tasks')
+                   else '') + f"; seeds {', '.join(map(str, a.get('seeds', [0])))}."
 
+# %% ../nbs/23_compare.ipynb #847f56be
 @patch
 def markdown(self:Comparison)->str:
     "The table, who is ahead, tasks, failures, and how it was measured"
-    parts = [f"# Methods compared on {model_name(self.about)}", _setup(self.about), markdown_table(*self.cells()), "## Who is ahead", ahead_text(self.rows) or "No row ended well."]
-    if (t := self.tasks_table()): parts += ["## Tasks", t, "Stability weighs questions by the spread of their options' losses; the literal formula, by that of their perplexities."]
+    parts = [f"# Methods compared on {model_name(self.about)}", _setup(self.about),
+             markdown_table(*self.cells()), "## Who is ahead", ahead_text(self.rows) or "No row ended well."]
+    if (t := self.tasks_table()):
+        parts += ["## Tasks", t,
+                  "Stability weighs questions by the spread of their options' losses; the literal formula, "
+                  "by that of their perplexities."]
     if self.failed: parts += ["## Failed", '\n'.join(f'- {f}' for f in self.failures())]
     vs = ', '.join(f'{k} {v}' for k,v in (self.about.get('versions') or {}).items())
     return '\n\n'.join([*parts, "## How it was measured", _HOW, *([vs] if vs else [])]) + '\n'
 
+# %% ../nbs/23_compare.ipynb #e84ddc4e
 @patch
-def _repr_markdown_(self:Comparison): return markdown_table(*self.cells()) + ''.join(f'\n\nfailed: {f}' for f in self.failures())
+def _repr_markdown_(self:Comparison):
+    return markdown_table(*self.cells()) + ''.join(f'\n\nfailed: {f}' for f in self.failures())
 
 # %% ../nbs/23_compare.ipynb #7db1f5ee
-_TRIPLES = dict(perplexity='perplexity', loss='loss', above_dense='loss above dense', ratio_to_dense='perplexity over dense')
+_TRIPLES = dict(perplexity='perplexity', loss='loss', above_dense='loss above dense',
+                ratio_to_dense='perplexity over dense')
 
 def csv_row(r)->dict: # {column: value}
     "One row, flat"
-    out = {k: r.get(k) for k in ('method', 'n', 'seed')} | dict(blocks=' '.join(f'{s}-{e}' for s,e in r.get('blocks', [])))
-    for k,name in _TRIPLES.items(): out |= dict(zip((name, f'{name} low', f'{name} high'), r.get(k) or [None]*3))
+    out = {k: r.get(k) for k in ('method', 'n',
+                                 'seed')} | dict(blocks=' '.join(f'{s}-{e}' for s,e in r.get('blocks', [])))
+    for k,name in _TRIPLES.items():
+        out |= dict(zip((name, f'{name} low', f'{name} high'), r.get(k) or [None]*3))
     best = r.get('to_best') or {}
-    out |= dict(zip(('best', 'loss above best', 'loss above best low', 'loss above best high'), [best.get('method'), *best.get('nats', [None]*3)]))
+    out |= dict(zip(('best', 'loss above best', 'loss above best low', 'loss above best high'),
+                    [best.get('method'), *best.get('nats', [None]*3)]))
     for t,ms in r.get('tasks', {}).items(): out |= {f'{t} {m}': v['value'][0] for m,v in ms.items()}
     for t,s in r.get('stability', {}).items(): out |= {f'{t} {k}': v for k,v in s.items()}
     return out | {k: r.get(k) for k in ('trained_tokens', 'seconds', 'peak_memory', 'parameters', 'error')}
 
+# %% ../nbs/23_compare.ipynb #56a56233
 @patch
 def csv(self:Comparison)->str:
     "Every row with every number"
     flat, buf = [csv_row(r) for r in self.rows], io.StringIO()
-    names = sorted(dict.fromkeys(k for r in flat for k in r), key=lambda k: k in ('trained_tokens', 'seconds', 'peak_memory', 'parameters', 'error'))
+    names = sorted(dict.fromkeys(k for r in flat for k in r),
+                   key=lambda k: k in ('trained_tokens', 'seconds', 'peak_memory', 'parameters', 'error'))
     w = DictWriter(buf, names, lineterminator='\n')
     w.writeheader()
     w.writerows(flat)
     return buf.getvalue()
 
-# %% ../nbs/23_compare.ipynb #6ad30717
+# %% ../nbs/23_compare.ipynb #de76a990
 def front(points)->list: # of (x, y), from left to right
     "The points that no other one beats in both, smaller being better"
     best, out = math.inf, []
@@ -556,7 +655,9 @@ def front(points)->list: # of (x, y), from left to right
         if y<best: best = y; out.append((x, y))
     return out
 
-_STYLES = list(zip('osD^vP*Xp<>h', ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#222426')*2, ('-', '--', '-.', ':')*3))
+# %% ../nbs/23_compare.ipynb #39f77873
+_STYLES = list(zip('osD^vP*Xp<>h', ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9',
+                                    '#222426')*2, ('-', '--', '-.', ':')*3))
 
 def _log(axis, values):
     "A logarithmic axis whose numbers can be read, however short it is"
@@ -566,9 +667,12 @@ def _log(axis, values):
     axis.set_major_formatter(StrMethodFormatter('{x:g}'))
     axis.set_minor_locator(NullLocator())
 
+# %% ../nbs/23_compare.ipynb #49896db6
 def _step(ax, points, **kw):
     "A front as a staircase"
-    if points: ax.plot(*zip(*points), drawstyle='steps-post', **{'color': '#b9bec4', 'lw': 5, 'alpha': .5, 'zorder': 1, 'solid_capstyle': 'round', **kw})
+    if points:
+        ax.plot(*zip(*points), drawstyle='steps-post',
+                **{'color': '#b9bec4', 'lw': 5, 'alpha': .5, 'zorder': 1, 'solid_capstyle': 'round', **kw})
 
 def _styled(names)->dict: # {name: (marker, colour, dash)}
     "A look for each method that can be told apart in grey too"
@@ -578,16 +682,19 @@ def _cap(found): # a model that is broken would press all others together
     "Perplexities above it are drawn at the upper edge, with their number"
     return 10*float(np.median([ppl(l.loss) for l in found]))
 
+# %% ../nbs/23_compare.ipynb #6ad30717
 def _panel(ax, found, x, dense):
     "Perplexity against `x`, a marker and a line for each method"
     cap = _cap(found)
     above = [l for l in found if ppl(l.loss)>cap]
     for i,l in enumerate(above): # numbers of the same column stand below each other
         k = sum(o.n==l.n for o in above[:i])
-        ax.annotate(f'{ppl(l.loss):,.0f}', (x(l), cap), xytext=(0, -6-9*k), textcoords='offset points', ha='center', va='top', fontsize='x-small', color=INK)
+        ax.annotate(f'{ppl(l.loss):,.0f}', (x(l), cap), xytext=(0, -6-9*k), textcoords='offset points',
+                    ha='center', va='top', fontsize='x-small', color=INK)
     for name,(marker,color,dash) in _styled(dict.fromkeys(l.name for l in found)).items():
         pts = [(x(l), min(ppl(l.loss), cap)) for l in found if l.name==name]
-        ax.plot(*zip(*pts), marker=marker, ms=11 if marker in '*Pp' else 8, mec='white', mew=.6, color=color, ls=dash, lw=1.2, label=name, zorder=3)
+        ax.plot(*zip(*pts), marker=marker, ms=11 if marker in '*Pp' else 8, mec='white', mew=.6, color=color,
+                ls=dash, lw=1.2, label=name, zorder=3)
     ax.axhline(dense, color=INK, lw=1, ls=(0, (6, 3)), zorder=2, label=f'dense {dense:.2f}')
     _log(ax.yaxis, [dense, *(min(ppl(l.loss), cap) for l in found)])
     ax.grid(color=LINE, lw=.6)
@@ -607,44 +714,55 @@ def plot(self:Comparison):
         styled_axes(ax, None, label, 'perplexity' if ax is left else '')
         _panel(ax, found, x, dense)
     cap = _cap(found)
-    _step(left, front([(_millions(l), min(ppl(l.loss), cap)) for l in found]), label='front: none smaller is better')
+    _step(left, front([(_millions(l), min(ppl(l.loss), cap)) for l in found]),
+          label='front: none smaller is better')
     for n in dict.fromkeys(l.n for l in found):
         here = [l for l in found if l.n==n]
         line = front([(_seconds(l), min(ppl(l.loss), cap)) for l in here])
         _step(right, line)
         _note(right, n, line[0], (-8, 0), 'data', 'right')
-        _note(left, n, (np.median([_millions(l) for l in here]), 1), (0, 4), left.get_xaxis_transform(), 'center')
+        _note(left, n, (np.median([_millions(l) for l in here]), 1), (0, 4), left.get_xaxis_transform(),
+              'center')
     _log(right.xaxis, took := [_seconds(l) for l in found])
     right.set_xlim(left=min(took)*(min(took)/max(took)/1.2)**.2) # room for the notes
-    fig.legend(*left.get_legend_handles_labels(), loc='outside lower center', ncols=4, frameon=False, labelcolor=INK)
+    fig.legend(*left.get_legend_handles_labels(), loc='outside lower center', ncols=4, frameon=False,
+               labelcolor=INK)
     return fig
 
+# %% ../nbs/23_compare.ipynb #9c9bf03d
 def _note(ax, n, at, offset, coords, ha):
     "Say how many layers are gone"
-    ax.annotate(f'−{_layers(n)}', at, xytext=offset, xycoords=coords, textcoords='offset points', fontsize='small', color=INK, ha=ha,
+    ax.annotate(f'−{_layers(n)}', at, xytext=offset, xycoords=coords, textcoords='offset points',
+                fontsize='small', color=INK, ha=ha,
                 va='center' if ha=='right' else 'bottom')
 
-# %% ../nbs/23_compare.ipynb #7e8f714a
+# %% ../nbs/23_compare.ipynb #903c9d6c
 def compare_path(cfg)->Path:
     "Where the comparison goes"
     if cfg.save_path: return local_path(cfg.save_path)
     local = local_path(str(cfg.model_path)).exists() # `.` has no name of its own
     return Path('compared')/(short_name(cfg.model_path) if local else model_name(dict(model=cfg.model_path)))
 
+# %% ../nbs/23_compare.ipynb #7e8f714a
 def about(bench, cfg)->dict:
     "What the rows have in common, as plain data"
     tasks = None if cfg.tasks is None else list(load_tasks(cfg.tasks)['tasks'])
-    conf = {k: v for k,v in dataclasses.asdict(cfg).items() if k in (*SHARED, 'methods', 'layers', 'seeds') and k!='token'}
-    return dict(model=str(cfg.model_path), fingerprint=bench.facts['model']['weights'], n_layers=len(layers_of(bench.model)), calibration=no_path(cfg.dataset),
-                text=no_path(cfg.eval_dataset), pieces=len(bench.ids), length=bench.ids.shape[1], tasks=tasks, seeds=cfg.seeds, device=bench.facts['device'],
+    conf = {k: v for k,v in dataclasses.asdict(cfg).items() if k in (*SHARED, 'methods', 'layers', 'seeds')
+            and k!='token'}
+    return dict(model=str(cfg.model_path), fingerprint=bench.facts['model']['weights'],
+                n_layers=len(layers_of(bench.model)), calibration=no_path(cfg.dataset),
+                text=no_path(cfg.eval_dataset), pieces=len(bench.ids), length=bench.ids.shape[1], tasks=tasks,
+                seeds=cfg.seeds, device=bench.facts['device'],
                 versions=versions(), config=no_path(conf))
 
+# %% ../nbs/23_compare.ipynb #91aca603
 def read_comparison(path)->Comparison: # a folder
     "A comparison that was written before"
     try: d = json.loads((local_path(path)/'comparison.json').read_text(encoding='utf-8'))
     except OSError as e: raise ReplaceMeError(f"{path} holds no comparison.json: {e.strerror}.") from None
     except ValueError: d = None
-    if not isinstance(d, dict) or not {'about', 'rows'}<=d.keys(): raise ReplaceMeError(f"{path}/comparison.json is damaged: compare again.")
+    if not isinstance(d, dict) or not {'about', 'rows'}<=d.keys():
+        raise ReplaceMeError(f"{path}/comparison.json is damaged: compare again.")
     return Comparison(d['about'], d['rows'])
 
 # %% ../nbs/23_compare.ipynb #bdaa5eb0
@@ -655,24 +773,29 @@ def _picture(comparison, kind):
 def write_comparison(comparison, path):
     "Write JSON, Markdown, CSV and the plot"
     path, make = Path(path), {'comparison.md': comparison.markdown, 'comparison.csv': comparison.csv}
-    if comparison.ok: make |= {f'pareto.{k}': functools.partial(_picture, comparison, k) for k in ('png', 'svg')}
+    if comparison.ok:
+        make |= {f'pareto.{k}': functools.partial(_picture, comparison, k) for k in ('png', 'svg')}
     path.mkdir(parents=True, exist_ok=True)
     said = dict(about=comparison.about, rows=comparison.rows, ahead=ahead(comparison.rows))
     with locked(path):
-        for name in ('comparison.md', 'comparison.csv', 'pareto.png', 'pareto.svg'): (path/name).unlink(missing_ok=True)
+        for name in ('comparison.md', 'comparison.csv', 'pareto.png', 'pareto.svg'):
+            (path/name).unlink(missing_ok=True)
         write_whole(path/'comparison.json', json.dumps(said, indent=1))
         for name,f in make.items(): spared(name, lambda: write_whole(path/name, f()))
 
-# %% ../nbs/23_compare.ipynb #c9b1e7be
+# %% ../nbs/23_compare.ipynb #4ad360fb
 def check_compare(cfg, path):
     "What can be said before the model is loaded"
     need(cfg, 'model_path')
     check_place(path)
     check_own(cfg.model_path, path, made_of(path/'comparison.json'), cfg.save_path)
     if cfg.tasks is not None: _check_choices(load_tasks(cfg.tasks))
-    if cfg.eval_dataset!='self' and cfg.eval_dataset in (cfg.dataset if isinstance(cfg.dataset, list) else [cfg.dataset]):
-        warnings.warn(f"all methods are scored on {cfg.eval_dataset}, which they are calibrated on: those that fit more will look too good; set eval_dataset.", ReplaceMeWarning)
+    if cfg.eval_dataset!='self' and cfg.eval_dataset in (cfg.dataset if isinstance(cfg.dataset, list)
+                                                         else [cfg.dataset]):
+        warnings.warn(f"all methods are scored on {cfg.eval_dataset}, which they are calibrated on: those "
+                      "that fit more will look too good; set eval_dataset.", ReplaceMeWarning)
 
+# %% ../nbs/23_compare.ipynb #c9b1e7be
 def run_rows(bench, cfg)->list: # of rows, the dense model first
     "Find the rows that are there and make those that are not"
     dense, todo = bench.dense(), plans(cfg)
@@ -686,13 +809,16 @@ def run_rows(bench, cfg)->list: # of rows, the dense model first
             bar.update()
     return [dense, *(rows[str(p)] for p in todo)]
 
+# %% ../nbs/23_compare.ipynb #afcb0850
 def compare(cfg)->tuple: # (Comparison, Path of the folder)
     "Run a comparison: one model, every method, one evaluation"
     cfg = read_as(cfg, CompareConfig)
     path = compare_path(cfg)
     check_compare(cfg, path)
     model, tokenizer = load(cfg)
-    if sees(model): raise ReplaceMeError(f"model_path {cfg.model_path} is an image encoder, which has no loss on a text: compare language models.")
+    if sees(model):
+        raise ReplaceMeError(f"model_path {cfg.model_path} is an image encoder, which has no loss on a text: "
+                             "compare language models.")
     for n in cfg.layers: candidates(len(layers_of(model)), n)
     bench = Bench(model, tokenizer, cfg, path)
     comparison = Comparison(about(bench, cfg), with_differences(run_rows(bench, cfg)))

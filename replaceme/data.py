@@ -1243,7 +1243,8 @@ def shares_of(given, # data sets
     own = [getattr(d, 'how', {}).get('share') for d in given]
     if not any(s is not None for s in own): return read_shares(shares, len(given))
     if shares is not None or None in own:
-        raise ReplaceMeError("dataset: give each of the data sets a share, or none of them and dataset_shares.")
+        raise ReplaceMeError("dataset: give each of the data sets a share, or none of them and "
+                             "dataset_shares.")
     return read_shares(own, len(given))
 
 # %% ../nbs/03_data.ipynb #13e106ad
@@ -1355,7 +1356,8 @@ def load_texts(dataset='self', # see the table at the top; a list is a mixture
         if kind=='table': return read_table(d, tokenizer, *how_of(d, column, subset, split), n, token)
         if kind=='self': return own_texts(model, tokenizer, n, max_length, batch_size, seed)
         if kind=='python-docs': return list(islice(python_docs(tokenizer, max_length), n))
-        return list(islice(read_text(_of_split(d, split_of(*how_of(d, None, subset, split)[1:])[1]), tokenizer, max_length), n))
+        _, at = split_of(*how_of(d, None, subset, split)[1:])
+        return list(islice(read_text(_of_split(d, at), tokenizer, max_length), n))
     parts = mixture(dataset, shares)
     kinds, counts = [kind_of(d) for d,_ in parts], plan(parts, size)
     if 'table' not in kinds: _plain(parts, kinds, column, *split_of(subset, split))

@@ -14,7 +14,7 @@ from pathlib import Path
 from .core import *
 from .plots import and_words
 
-# %% ../nbs/25_doors.ipynb #d687e820
+# %% ../nbs/25_doors.ipynb #0f24154c
 def _from_file(cls, path, keys):
     "A configuration of a file and of keys that win over it, as the commands make it"
     from replaceme.config import read_config
@@ -23,6 +23,7 @@ def _from_file(cls, path, keys):
     cfg = read_config(path, None, cls, others, **keys)
     return cfg, None if path is None else local_path(path).read_text(encoding='utf-8')
 
+# %% ../nbs/25_doors.ipynb #d687e820
 def config_of(cls, # such as `Config`
               config=None, # a configuration, a YAML file, a mapping, or nothing
               **keys)->tuple: # (configuration, the YAML text or None)
@@ -30,11 +31,13 @@ def config_of(cls, # such as `Config`
     from replaceme.config import Config
     if isinstance(config, Config):
         if not keys: return config, None
-        raise ReplaceMeError(f"{and_words([*keys])} cannot be changed in a configuration that is made already: "
+        raise ReplaceMeError(f"{and_words([*keys])} cannot be changed in a configuration that is made "
+                             "already: "
                              "give all keys together, or a file and these keys.")
     if config is None or isinstance(config, dict): return _from_file(cls, None, {**(config or {}), **keys})
     if isinstance(config, (str, os.PathLike)): return _from_file(cls, config, keys)
-    raise ReplaceMeError(f"a {type(config).__name__} is no configuration: give a YAML file, keys such as model_path=..., "
+    raise ReplaceMeError(f"a {type(config).__name__} is no configuration: give a YAML file, keys such as "
+                         "model_path=..., "
                          "or both. A model in memory is for prune and for replaceme.evaluate.perplexity.")
 
 # %% ../nbs/25_doors.ipynb #ce35b374
@@ -76,7 +79,8 @@ def write_examples(folder='examples')->list: # of those that were not there
     "Write the examples into a folder, over nothing that differs"
     folder, texts = local_path(folder), {f.name: f.read_text(encoding='utf-8') for f in example_files()}
     if (taken := [str(folder/n) for n,text in texts.items() if _other(folder/n, text)]):
-        raise ReplaceMeError(f"{and_words(taken)} {'is' if len(taken)==1 else 'are'} there and not what would be written: "
+        raise ReplaceMeError(f"{and_words(taken)} {'is' if len(taken)==1 else 'are'} there and not what "
+                             "would be written: "
                              "nothing was; name another folder (replaceme examples FOLDER).")
     new = [folder/n for n in texts if not (folder/n).exists()]
     try:
@@ -92,14 +96,18 @@ class _Parser(argparse.ArgumentParser):
 
 def _asked(argv):
     from replaceme import __version__
-    p = _Parser('replaceme', allow_abbrev=False, description="The examples, to begin with. The commands that read them: "
+    p = _Parser('replaceme', allow_abbrev=False,
+                description="The examples, to begin with. The commands that read them: "
                 "run_replaceme, evaluate_model, compare_methods, get_distance_analysis; each has --help.")
     p.add_argument('--version', action='version', version=__version__)
     sub = p.add_subparsers(required=True, metavar='COMMAND')
-    e = sub.add_parser('examples', help="write the example YAMLs", description="Write the example YAMLs into a folder.")
-    e.add_argument('folder', metavar='FOLDER', nargs='?', default='examples', help="where (default: examples)")
+    e = sub.add_parser('examples', help="write the example YAMLs",
+                       description="Write the example YAMLs into a folder.")
+    e.add_argument('folder', metavar='FOLDER', nargs='?', default='examples',
+                   help="where (default: examples)")
     return p.parse_args(argv)
 
+# %% ../nbs/25_doors.ipynb #9e5825a6
 def main(argv=None):
     "The command `replaceme`"
     from replaceme.cli import tell

@@ -80,7 +80,7 @@ def parts_named(k:Texts)->list:
     "The data sets of a calibration, by the names they were given"
     return k.dataset if isinstance(k.dataset, list) else [k.dataset]
 
-# %% ../nbs/15_feed.ipynb #87344897
+# %% ../nbs/15_feed.ipynb #f6f7f48f
 def calibration_texts(model, tokenizer, k:Texts,
                       most=False, # see `load_texts`
                       size=...)->list: # of texts; by default what the keys say
@@ -90,6 +90,7 @@ def calibration_texts(model, tokenizer, k:Texts,
                       subset=k.dataset_subset, split=k.dataset_split, size=size, max_length=k.max_length,
                       batch_size=k.batch_size, seed=k.seed, token=k.token, most=most)
 
+# %% ../nbs/15_feed.ipynb #87344897
 def calibration_batches(model, tokenizer, k:Texts, most=False, size=...)->list:
     "Their batches, short enough for the model's positions"
     if sees(model): return picture_batches(model, tokenizer, k, load_pictures(k)[0])
@@ -114,12 +115,15 @@ def _say_fewer(k, texts, tokens, written):
     "Warn where less is trained on than was asked for"
     name = f"dataset {data_name(k.dataset, k.dataset_shares)}"
     if k.train_size is not None and texts<k.train_size:
-        warnings.warn(f"{name} leaves {texts} texts to train on, and {k.train_size} were asked for (train_size).",
+        warnings.warn(f"{name} leaves {texts} texts to train on, and {k.train_size} were asked for "
+                      "(train_size).",
                       ReplaceMeWarning)
     elif k.train_size is None and not written and tokens<.95*k.train_tokens:
-        warnings.warn(f"{name} leaves {tokens} tokens in {texts} texts to train on, and {k.train_tokens} were "
+        warnings.warn(f"{name} leaves {tokens} tokens in {texts} texts to train on, and {k.train_tokens} "
+                      "were "
                       "asked for (train_tokens).", ReplaceMeWarning)
 
+# %% ../nbs/15_feed.ipynb #6fa709b2
 def training_size(k)->int|None: # keys of `Texts` and `Taught`
     "Texts to train on"
     if k.train_size is not None or 'self' in parts_named(k): return k.train_size or k.dataset_size
@@ -133,12 +137,14 @@ def _learnt(model, tokenizer, k, want):
     bs = calibration_batches(model, tokenizer, k, True, n)
     got = sum(len(b['attention_mask']) for b in bs)
     if got<2:
-        raise ReplaceMeError(f"dataset {data_name(k.dataset, k.dataset_shares)} gives {got} text to train on: it "
+        raise ReplaceMeError(f"dataset {data_name(k.dataset, k.dataset_shares)} gives {got} text to train "
+                             "on: it "
                              "takes two or more.")
     rest, held = hold_out(bs, min(h, max(1, got//16))/got) # where there are fewer texts than asked for
     all_ = (n is None or got<n) and want+min(h, max(1, got//16))>=got
     return first_texts(rest, want), held, all_
 
+# %% ../nbs/15_feed.ipynb #a79f5e28
 def training_batches(model, tokenizer, k)->tuple: # (to train on, to judge by)
     "Batches to train on, from where those of the calibration come, and texts behind both to judge by"
     want, written = training_size(k), 'self' in parts_named(k)
@@ -153,10 +159,12 @@ def training_batches(model, tokenizer, k)->tuple: # (to train on, to judge by)
 # %% ../nbs/15_feed.ipynb #0aa75818
 def load_pictures(k)->tuple: # (for calibration, for judging), lists of PIL images
     "The images that keys of `Texts` and `Judged` ask for"
-    kw = dict(column=k.dataset_column, subset=k.dataset_subset, split=k.dataset_split, seed=k.seed, token=k.token)
+    kw = dict(column=k.dataset_column, subset=k.dataset_subset, split=k.dataset_split, seed=k.seed,
+              token=k.token)
     if k.eval_dataset is None: return load_images(k.dataset, size=k.dataset_size, **kw), []
     if k.eval_dataset!='python-docs': # the default, a text
-        more = dict(column=k.eval_column, subset=k.eval_subset, split=k.eval_split, seed=k.seed+1, token=k.token)
+        more = dict(column=k.eval_column, subset=k.eval_subset, split=k.eval_split, seed=k.seed+1,
+                    token=k.token)
         return (load_images(k.dataset, size=k.dataset_size, **kw),
                 load_images(k.eval_dataset, size=k.eval_size, **more))
     size = k.dataset_size and k.dataset_size+k.eval_size
@@ -165,6 +173,7 @@ def load_pictures(k)->tuple: # (for calibration, for judging), lists of PIL imag
     n = min(k.eval_size, n)
     return (found[:-n], found[-n:]) if n else (found, [])
 
+# %% ../nbs/15_feed.ipynb #5ac2de62
 def picture_batches(model, processor, k, images)->list:
     "Images as the encoder takes them"
     return image_batches(images, processor, n_positions(model), k.batch_size) if images else []

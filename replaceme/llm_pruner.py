@@ -461,13 +461,14 @@ def _result(model, small, groups, gone, worth, taylor, plain, tokens):
     return Grouped([], tokens, numbers('heads'), numbers('neurons'), lost, taylor, plain,
                    n_parameters(small), n_parameters(model))
 
-# %% ../nbs/16_llm_pruner.ipynb #fdc6b099
+# %% ../nbs/16_llm_pruner.ipynb #9ac8f7e1
 @dataclass
 class LLMPrunerKeys:
     "Of method llm_pruner"
     taylor:str = key('vector', "of method llm_pruner: how the importance of a group is added up: {choices}",
         choices=TAYLOR)
 
+# %% ../nbs/16_llm_pruner.ipynb #fdc6b099
 class LLMPruner(Method):
     name, title, paper, drops, most_texts = 'llm_pruner', 'LLM-Pruner', '2305.11627', False, 10
     keys = (LLMPrunerKeys, Widths)
@@ -480,8 +481,9 @@ class LLMPruner(Method):
         f = said.facts
         n = {k: sum(map(len, f[k].values())) for k in ('heads', 'neurons')}
         code = '' if f['plain'] else ' Loading the model takes trust_remote_code=True.'
-        return (f"All layers stay. {n['heads']} key-value heads with their queries and {n['neurons']} neurons of the "
-                f"MLPs in layers {spans(map(int, f['lost']))} went, those that the loss would miss least by its "
+        return (f"All layers stay. {n['heads']} key-value heads with their queries and {n['neurons']} "
+                "neurons of the "
+                f"MLPs in layers {spans(map(int, f['lost']))} went, those that the loss would miss least by "
+                "its "
                 f"gradient.{code}")
-
 add_method(LLMPruner())

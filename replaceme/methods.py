@@ -53,26 +53,36 @@ class Method:
     instead = '' # a sentence on what stands in their place
     silence = 'it reads no text' # why keys of texts are not read, where the method reads none
 
-    def trains(self, k)->bool:
-        "Is something trained within the method?"
-        return False
-    def gone(self, k, n)->int:
-        "How many layers will go"
-        return n if self.drops else 0
-    def reads(self, k)->bool:
-        "Are calibration texts read?"
-        return True
-    def check(self, k):
-        "Refuse keys of the method that contradict each other"
-    def places(self, k)->dict: # {key: path}
-        "Places beside the result that will be written"
-        return {}
-    def spills(self, k)->bool:
-        "Are temporary files written?"
-        return False
-    def own_code(self, k)->bool:
-        "Will the result need code of its own to load?"
-        return False
+# %% ../nbs/15_methods.ipynb #524987f5
+@patch
+def trains(self:Method, k)->bool:
+    "Is something trained within the method?"
+    return False
+@patch
+def gone(self:Method, k, n)->int:
+    "How many layers will go"
+    return n if self.drops else 0
+@patch
+def reads(self:Method, k)->bool:
+    "Are calibration texts read?"
+    return True
+@patch
+def check(self:Method, k):
+    "Refuse keys of the method that contradict each other"
+
+# %% ../nbs/15_methods.ipynb #acf61104
+@patch
+def places(self:Method, k)->dict: # {key: path}
+    "Places beside the result that will be written"
+    return {}
+@patch
+def spills(self:Method, k)->bool:
+    "Are temporary files written?"
+    return False
+@patch
+def own_code(self:Method, k)->bool:
+    "Will the result need code of its own to load?"
+    return False
 
 # %% ../nbs/15_methods.ipynb #5fc0c9c7
 @patch
@@ -81,17 +91,19 @@ def chosen(self:Method, said)->str:
     much = f' ({said.metric} distance {said.value:.4f})' if said.value is not None else ''
     return f': those {self.chose}{much}.'
 
+# %% ../nbs/15_methods.ipynb #382def2a
 @patch
 def stood(self:Method, said)->str:
     "What stands in their place"
     return self.instead
 
-# %% ../nbs/15_methods.ipynb #47bf6de9
+# %% ../nbs/15_methods.ipynb #c406958f
 @patch
 def owns(self:Method, f)->bool: # a field
     "Is it a key of the method?"
     return any(f.name in g.__dataclass_fields__ for g in self.keys)
 
+# %% ../nbs/15_methods.ipynb #47bf6de9
 @patch
 def refusal(self:Method, group, f)->str:
     "Why a key of a group that is another method's is not read"
@@ -115,10 +127,12 @@ def add_method(m):
         for tell in _LISTENERS: tell(g)
     return m
 
+# %% ../nbs/15_methods.ipynb #d4fe411f
 def listen(f):
     "Have a function told of every group of keys that is new from now on"
     _LISTENERS.append(f)
 
+# %% ../nbs/15_methods.ipynb #0ab5dae6
 def peers()->tuple:
     "The names of the methods that ours are compared with"
     return tuple(m.name for m in METHODS.values() if m.peer)
@@ -130,7 +144,8 @@ def _given(k):
 @dataclass
 class Asked:
     "Which method, and how many layers"
-    method:str = key('auto', "{choices}; auto is the best known, lstsq and cosine are the paper's estimators, "
+    method:str = key('auto',
+                     "{choices}; auto is the best known, lstsq and cosine are the paper's estimators, "
         "remove fits no map at all; the others are peers", choices=METHODS)
     layers_to_skip:int|None = key(None, "number of layers to remove", f'{PRUNE} analyse', (_given,), least=1,
         missing="the number of layers to remove")
@@ -158,7 +173,7 @@ class Removed:
         passing = ('removed', 'tokens', 'distances', 'metric')
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in passing}
 
-# %% ../nbs/15_methods.ipynb #ab596a86
+# %% ../nbs/15_methods.ipynb #92f5e3b9
 def check_blocks(model, blocks):
     "Raise unless these blocks together can go without a trace"
     if not blocks: return
@@ -168,6 +183,7 @@ def check_blocks(model, blocks):
                              "other blocks.")
     check_cut(model, blocks)
 
+# %% ../nbs/15_methods.ipynb #ab596a86
 @patch
 def prove(self:Method, model, job)->object: # what `prune` is given
     "What must hold before any text is made: a stack that can be cut, and blocks that can go without a trace"
@@ -177,12 +193,13 @@ def prove(self:Method, model, job)->object: # what `prune` is given
     check_cut(model, [blocks[len(blocks)//2]])
     return blocks
 
-# %% ../nbs/15_methods.ipynb #bfaf67a4
+# %% ../nbs/15_methods.ipynb #3c6dda6c
 @patch
 def remove(self:Method, model, batches, job)->tuple: # (pruned model, Removed)
     "The rule of the method; the dense model is left as it is"
     raise NotImplementedError(f'{type(self).__name__}.remove')
 
+# %% ../nbs/15_methods.ipynb #bfaf67a4
 @patch
 def noted(self:Method, model, small, res, batches, job)->Pruned:
     "A pruned model with all that is known of how it came about"
@@ -193,6 +210,7 @@ def noted(self:Method, model, small, res, batches, job)->Pruned:
     return Pruned(small, res.blocks, distance=distance, facts={**res.facts(), **job.keys.given()},
                   stands=res.stands(small), tokens=res.tokens, texts=min(texts, self.most_texts or texts))
 
+# %% ../nbs/15_methods.ipynb #b047a3c7
 @patch
 def prune(self:Method, model, job,
           plan=None)->Pruned: # from `prove`

@@ -34,8 +34,10 @@ from .methods import *
 # %% ../nbs/16_ours.ipynb #1fc5b237
 def _given(k):
     if k.blocks is not None: return "the blocks are given"
+
 def _no_length(k):
     if k.door=='analyse' and k.layers_to_skip is None: return "without layers_to_skip no block is chosen"
+
 def _one_block(k):
     if k.num_A==1 and k.blocks is None:
         return "there is one block, and nothing to join: that takes num_A above 1, or blocks"
@@ -66,18 +68,22 @@ def given_blocks(k:Choosing)->list: # of `Block`
     def whole(i): return isinstance(i, int) and not isinstance(i, bool)
     def pair(b): return isinstance(b, (list, tuple)) and len(b)==2 and all(map(whole, b))
     if not k.blocks or not all(map(pair, k.blocks)):
-        raise ReplaceMeError(f"blocks is {k.blocks!r}: give pairs of layers such as [[3, 6], [13, 16]], the end "
+        raise ReplaceMeError(f"blocks is {k.blocks!r}: give pairs of layers such as [[3, 6], [13, 16]], the "
+                             "end "
                              "not included.")
     return joined(k.blocks, k.merge_consecutive)
 
-# %% ../nbs/16_ours.ipynb #5391b95b
+# %% ../nbs/16_ours.ipynb #e7cd7ebc
 def _by_windows(k):
     if k.num_A>1:
         return ("windows of num_A are taken in order of their distance; max_blocks compares ways to remove "
                 "layers")
+
 def _few_bits(k):
     if k.quantised:
         return f"the {4 if k.use_4bit else 8} bit model only measures; nothing is folded into it or trained"
+
+# %% ../nbs/16_ours.ipynb #5391b95b
 def _compares_nothing(k):
     own = METHODS[k.method].defaults if k.method in METHODS else {}
     if (k.select or own.get('select', 'distance'))=='distance':
@@ -93,24 +99,32 @@ class Comparing:
     top_k:int|None = key(None, "how many of the best blocks are compared by fit or loss",
         unless=(_given, _by_windows, _few_bits, _compares_nothing), least=1)
 
-# %% ../nbs/16_ours.ipynb #047f4c3b
+# %% ../nbs/16_ours.ipynb #ce36b34a
 def _of_state(k):
     if not k.merge: return "merge is false: the map acts on the hidden state and is full"
+
 def _no_structure(k):
     if _of_state(k): return _of_state(k)
     if METHODS[k.method].defaults.get('ridge')=='auto':
         return f"method {k.method} fits a full map and finds its ridge; method: lstsq has this choice"
     if k.map=='wide': return "it is for a narrow map: rows and columns of a wide one are different things"
+
+# %% ../nbs/16_ours.ipynb #047f4c3b
 def _normed(k):
     if structure_of(k)[0]=='orthonormal': return "an orthonormal map has a length already"
+
 def _not_rank(k):
     if k.structure!='rank': return "it goes with structure: rank"
+
 def _map_alone(k):
-    if k.save_transform_only: return "save_transform_only saves maps as they were fitted, and no refitted layers"
+    if k.save_transform_only:
+        return "save_transform_only saves maps as they were fitted, and no refitted layers"
+
 def _by_irls(k):
     if k.solver=='irls' and METHODS[k.method].iterates:
         return "solver irls has no penalty on the map and no learning rate"
 
+# %% ../nbs/16_ours.ipynb #1e942e92
 def _check_ridge(name):
     def check(v):
         if v=='auto' or isinstance(v, float) and 0<=v<float('inf'): return
@@ -169,6 +183,7 @@ class Closed:
         "(narrow) or the narrow map (wide); auto finds one on held-out texts", off=(0., 0),
         check=_check_ridge('ridge'))
 
+# %% ../nbs/16_ours.ipynb #9b38fd95
 @dataclass
 class Unmerged:
     "Where the map goes"
@@ -179,16 +194,19 @@ class Unmerged:
 # %% ../nbs/16_ours.ipynb #75474af0
 def _own_steps(k):
     if k.solver!='adam': return f"the solver is {k.solver}, which finds its own steps"
+
 def _check_lr(v):
     if not 0<v<float('inf'): raise ReplaceMeError(f"lr is {v}: a learning rate is positive.")
 
 @dataclass
 class Iterating:
     "The iterative solvers"
-    solver:str = key('adam', "of the cosine method: {choices}; irls is a closed form, iterated", choices=SOLVERS)
+    solver:str = key('adam', "of the cosine method: {choices}; irls is a closed form, iterated",
+                     choices=SOLVERS)
     loss:str = key('cosine', "of these solvers: {choices}", choices=LOSSES)
     accurate:bool = key(False, "cosine: compare after adding the residual")
-    l1:float = key(0., "penalty on the absolute values of the map (cosine method)", unless=(_by_irls,), least=0)
+    l1:float = key(0., "penalty on the absolute values of the map (cosine method)", unless=(_by_irls,),
+                   least=0)
     l2:float = key(0., "penalty on the squares of the map (cosine method)", unless=(_by_irls,), least=0)
     epochs:int|None = key(None, "epochs of adam (10), sweeps of irls (10), iterations of the others (100)",
         least=1)
@@ -203,7 +221,8 @@ def _options(k:Iterating, alpha)->dict:
     steps = {} if k.epochs is None else {epochs: k.epochs}
     if k.solver=='irls': return dict(accurate=k.accurate, **steps)
     adam = dict(lr=k.lr) if k.solver=='adam' else {}
-    return dict(loss=k.loss, accurate=k.accurate, l1=k.l1, l2=k.l2 or alpha or 0., seed=k.seed, **steps, **adam)
+    return dict(loss=k.loss, accurate=k.accurate, l1=k.l1, l2=k.l2 or alpha or 0., seed=k.seed, **steps,
+                **adam)
 
 # %% ../nbs/16_ours.ipynb #2b50cf3d
 class Mapped(Method):
@@ -215,7 +234,7 @@ class Mapped(Method):
     def own_code(self, k): return self.recipe(k).map=='state'
     def spills(self, k): return bool(self.recipe(k).refit)
 
-# %% ../nbs/16_ours.ipynb #3b1d324e
+# %% ../nbs/16_ours.ipynb #3363e39a
 def _chosen(k, own, few):
     "How a block is chosen: what the method says, unless the keys leave no choice"
     own = dict(own)
@@ -225,6 +244,7 @@ def _chosen(k, own, few):
     if k.get('select') in ('fit', 'loss'): own.setdefault('top_k', 5)
     return own
 
+# %% ../nbs/16_ours.ipynb #3b1d324e
 @patch
 def recipe(self:Mapped, k,
            few=False, # does the model only measure, in few bits?
@@ -242,14 +262,18 @@ def recipe(self:Mapped, k,
     if self.owns_group(Mapping): given |= dict(zip(('structure', 'rank'), structure_of(k)))
     return Recipe(**{**own, 'affine': k.get('affine', False), **self.solving(k, alpha), **given})
 
+# %% ../nbs/16_ours.ipynb #6c83c3d4
 @patch
 def owns_group(self:Mapped, group): return group in self.keys
+
+# %% ../nbs/16_ours.ipynb #77935003
 @patch
 def solving(self:Mapped, k, alpha):
     "What the recipe says of an iterative solver"
-    return dict(solver=k.solver, options=_options(k, alpha), rows_path=k.activations_save_path) if self.iterates else {}
+    return dict(solver=k.solver, options=_options(k, alpha),
+                rows_path=k.activations_save_path) if self.iterates else {}
 
-# %% ../nbs/16_ours.ipynb #0fb02d8a
+# %% ../nbs/16_ours.ipynb #37fa881e
 def _check_blocks(k):
     "Keys about several blocks"
     if (k.num_A>1)+(k.max_blocks>1)+(k.blocks is not None)>1:
@@ -258,6 +282,7 @@ def _check_blocks(k):
     if (k.num_A>1 or k.max_blocks>1 or k.blocks is not None) and k.get('select')=='fit':
         raise ReplaceMeError("select fit compares single blocks; for several use loss or distance.")
 
+# %% ../nbs/16_ours.ipynb #0fb02d8a
 def _check_ridges(k, structure):
     "Two ridges, or one that is not for this map"
     if k.alpha and k.get('ridge') is not None:
@@ -266,9 +291,11 @@ def _check_ridges(k, structure):
     if auto and structure!='full':
         raise ReplaceMeError(f"{auto} auto is for a full map, not {structure}: give ridge a number.")
     if k.alpha and k.alpha!='auto' and k.map=='wide':
-        raise ReplaceMeError("alpha, the paper's ridge towards zero, is for a narrow map; use ridge, towards the "
+        raise ReplaceMeError("alpha, the paper's ridge towards zero, is for a narrow map; use ridge, towards "
+                             "the "
                              "narrow map.")
 
+# %% ../nbs/16_ours.ipynb #4a38b89e
 @patch
 def check(self:Mapped, k):
     structure = structure_of(k)[0] if self.owns_group(Mapping) else None
@@ -280,29 +307,34 @@ def check(self:Mapped, k):
 def _check_iterating(k, structure):
     "Keys of the iterative solvers"
     if k.alpha=='auto':
-        raise ReplaceMeError("alpha auto is a closed form; with method cosine alpha is the weight of the squared "
+        raise ReplaceMeError("alpha auto is a closed form; with method cosine alpha is the weight of the "
+                             "squared "
                              "penalty (l2).")
     check_structure(k.solver, structure)
     if k.alpha and k.l2:
-        raise ReplaceMeError(f"alpha is {k.alpha} and l2 is {k.l2}: both are the weight of the squared penalty; "
+        raise ReplaceMeError(f"alpha is {k.alpha} and l2 is {k.l2}: both are the weight of the squared "
+                             "penalty; "
                              "keep one.")
     if k.map=='wide' and structure!='full': raise ReplaceMeError(f"a {structure} map is narrow.")
     with warnings.catch_warnings(action='ignore'):
         Loss(k.loss, k.accurate, k.l1, k.l2 or k.alpha or 0.) # its own contradictions
     if k.solver=='irls' and (k.loss!='cosine' or structure not in ('full', 'diag')):
-        raise ReplaceMeError("solver irls is a closed form for the cosine of a full or diag map, not for loss "
+        raise ReplaceMeError("solver irls is a closed form for the cosine of a full or diag map, not for "
+                             "loss "
                              f"{k.loss} of a {structure} one.")
 
-# %% ../nbs/16_ours.ipynb #87d2506f
+# %% ../nbs/16_ours.ipynb #de0b48b3
 class Auto(Mapped):
     name, title, about = 'auto', 'ReplaceMe, auto', 'the best known'
     keys = (Bits, Choosing, Comparing, Mapping, Closed, Unmerged)
     defaults = dict(map='wide', weights='inv_norm', ridge='auto', select='loss', top_k=5, refit=2)
 
+# %% ../nbs/16_ours.ipynb #32ee8436
 class LeastSquares(Mapped):
     name, title, paper, about = 'lstsq', 'ReplaceMe, least squares', '2505.02819', "the paper's closed form"
     keys = (Bits, Choosing, Comparing, Mapping, Closed, Unmerged)
 
+# %% ../nbs/16_ours.ipynb #87d2506f
 class Cosine(Mapped):
     name, title, paper, about = 'cosine', 'ReplaceMe, cosine', '2505.02819', "the paper's iterative estimator"
     keys, iterates = (Bits, Choosing, Mapping, Iterating), True
@@ -312,9 +344,11 @@ class Cosine(Mapped):
         if group in (Comparing, Closed):
             return "the iterative solvers fit the map alone and weigh tokens by their loss"
         return super().refusal(group, f)
-    def places(self, k): return {} if k.activations_save_path is None else dict(activations_save_path=k.activations_save_path)
+    def places(self, k):
+        return {} if k.activations_save_path is None else dict(activations_save_path=k.activations_save_path)
     def spills(self, k): return bool(self.recipe(k).refit) or not k.activations_save_path
 
+# %% ../nbs/16_ours.ipynb #7735f9e1
 class Remove(Mapped):
     name, title, about = 'remove', 'Plain removal', 'no map at all'
     keys, maps, defaults = (Bits, Choosing, Comparing), False, dict(map='none')
@@ -322,7 +356,6 @@ class Remove(Mapped):
     def refusal(self, group, f):
         if group is Unmerged: return "method remove has no map to keep"
         return "method remove fits nothing" if group in (Mapping, Closed) else super().refusal(group, f)
-
 for m in (Auto(), LeastSquares(), Cosine(), Remove()): add_method(m)
 
 # %% ../nbs/16_ours.ipynb #483d8f16
@@ -341,7 +374,7 @@ def candidates(self:Mapped, model, job)->list: # of `Block`
     if k.blocks is None: check_cut(model, [blocks[len(blocks)//2]])
     return blocks
 
-# %% ../nbs/16_ours.ipynb #dda323cd
+# %% ../nbs/16_ours.ipynb #01748a4c
 def _foldable(model, blocks, given): # are the blocks given, all of them wanted?
     "The blocks before which a map can be folded, and the places for it"
     points = find_points(model, [b.start-1 for b in blocks])
@@ -349,21 +382,26 @@ def _foldable(model, blocks, given): # are the blocks given, all of them wanted?
     if good and not (given and len(good)<len(blocks)): return good, [points[b.start-1] for b in good]
     i = next(i for i,p in points.items() if isinstance(p, str))
     raise ReplaceMeError(f"{type(model).__name__}: the map cannot be folded into layer {i}: {points[i]}. The "
-                         "layers can go without a map (method: remove), or with one that stays a matrix of its "
+                         "layers can go without a map (method: remove), or with one that stays a matrix of "
+                         "its "
                          "own (merge: false).")
 
+# %% ../nbs/16_ours.ipynb #dda323cd
 def _fitting(model, points, k, r, writable):
     "The recipe for this model: a wide map needs one matrix, an affine one a bias"
     for p in points:
         if writable: check_writable(p)
-        bias = p.linear is not None and (p.module.bias is not None or hasattr(stack_config(model), 'mlp_bias'))
+        bias = p.linear is not None and (p.module.bias is not None
+                                         or hasattr(stack_config(model), 'mlp_bias'))
         if r.affine and not bias:
-            raise ReplaceMeError(f"affine: {p.name} has no bias, and the family has no switch for one (mlp_bias "
+            raise ReplaceMeError(f"affine: {p.name} has no bias, and the family has no switch for one "
+                                 "(mlp_bias "
                                  "in its config): leave affine out.")
     several = next((p for p in points if p.linear is None), None)
     if several is None or r.map!='wide': return r
     if k.map=='wide':
-        raise ReplaceMeError(f"map is wide, but {several.name} is not one matrix that writes what the MLP adds: "
+        raise ReplaceMeError(f"map is wide, but {several.name} is not one matrix that writes what the MLP "
+                             "adds: "
                              "use map: narrow.")
     return replace(r, map='narrow')
 
@@ -383,17 +421,19 @@ def prove(self:Mapped, model, job)->tuple: # (candidate blocks, or the given one
     blocks, points = _foldable(model, blocks, k.blocks is not None)
     return blocks, _fitting(model, points, k, r, job.writable)
 
-# %% ../nbs/16_ours.ipynb #4888c6ef
+# %% ../nbs/16_ours.ipynb #a390ce12
 def measured_at(model, k:Choosing)->str:
     "Tokens at which distances are measured; the last patch of an image is no summary of it, so there all are"
     return 'all' if sees(model) else k.distance_tokens
 
+# %% ../nbs/16_ours.ipynb #4888c6ef
 def profile_facts(model, k)->dict: # keys of `Choosing` and `Mapping`
     "What a profile depends on, beside the texts"
     hidden = dict(share=k.mask, seed=k.seed) if k.get('mask') else None
     return dict(metric=k.metric, tokens=measured_at(model, k), n_layers=len(layers_of(model)),
                 model=identity(model), mask=hidden)
 
+# %% ../nbs/16_ours.ipynb #408a0a4c
 @dataclass
 class Known:
     "A profile that was made before"
@@ -401,20 +441,22 @@ class Known:
     distances:list # of the blocks of `n` layers, for a choice
     def rows(self, n): return {k: load_distances(self.path, k) for k in range(1, n)}
 
+# %% ../nbs/16_ours.ipynb #2988f948
 def known_profile(model, k, n)->Known|None:
     "The profile at `distances_path`, checked but for the texts, which are not there yet"
     if k.distances_path is None or k.blocks is not None: return None
     return Known(k.distances_path, load_distances(k.distances_path, n, **profile_facts(model, k)))
 
-# %% ../nbs/16_ours.ipynb #d415ad9b
+# %% ../nbs/16_ours.ipynb #9d55c140
 @dataclass
 class Ways:
-    "Ways to remove several blocks, best first, as `(sum of distances, [Block, ...])`, and what they come from"
+    "Ways to remove several blocks, best first: `(sum of distances, [Block, ...])`"
     ways:list
     rows:dict # {layers: distances}
     sinks:dict|None
     avoided:list
 
+# %% ../nbs/16_ours.ipynb #92c856e1
 def _profiled(model, batches, k, known):
     "The distances of all lengths, and the layers of the sink"
     n = len(layers_of(model))
@@ -425,6 +467,7 @@ def _profiled(model, batches, k, known):
     collect(model, batches, [], {}, profile, desc='profile')
     return {m: profile.of_length(m) for m in range(1, n)}, find_sinks(profile)
 
+# %% ../nbs/16_ours.ipynb #d415ad9b
 def ways_out(model, batches, k:Choosing, n, blocks, known, top_k=0)->Ways: # `n` layers a window, or in all
     "The ways that the distances propose, or the one that was given"
     if k.blocks is not None: return Ways([(None, blocks)], {}, look_for_sinks(model, batches[:1]), [])
@@ -435,10 +478,12 @@ def ways_out(model, batches, k:Choosing, n, blocks, known, top_k=0)->Ways: # `n`
         way = windows(kept, [rows[n][b.start-1] for b in kept], k.num_A, k.merge_consecutive)
         return Ways([way], rows, sinks, avoided if len(kept)<len(blocks) else [])
     def D(s, e): return rows[e-s][s-1]
-    ways = partitions(D, len(layers_of(model)), n, k.max_blocks, k.min_distance_layer or 1, max(10, top_k), avoid)
+    ways = partitions(D, len(layers_of(model)), n, k.max_blocks, k.min_distance_layer or 1, max(10, top_k),
+                      avoid)
     ways = [w for w in ways if not differs_when_rebuilt(cut(model, w[1]))]
     if ways: return Ways(ways, rows, sinks, [])
-    raise ReplaceMeError(f"no way to remove {n} layers in {k.max_blocks} blocks survives saving and loading: use "
+    raise ReplaceMeError(f"no way to remove {n} layers in {k.max_blocks} blocks survives saving and loading: "
+                         "use "
                          "max_blocks: 1.")
 
 # %% ../nbs/16_ours.ipynb #43f386a4
@@ -453,32 +498,42 @@ def _one(model, fit, held, job, r, blocks, known):
         found = measure(model, fit, blocks, profile, r.trial.features, top, held, k.sinks=='avoid', sinks)
     with job.stages('fit'):
         if job.writable: done = prune_one(model, fit, held, found, r)
-        elif top: done = Pruned(None, [found.block], [solve_sums(found.sums[found.block], found.held.get(found.block), r)])
-        else: done = Pruned(None, [found.block], [fit_between(model, model, fit, held, found.block, found.block.start, r)])
+        elif top:
+            done = Pruned(None, [found.block],
+                          [solve_sums(found.sums[found.block], found.held.get(found.block), r)])
+        else:
+            done = Pruned(None, [found.block],
+                          [fit_between(model, model, fit, held, found.block, found.block.start, r)])
     n = len(layers_of(model))
-    rows = {m: found.profile.of_length(m) for m in range(1, n)} if found.profile else known.rows(n) if known else {}
+    rows = {m: found.profile.of_length(m)
+            for m in range(1, n)} if found.profile else known.rows(n) if known else {}
     d = dict((b, d) for d,b in found.ranked)[done.blocks[0]]
     return done, rows, d, found.sinks, [b for _,b in found.avoided]
 
+# %% ../nbs/16_ours.ipynb #603963e3
 def _several(model, fit, held, job, r, blocks, known):
     "Several blocks: the way chosen, and each fitted when those before it are gone"
-    with job.stages('calibrate'): found = ways_out(model, [*fit, *held], job.keys, job.n, blocks, known, r.top_k)
+    with job.stages('calibrate'):
+        found = ways_out(model, [*fit, *held], job.keys, job.n, blocks, known, r.top_k)
     with job.stages('fit'):
         if job.writable: done = prune_several(model, fit, held, found.ways, r)
         else: done = fit_beside(model, fit, held, found.ways[0][1], r)
     return done, found.rows, next(d for d,b in found.ways if b==done.blocks), found.sinks, found.avoided
 
-# %% ../nbs/16_ours.ipynb #13698884
+# %% ../nbs/16_ours.ipynb #08b18385
 def fit_words(r, done)->dict:
     "What stands in the place of the layers, and how well it fits"
     if not done.fits: return dict(map=r.map)
     f, behind = done.fits[0], sorted({s['layer'] for s in done.refits})
-    words = dict(error=f.error, removal_error=f.removal_error, alpha=f.alpha, ridge=float(f'{f.ridge:.3g}') or None,
+    words = dict(error=f.error, removal_error=f.removal_error, alpha=f.alpha, ridge=float(f'{f.ridge:.3g}')
+                 or None,
                  map=f.kind, affine=f.affine, structure=f.structure, rank=f.rank, weights=r.weights,
                  solver=None if r.solver=='closed' else r.solver, loss=r.options.get('loss'), behind=behind)
-    if f.kind=='state' and done.model is not None: words['cost'] = linear_cost(done.model, len(done.fits), f.affine)
+    if f.kind=='state' and done.model is not None:
+        words['cost'] = linear_cost(done.model, len(done.fits), f.affine)
     return words
 
+# %% ../nbs/16_ours.ipynb #13698884
 @patch
 def prune(self:Mapped, model, job, plan)->Pruned: # from `prove`
     "Measure, choose, fit and fold"
@@ -491,7 +546,8 @@ def prune(self:Mapped, model, job, plan)->Pruned: # from `prove`
     several = k.blocks is not None or k.num_A>1 or k.max_blocks>1
     done, rows, d, sinks, avoided = (_several if several else _one)(model, fit, held, job, r, blocks, known)
     check_blocks(model, done.blocks)
-    done.distance = Distances(k.metric, measured_at(model, k), d, {str(n): row for n,row in rows.items()}, sinks, avoided)
+    done.distance = Distances(k.metric, measured_at(model, k), d, {str(n): row for n,row in rows.items()},
+                              sinks, avoided)
     done.stands, done.held_out = fit_words(r, done), r.needs_held
     done.tokens, done.texts = n_tokens([*fit, *held]), sum(len(b['attention_mask']) for b in batches)
     return done

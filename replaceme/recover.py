@@ -201,7 +201,8 @@ def _only_measures(k):
     if k.quantised:
         return f"the {4 if k.use_4bit else 8} bit model only measures; nothing is folded into it or trained"
 def _map_alone(k):
-    if k.save_transform_only: return "save_transform_only saves maps as they were fitted, and no refitted layers"
+    if k.save_transform_only:
+        return "save_transform_only saves maps as they were fitted, and no refitted layers"
 
 def _numbers(d):
     "The same with numbers for what YAML 1.1 reads as text, such as 1e-4"
@@ -214,8 +215,8 @@ def _numbers(d):
 @dataclass
 class Training(Taught):
     "Trainings behind the pruning"
-    recover:str|list|None = key(None, "trainings behind the pruning, each on top of the one before: {choices}; "
-        "one name or a list; null trains nothing", unless=(_only_measures, _map_alone), off=([],),
+    recover:str|list|None = key(None, "trainings behind the pruning, each on top of the one before: "
+        "{choices}; one name or a list; null trains nothing", unless=(_only_measures, _map_alone), off=([],),
         check=check_rungs)
     train_path:str|None = key(None, "folder of the checkpoints, from which an interrupted training goes on; "
         "null makes a temporary one", unless=(_nothing_trained,), path='kept')
@@ -228,8 +229,8 @@ class Training(Taught):
         rest = {k: v for k,v in (self.trainer or {}).items() if k not in own}
         for r in own:
             if r not in check_rungs(self.recover):
-                raise ReplaceMeError(f"trainer: {r} has arguments of its own, but recover has no such rung; leave "
-                                     "them out.")
+                raise ReplaceMeError(f"trainer: {r} has arguments of its own, but recover has no such rung; "
+                                     "leave them out.")
         for args in (rest, *own.values()): check_trainer(args)
         return rest, own
 
@@ -237,4 +238,5 @@ class Training(Taught):
         "Refuse arguments and folders that will not do"
         Training.arguments(self)
         if self.train_path and local_path(self.train_path).is_file():
-            raise ReplaceMeError(f"train_path {self.train_path} is a file: give a folder for the checkpoints.")
+            raise ReplaceMeError(f"train_path {self.train_path} is a file: give a folder for the "
+                                 "checkpoints.")

@@ -357,9 +357,10 @@ def try_rows(result)->tuple: # (rows, headers)
 # %% ../nbs/20_report.ipynb #1f00d9cd
 def _said(result):
     "What a method is told, to find its words"
-    value, metric, cost = _get(result, 'distance', 'value'), _get(result, 'distance', 'metric'), _get(result, 'fit', 'cost')
+    value, metric = (_get(result, 'distance', k) for k in ('value', 'metric'))
+    cost, before = _get(result, 'fit', 'cost'), and_words(s-1 for s,_ in blocks_of(result))
     return SimpleNamespace(value=value, metric=metric, facts=result.get('peer') or {}, plain_cost=cost,
-                           cost=f' ({cost})' if cost else '', before=and_words(s-1 for s,_ in blocks_of(result)))
+                           cost=f' ({cost})' if cost else '', before=before)
 
 
 # %% ../nbs/20_report.ipynb #86830207
@@ -370,7 +371,8 @@ def peer_words(result)->str: # '' where the method is not a peer's
     read = (result.get('calibration') or {}).get('texts')!=0
     on = f' Measured on {_data_text(result)}.' if read and not said.facts.get('simple') else ''
     if not blocks_of(result): return m.stood(said)+on
-    return f'Layers {_layer_names(result)} were {m.did} ({_block_text(result)}){m.chosen(said)} {m.stood(said)}{on}'
+    what = f'Layers {_layer_names(result)} were {m.did} ({_block_text(result)}){m.chosen(said)}'
+    return f'{what} {m.stood(said)}{on}'
 
 
 # %% ../nbs/20_report.ipynb #55650d5a
@@ -1008,7 +1010,8 @@ def _lead(result):
     free = '' if was_trained(result) else ' without training'
     m = method_of_result(result)
     paper = f', {m.title}, arXiv {m.paper}' if is_peer(result) and m.paper else ''
-    what = f'Layers {_layer_names(result)} were removed' if blocks_of(result) else 'All layers became narrower'
+    gone = f'Layers {_layer_names(result)} were removed'
+    what = gone if blocks_of(result) else 'All layers became narrower'
     return f'{what}{free} (method {result.get("method")}{paper}).'
 
 def _tips(result): return _section('What to try next', Ul(*map(Li, suggestions(result))))

@@ -41,7 +41,8 @@ class Recipe:
     structure:str = 'full'
     rank:int|None = None
     alpha:float = 0. # the paper's ridge
-    ridge:float|str|None = None # towards plain removal (narrow) or the narrow map (wide), as a fraction of the mean diagonal; 'auto'
+    # towards plain removal (narrow) or the narrow map (wide), as a fraction of the mean diagonal; 'auto'
+    ridge:float|str|None = None
     solver:str = 'closed' # closed, irls, adam, cg, l-bfgs, trust-ncg
     options:dict = field(default_factory=dict) # of the iterative solvers: loss, accurate, l1, l2, epochs, ...
     select:str = 'distance' # distance, fit, loss
@@ -50,21 +51,26 @@ class Recipe:
     rows_path:str|None = None # folder for the activations of the iterative solvers; None is a temporary one
 
     @property
-    def features(self): return Features(self.map=='wide', self.map in ('state', 'none'), self.affine, self.weights)
+    def features(self):
+        return Features(self.map=='wide', self.map in ('state', 'none'), self.affine, self.weights)
     @property
-    def trial(self): # for the choice: a narrow map ranks the blocks as a wide one does, from sums a tenth of the size
+    # for the choice: a narrow map ranks the blocks as a wide one does, from sums a tenth of the size
+    def trial(self):
         return replace(self, map=self.map if self.map in ('state', 'none') else 'narrow', refit=0)
     @property
     def needs_held(self): return self.select!='distance' or self.ridge=='auto'
 
+# %% ../nbs/14_search.ipynb #2f500079
 def hold_out(batches, # texts in batches
              share=1/8)->tuple: # (batches to fit on, batches that the fit does not see)
     "The last texts, an eighth of them, for judging"
     size = lambda b: len(next(iter(b.values())))
     n = sum(map(size, batches))
     k, seen, fit, held = n - max(1, round(n*share)), 0, [], []
-    if n<2: raise ReplaceMeError(f"{n} calibration text: choosing by outcome needs two or more, one of them held out; give more texts "
-                                 "(dataset_size), or method: lstsq.")
+    if n<2:
+        raise ReplaceMeError(f"{n} calibration text: choosing by outcome needs two or more, one of them held "
+                             "out; give more texts "
+                             "(dataset_size), or method: lstsq.")
     for b in batches:
         m = size(b)
         a = min(max(k-seen, 0), m)
@@ -86,11 +92,14 @@ def solve_sums(g, # Gram over the texts of the fit
     else: fit = fit_map(g if held is None else g+held, kind, r.structure, r.rank, r.alpha, r.ridge)
     return replace(fit, kind=r.map)
 
+# %% ../nbs/14_search.ipynb #064781f5
 def solve_trial(g, held, r:Recipe)->Fit:
     "The same map from the texts of the fit alone, for judging on the others"
     if r.ridge!='auto': return solve_sums(g, None, r)
-    return replace(fit_map(g, r.map if r.map in MAPS else 'narrow', r.structure, r.rank, ridge=solve_sums(g, held, r).ridge), kind=r.map)
+    return replace(fit_map(g, r.map if r.map in MAPS else 'narrow', r.structure, r.rank,
+                           ridge=solve_sums(g, held, r).ridge), kind=r.map)
 
+# %% ../nbs/14_search.ipynb #0559c498
 def solve_rows(rows, r:Recipe)->Fit:
     "The map of an iterative solver, with its relative squared error, for comparison"
     keys = dict(r.options, structure=r.structure, **({} if r.rank is None else dict(rank=r.rank)))
@@ -98,7 +107,8 @@ def solve_rows(rows, r:Recipe)->Fit:
     g = Gram(*rows.E.shape, rows.device, rows.E)
     for X,A,Y in rows.chunks(4096): g.add(X, Y-A-X@rows.E.to(X))
     V = solved.T.to(g.XtX)
-    return Fit(V, fit_error(g, V), fit_error(g, g.E), g.n, kind='wide' if rows.wide else 'narrow', structure=r.structure, rank=r.rank,
+    return Fit(V, fit_error(g, V), fit_error(g, g.E), g.n, kind='wide' if rows.wide else 'narrow',
+               structure=r.structure, rank=r.rank,
                history=solved.history)
 
 # %% ../nbs/14_search.ipynb #c44f68b4
@@ -106,26 +116,30 @@ def fit_between(dense, model, batches, held, block, at, r:Recipe)->Fit:
     "Fit the map of layer `at-1` of `model` towards the dense model's state `block.end`"
     points = {} if r.features.state else fold_points(model, [at-1])
     if r.solver=='closed':
-        g, h = [collect_between(dense, model, bs, list(points.values()), at, block.end, r.features, f'sums {block}') if bs else None for bs in (batches, held)]
+        g, h = [collect_between(dense, model, bs, list(points.values()), at, block.end, r.features,
+                                f'sums {block}') if bs else None for bs in (batches, held)]
         return solve_sums(g, h, r)
     with contextlib.ExitStack() as stack:
         if r.rows_path: folder = local_path(r.rows_path)/f'{block.start}-{block.end}'
         else: folder = stack.enter_context(temporary_folder())/'rows'
         belongs = dict(model=identity(model), **({} if dense is model else dict(dense=identity(dense))))
-        rows = write_rows(model, [*batches, *held], block, points, folder, wide=r.map=='wide', belongs=belongs,
+        rows = write_rows(model, [*batches, *held], block, points, folder, wide=r.map=='wide',
+                          belongs=belongs,
                           dense=dense, at=at, desc=f'rows {block}')
         return solve_rows(rows, r)
 
-# %% ../nbs/14_search.ipynb #b219719a
+# %% ../nbs/14_search.ipynb #e285fdd4
 class States:
-    "The hidden states of all real tokens at one depth, on disk: `states[k]` are those of batch `k`, `(T,d)`, and can be written"
+    "Hidden states of all real tokens at one depth, on disk: `states[k]`, `(T,d)`, are those of batch `k`"
     def __init__(self, path, batches, d, dtype):
         counts = [n_tokens([b]) for b in batches]
         n = sum(counts)
-        self.rows, self.parts = torch.from_file(str(path), shared=True, size=n*d, dtype=dtype).view(n, d).split(counts), counts
+        self.rows, self.parts = torch.from_file(str(path), shared=True, size=n*d,
+                                                dtype=dtype).view(n, d).split(counts), counts
     def __getitem__(self, k): return self.rows[k]
     def __setitem__(self, k, x): self.rows[k].copy_(x)
 
+# %% ../nbs/14_search.ipynb #b219719a
 def through(one, # a model of one layer
             batch, x, # states that enter it, `(T,d)`
             points=(), # fold points of that layer
@@ -137,11 +151,12 @@ def through(one, # a model of one layer
         new = full.to(hidden_arg(args, kwargs))
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, 'hidden_states': new})
     with hooks(layers_of(one)[0].register_forward_pre_hook(swap, with_kwargs=True)):
-        tap(one, batch, lambda i,y: out.append(masked(y, mask)) if i==1 else None, lambda k,m,r: h.__setitem__(k, masked(r, mask)),
+        tap(one, batch, lambda i,y: out.append(masked(y, mask)) if i==1 else None,
+            lambda k,m,r: h.__setitem__(k, masked(r, mask)),
             dict(enumerate(points)), 1)
     return [h[k] for k in range(len(points))], out[0]
 
-# %% ../nbs/14_search.ipynb #b34bfe04
+# %% ../nbs/14_search.ipynb #b4480286
 @dataclass
 class Cut:
     "The streams at a cut: what the pruned model has there, and what the dense model had"
@@ -149,6 +164,7 @@ class Cut:
     ours:States
     target:States
 
+# %% ../nbs/14_search.ipynb #b34bfe04
 def states_at_cut(dense, model, batches, at, end, fit:Fit, folder)->Cut:
     "Run both models once up to the cut; `model` is the one before the block goes and its map is folded"
     d, dtype = width(dense), dense.dtype
@@ -165,8 +181,9 @@ def states_at_cut(dense, model, batches, at, end, fit:Fit, folder)->Cut:
             bar.update(n_tokens([batch]))
     return cut
 
-# %% ../nbs/14_search.ipynb #39e26191
-RIDGE = 2 # times unknowns a column over tokens; measured on SmolLM2, where half and twice as much change little
+# %% ../nbs/14_search.ipynb #e4f31edc
+# times unknowns a column over tokens; measured on SmolLM2, where half and twice as much change little
+RIDGE = 2
 
 def _sums_behind(one, cut, point, feats, d):
     "The sums that bring the output of a layer to the target"
@@ -177,14 +194,17 @@ def _sums_behind(one, cut, point, feats, d):
         g.add(feats.rows(None, [h]), Y-S, feats.weigh(Y))
     return g
 
+# %% ../nbs/14_search.ipynb #ccd04136
 def _output_matrices(model, i)->list: # of FoldPoint
-    "The matrices of a layer that can be refitted: attention's and the MLP's, where each is one linear layer with one factor"
+    "The matrices that can be refitted: attention's and the MLP's, where each is one linear layer"
     mlp, attention = find_points(model, [i])[i], attention_point(model, i)
     if isinstance(mlp, str) or mlp.linear is None or isinstance(mlp.factor, Tensor): return [] # left as it is
     if attention is None or attention.name==mlp.name: return [mlp]
     w = attention.linear
-    return [FoldPoint([replace(w, factor=mlp.factor, params=writing_params(w.module))], [(w.module, mlp.factor)], attention.error), mlp]
+    return [FoldPoint([replace(w, factor=mlp.factor, params=writing_params(w.module))],
+                      [(w.module, mlp.factor)], attention.error), mlp]
 
+# %% ../nbs/14_search.ipynb #39e26191
 def _same_point(point, layer)->FoldPoint:
     "The same point in a copy of the layer"
     w = point.linear
@@ -204,7 +224,8 @@ def refit_layer(dense, model, i, # layer of `model`
         g = _sums_behind(one, cut, here, feats, d)
         fit = lstsq_map(g, ridge=RIDGE*len(g.XtX)/g.n)
         for p in (here, point): fold(p, fit.T, wide=True)
-        done.append(dict(layer=j, matrix=point.name, ridge=fit.ridge, error=fit.error, error_before=fit.removal_error))
+        done.append(dict(layer=j, matrix=point.name, ridge=fit.ridge, error=fit.error,
+                         error_before=fit.removal_error))
     for k,batch in enumerate(cut.batches): cut.ours[k] = through(one, batch, cut.ours[k])[1]
     return done
 
@@ -212,14 +233,17 @@ def refit_layer(dense, model, i, # layer of `model`
 def stand_in(model, block, fit:Fit): # -> the pruned model
     "Remove a block and put its map in its place; `model` is left as it is"
     if fit.kind=='none': return cut(model, [block])
-    if fit.kind=='state': return with_linear(cut(model, [block]), block.start-1, fit.T[:-1] if fit.affine else fit.T, fit.T[-1] if fit.affine else None)
+    if fit.kind=='state':
+        return with_linear(cut(model, [block]), block.start-1, fit.T[:-1] if fit.affine else fit.T,
+                           fit.T[-1] if fit.affine else None)
     return replace_block(model, block, fit)
 
+# %% ../nbs/14_search.ipynb #0b50de2a
 def outcome(dense, model, batches, desc='held-out loss')->float: # lower is better
-    "What a pruned model is judged by: its loss on texts; of an image encoder how far its last states are from the dense one's"
+    "What a pruned model is judged by: its loss; of an image encoder how far its last states are off"
     return 1-agreement(dense, model, batches) if sees(model) else batch_loss(model, batches, desc)
 
-# %% ../nbs/14_search.ipynb #7e179d4c
+# %% ../nbs/14_search.ipynb #21c10bba
 @dataclass
 class Distances:
     "What the layers that went were chosen by"
@@ -231,6 +255,7 @@ class Distances:
     avoided:list = field(default_factory=list) # blocks that were nearer and hold a sink
     block:list|None = None # the block that was nearest, where others went
 
+# %% ../nbs/14_search.ipynb #7e179d4c
 @dataclass
 class Pruned:
     "A pruned model and how it came about"
@@ -251,16 +276,18 @@ class Pruned:
         "What each candidate was judged by, or, of one that was not compared, the first fit"
         return plot_choice(self.choice, ax) if self.choice else self.fits[0].plot(ax)
 
-# %% ../nbs/14_search.ipynb #57d208e7
+# %% ../nbs/14_search.ipynb #53b03cac
 def _refit_behind(dense, before, model, batches, at, b, n, fit, r):
     "Refit the first `n` layers behind block `b` of `model`, in place"
     done = []
     with temporary_folder() as folder:
         cut = states_at_cut(dense, before, batches, at, b.end, fit, folder)
-        for j in tqdm(range(n), desc='layers behind the cut', unit='layer'): done += refit_layer(dense, model, at+j, b.end+j, cut, r.weights)
+        for j in tqdm(range(n), desc='layers behind the cut', unit='layer'):
+            done += refit_layer(dense, model, at+j, b.end+j, cut, r.weights)
         del cut
     return done
 
+# %% ../nbs/14_search.ipynb #57d208e7
 def fit_blocks(dense, batches, held, blocks, r:Recipe,
                first=None, # the `Fit` of the first block, where it is known
               )->Pruned:
@@ -271,26 +298,30 @@ def fit_blocks(dense, batches, held, blocks, r:Recipe,
         fit = first if first is not None and not gone else fit_between(dense, model, batches, held, b, at, r)
         model = stand_in(model, Block(at, at+len(b)), fit)
         if r.refit and end>b.end:
-            refits += _refit_behind(dense, before, model, [*batches, *held], at, b, min(r.refit, end-b.end), fit, r)
+            refits += _refit_behind(dense, before, model, [*batches, *held], at, b, min(r.refit, end-b.end),
+                                    fit, r)
         fits.append(fit); gone += len(b)
     return Pruned(model, list(blocks), fits, refits)
 
 # %% ../nbs/14_search.ipynb #8551c1d9
 @contextlib.contextmanager
 def beside(model, blocks, fits): # -> the pruned model, while its maps act
-    "Take blocks out of a model and put their maps beside what is left, for a moment; `model` is left as it is"
+    "Take blocks out and put their maps beside what is left, for a moment; `model` is left as it is"
     gone, small = 0, cut(model, blocks) if blocks else model
     with contextlib.ExitStack() as stack:
         for b,fit in zip(blocks, fits):
             i = b.start-gone-1
-            if fit.kind=='state': small = with_linear(small, i, *((fit.T[:-1], fit.T[-1]) if fit.affine else (fit.T,)))
+            if fit.kind=='state':
+                small = with_linear(small, i, *((fit.T[:-1], fit.T[-1]) if fit.affine else (fit.T,)))
             gone += len(b)
         gone = 0
         for b,fit in zip(blocks, fits):
-            if fit.kind not in ('state', 'none'): stack.enter_context(explicit_map(small, b.start-gone-1, fit))
+            if fit.kind not in ('state', 'none'):
+                stack.enter_context(explicit_map(small, b.start-gone-1, fit))
             gone += len(b)
         yield small
 
+# %% ../nbs/14_search.ipynb #a448208f
 def fit_beside(dense, batches, held, blocks, r:Recipe)->Pruned: # without a model
     "Fit one map after the other where no weight can be written"
     fits = []
@@ -299,6 +330,7 @@ def fit_beside(dense, batches, held, blocks, r:Recipe)->Pruned: # without a mode
             fits.append(fit_between(dense, model, batches, held, b, b.start-sum(map(len, blocks[:k])), r))
     return Pruned(None, list(blocks), fits)
 
+# %% ../nbs/14_search.ipynb #86ae4c00
 def stand_ins(model, blocks, fits): # -> the pruned model
     "Remove blocks and put their maps in their places; `model` is left as it is"
     gone = 0
@@ -307,15 +339,18 @@ def stand_ins(model, blocks, fits): # -> the pruned model
         gone += len(b)
     return model
 
-# %% ../nbs/14_search.ipynb #f20acd50
+# %% ../nbs/14_search.ipynb #97390e4b
 def _winner(rows, select):
     "The number of the best candidate, which is marked; what is not finite never wins"
     value = [row['loss' if select=='loss' else 'fit_error'] for row in rows]
-    if not any(map(math.isfinite, value)): raise ReplaceMeError(f"none of the {len(rows)} candidates has a finite {select}: load the model with dtype bfloat16 or float32.")
+    if not any(map(math.isfinite, value)):
+        raise ReplaceMeError(f"none of the {len(rows)} candidates has a finite {select}: load the model with "
+                             "dtype bfloat16 or float32.")
     best = min(range(len(rows)), key=lambda i: value[i] if math.isfinite(value[i]) else math.inf)
     for i,row in enumerate(rows): row['chosen'] = i==best
     return best
 
+# %% ../nbs/14_search.ipynb #f20acd50
 def choose(model, found, # Measured
            held, # held-out batches
            r:Recipe)->tuple: # (Block, list of candidates with what they were judged by)
@@ -325,20 +360,24 @@ def choose(model, found, # Measured
     rows, r = [], r.trial
     for d,b in ranked:
         trial = solve_trial(found.sums[b], found.held[b], r)
-        loss = outcome(model, stand_in(model, b, trial), held, f'held-out loss of {b}') if r.select=='loss' else None
-        rows.append(dict(blocks=[list(b)], distance=d, fit_error=fit_error(found.held[b], trial.T), loss=loss))
+        loss = outcome(model, stand_in(model, b, trial), held,
+                       f'held-out loss of {b}') if r.select=='loss' else None
+        rows.append(dict(blocks=[list(b)], distance=d, fit_error=fit_error(found.held[b], trial.T),
+                         loss=loss))
     return ranked[_winner(rows, r.select)][1], rows
 
-# %% ../nbs/14_search.ipynb #7605f1bd
+# %% ../nbs/14_search.ipynb #050c50a5
 def prune_one(model, batches, held, found, # Measured, with the features of `r.trial`
               r:Recipe)->Pruned:
     "Choose one block, fit it and fold it"
     block, rows = choose(model, found, held, r)
-    first = solve_sums(found.sums[block], found.held.get(block), r) if r.solver=='closed' and r.map=='narrow' else None
+    first = solve_sums(found.sums[block], found.held.get(block),
+                       r) if r.solver=='closed' and r.map=='narrow' else None
     done = fit_blocks(model, batches, held, [block], r, first)
     done.choice = rows
     return done
 
+# %% ../nbs/14_search.ipynb #7605f1bd
 def prune_several(model, batches, held,
                   ways, # of `(sum of distances, [Block, ...])`, best first
                   r:Recipe)->Pruned:

@@ -340,10 +340,11 @@ class SliceGPT(Method):
     def remove(self, model, batches, job): return slicegpt(model, batches, job.n, plain=job.keys.plain)
     def stood(self, said):
         f = said.facts
-        how = 'one rotation for all of them' if f['plain'] else 'a rotation for each, and shortcut matrices between'
+        each = 'a rotation for each, and shortcut matrices between'
+        how = 'one rotation for all of them' if f['plain'] else each
         code = '' if f['plain'] else ' Loading the model takes trust_remote_code=True.'
         return (f"All layers stay. The stream was turned into its principal components ({how}) and cut from "
-                f"{f['dense_width']} to {f['width']} channels, which keep {min(f['kept']):.1%} of its energy or "
+                f"{f['dense_width']} to {f['width']} channels, which keep {min(f['kept']):.1%} of its energy "
+                "or "
                 f"more.{code}")
-
 add_method(SliceGPT())

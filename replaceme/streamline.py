@@ -29,7 +29,8 @@ from .methods import *
 NETWORKS = ('layer', 'ffn', 'swiglu', 'none')
 
 def place_network(model, block, # the layers that it stands for
-                  network='layer', seed=0)->tuple: # (pruned model, the numbers of its layers that hold the network, names of its weights)
+                  # (pruned model, the numbers of its layers that hold the network, names of its weights)
+                  network='layer', seed=0)->tuple:
     "Remove a block and put an untrained network in its place"
     s = block.start
     if network=='layer':
@@ -43,20 +44,25 @@ def place_network(model, block, # the layers that it stands for
     names = [n for n,p in small.named_parameters() if n.startswith(prefix) and p.is_floating_point()]
     return own(small, names), at, names
 
+# %% ../nbs/18_streamline.ipynb #3a3d72f7
 def _layer_name(model, i): # 'model.layers.3.'
     layer = layers_of(model)[i]
     return next(n for n,m in model.named_modules() if m is layer)+'.'
 
-# %% ../nbs/18_streamline.ipynb #343d08b3
-def train_network(dense, small, block, at, names, loss, learn, held, tokens, keep_path=None, folder=None, seed=0, **trainer)->Trained:
+# %% ../nbs/18_streamline.ipynb #e5ca7a42
+def train_network(dense, small, block, at, names, loss, learn, held, tokens, keep_path=None, folder=None,
+                  seed=0, **trainer)->Trained:
     "Train the network that `place_network` has put in, in place"
     kw = dict(seed=seed, folder=folder, trainer=trainer, keep_path=keep_path)
-    if loss!='mse': return fit_weights(small, names, loss, learn, held, tokens, desc=f'network for {block}', **kw)
+    if loss!='mse':
+        return fit_weights(small, names, loss, learn, held, tokens, desc=f'network for {block}', **kw)
     ids = {id(p) for n,p in small.named_parameters() if n in set(names)}
     one = keep_layers(small, [at])
     inner = [n for n,p in one.named_parameters() if id(p) in ids]
-    return fit_weights(one, inner, 'mse', learn, held, tokens, state_targets(dense, at, block.end), desc=f'network for {block}', **kw)
+    return fit_weights(one, inner, 'mse', learn, held, tokens, state_targets(dense, at, block.end),
+                       desc=f'network for {block}', **kw)
 
+# %% ../nbs/18_streamline.ipynb #343d08b3
 @dataclass
 class Streamlined(OneBlock):
     "A block, the distances it was chosen by, and the training of the network in its place"
@@ -82,6 +88,21 @@ class Streamlined(OneBlock):
     @property
     def history(self): return self.training.history if self.training else []
 
+# %% ../nbs/18_streamline.ipynb #0326a2db
+def _check_asked(n, network, loss, block, trainer)->int:
+    "How many layers the network stands for, once what is asked for makes sense"
+    if network not in NETWORKS:
+        raise ReplaceMeError(f"network is {network!r}, not one of "
+                             f"{', '.join(NETWORKS)}.{nearest(network, NETWORKS)}")
+    if loss not in ('mse', 'lm'):
+        raise ReplaceMeError(f"loss is {loss!r}: LLM-Streamline trains by mse or lm.")
+    check_trainer(trainer)
+    length = n+(network!='none')
+    if block is not None and len(block)!=length:
+        raise ReplaceMeError(f"block {block} has {len(block)} layers; with network {network} and n {n} it "
+                             f"has {length}.")
+    return length
+
 # %% ../nbs/18_streamline.ipynb #451d3f2f
 def streamline(model, batches,
                n, # layers to save
@@ -91,24 +112,25 @@ def streamline(model, batches,
                held=None, # batches to judge by; by default the last of `texts`, which are then not trained on
                tokens=None, # train on so many; by default once on each
                seed=0, folder=None, # see `fit_weights`
-               block=None, # the layers the network stands for (`n` for none, else one more); by default those with the smallest cosine distance
+               block=None, # the layers that go; by default those with the smallest cosine distance
                **trainer, # arguments of transformers' TrainingArguments
               )->tuple: # (pruned model, Streamlined)
     "Train one light network in the place of a block (LLM-Streamline, arXiv 2403.19135)"
-    if network not in NETWORKS: raise ReplaceMeError(f"network is {network!r}, not one of {', '.join(NETWORKS)}.{nearest(network, NETWORKS)}")
-    if loss not in ('mse', 'lm'): raise ReplaceMeError(f"loss is {loss!r}: LLM-Streamline trains by mse or lm.")
-    check_trainer(trainer); check_model(model)
-    length = n+(network!='none')
-    if block is not None and len(block)!=length: raise ReplaceMeError(f"block {block} has {len(block)} layers; with network {network} and n {n} it has {length}.")
+    length = _check_asked(n, network, loss, block, trainer)
+    check_model(model)
     D = distances(model, batches, length, 'cosine', 'all') if block is None else {}
     block = block or nearest_block(D)
-    if network=='none': return checked_cut(model, [block]), Streamlined([*range(*block)], n_tokens(batches), D, 'cosine', 'none', loss)
+    if network=='none':
+        none = Streamlined([*range(*block)], n_tokens(batches), D, 'cosine', 'none', loss)
+        return checked_cut(model, [block]), none
     small, at, names = place_network(model, block, network, seed)
     learn, held = split_texts(batches if texts is None else texts, held)
     tokens = n_tokens(learn) if tokens is None else tokens
-    keep = tokens>n_tokens(learn) and loss=='mse' # the dense model is asked once, however often the texts are read
+    # the dense model is asked once, however often the texts are read
+    keep = tokens>n_tokens(learn) and loss=='mse'
     with common_folder() if keep else contextlib.nullcontext() as d:
-        done = train_network(model, small, block, at, names, loss, learn, held, tokens, d and d/'states', folder, seed, **trainer)
+        done = train_network(model, small, block, at, names, loss, learn, held, tokens, d and d/'states',
+                             folder, seed, **trainer)
     gone = range(block.start+(network=='layer'), block.end)
     return small, Streamlined([*gone], n_tokens(batches), D, 'cosine', network, loss, done.tokens, done)
 
@@ -134,7 +156,8 @@ class Streamline(Method):
     def prove(self, model, job):
         n, L = job.n, len(layers_of(model))
         if self.trains(job.keys) and n+1>=L:
-            raise ReplaceMeError(f"layers_to_skip is {n}: with a network one more layer goes, and of {L} at least "
+            raise ReplaceMeError(f"layers_to_skip is {n}: with a network one more layer goes, and of {L} at "
+                                 "least "
                                  f"one must stay before it: use at most {L-2}.")
         blocks = super().prove(model, job)
         if self.own_code(job.keys): # its own complaints
@@ -145,7 +168,8 @@ class Streamline(Method):
         if kind=='none': return 'Nothing stands in their place, and nothing was trained for it.'
         if kind=='layer': return f'Layer {said.before} was trained to stand for itself and them.'
         cost = f', {said.plain_cost}' if said.plain_cost else ''
-        return (f'Behind layer {said.before} stands a small network of its own ({kind}{cost}) that was trained in '
+        return (f'Behind layer {said.before} stands a small network of its own ({kind}{cost}) that was '
+                'trained in '
                 'their place, so loading the model takes trust_remote_code=True.')
 
 # %% ../nbs/18_streamline.ipynb #bf4f212c
@@ -163,5 +187,4 @@ def prune(self:Streamline, model, job, plan=None)->Pruned:
     done = self.noted(model, small, res, batches, job)
     done.training = res.taught()
     return done
-
 add_method(Streamline())

@@ -465,7 +465,7 @@ def _best_of(folder, last):
 
 # %% ../nbs/17_train.ipynb #484b0ade
 def _is_finished(checkpoint):
-    "Was the state of a checkpoint, which is written last, written to its end? A killed process leaves half of it"
+    "Was the state, which is written last, written to its end? A killed process leaves half of it"
     try: json.loads((checkpoint/_STATE).read_text(encoding='utf-8'))
     except (OSError, ValueError): return False
     return True
