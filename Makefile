@@ -22,7 +22,7 @@ pip = $(call quiet,$(PY) -m pip install -q $(1))
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test runtimes docs data export clean install install-dev model converter transformers4
+.PHONY: help demo test lint runtimes docs data export clean install install-dev model converter transformers4
 
 help: ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -39,6 +39,9 @@ test: install-dev model transformers4 ## run every notebook and every test
 	echo "== notebooks"; $(PY) .ci/nbtest --workers 2 || status=1; \
 	echo "== tests"; $(PY) -m pytest tests -q -n 2 --dist loadfile || status=1; \
 	exit $$status
+
+lint: install-dev ## look for names that do not exist, values that nobody reads, traps of the language
+	@$(PY) -m ruff check
 
 runtimes: export OMP_NUM_THREADS := 1
 runtimes: install-dev model .venv/.llama converter ## run a pruned model in llama.cpp, which is built first, and compare (20 minutes)

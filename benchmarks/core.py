@@ -23,7 +23,7 @@ OUT = ROOT / "benchmarks/results/core.json"
 import torch  # noqa: E402
 from data import DATA  # noqa: E402
 
-from replaceme.arch import backbone, check_model, fold_points  # noqa: E402
+from replaceme.arch import backbone, check_model  # noqa: E402
 from replaceme.blocks import Block, candidates  # noqa: E402
 from replaceme.core import peak_memory, reset_peak_memory, resident_memory  # noqa: E402
 from replaceme.data import batches, load_texts  # noqa: E402

@@ -189,7 +189,6 @@ def curves():
         print(f"curves  {name:13} held-out cosine {out[name]['cosine']:.4f} (without the residual {out[name]['simple']:.4f}) after "
               f"{out[name]['steps']} passes, {c.seconds:.1f} s", flush=True)
         keep("curves", out)
-    del rows, fit, held
     shutil.rmtree(folder)
 
 
@@ -198,7 +197,7 @@ def tokens():
     model, tokenizer, bs = setting(256)
     block, point, feats, out = Block(13, 19), fold_points(model, [12])[12], Features(wide=True, weights="inv_norm"), []
     g = None
-    for i, batch in enumerate(bs):
+    for batch in bs:
         one = collect_between(model, model, [batch], [point], block.start, block.end, feats)
         g = one if g is None else g + one
         if g.n in [2**k * 1024 for k in (3, 4, 5, 6, 7)]:

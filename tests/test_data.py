@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from replaceme import data
 from replaceme.core import ReplaceMeError
-from replaceme.data import (batches, data_name, first_tokens, interleave, load_texts, mask_tokens, own_texts, pad_rows, pick,
+from replaceme.data import (batches, data_name, first_tokens, interleave, load_texts, mask_tokens, own_texts, pick,
                             portions, read_shares, sample_ids, sample_texts, token_ids)
 from replaceme.models import gguf_folder, package_gguf, tiny_model, tiny_tokenizer
 

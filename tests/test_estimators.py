@@ -282,7 +282,7 @@ def test_select(model, data, rows, select):
     _, result = run(model, data, method="lstsq", layers_to_skip=2, blocks=None, select=select, top_k=4)
     values = {}
     for s in range(1, 5):
-        M, Q, n = [], [], 0
+        M, Q = [], []
         for b in rows.batches:
             a = capture(model, b, fold_points(model, [s - 1]))
             M.append(a.M[s - 1].double()), Q.append((a.S[s + 2] - a.S[s] + a.M[s - 1]).double())

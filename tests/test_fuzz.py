@@ -257,7 +257,7 @@ KEPT = {"c.yaml", "distances.json", "distances.csv", "distances.png", "rows", "t
 
 def faults(case, cwd, code, said, before):
     "What is wrong with the end of a case"
-    keys, out = case["keys"], case["keys"].get("save_path")
+    out = case["keys"].get("save_path")
     if code not in (0, 2):
         yield f"exit code {code}"
     if "Traceback" in said:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from replaceme import data, kept
 from replaceme.arch import fold_points, layers_of
 from replaceme.blocks import Block
-from replaceme.core import ReplaceMeError, ReplaceMeWarning
+from replaceme.core import ReplaceMeError
 from replaceme.data import batches, load_texts, own_texts
 from replaceme.kept import (check_facts, fingerprint, identity, is_whole, kept_folder, keepable, locked, read_kept,
                             text_digests, tokenizer_key, words_sum)

@@ -21,9 +21,8 @@ import replaceme.report
 import replaceme.save
 from replaceme import cli
 from replaceme.compare import compare, read_comparison
-from replaceme.core import (ReplaceMeError, ReplaceMeWarning, check_output, new_folder, prove_writable, put_in_place,
-                            real_path, temporary_folder, write_whole)
-from replaceme.pipeline import (Config, EvaluateConfig, analyse, base_of, check_apart, make_config, output_path, prove_places,
+from replaceme.core import (ReplaceMeError, ReplaceMeWarning, check_output, new_folder, prove_writable, write_whole)
+from replaceme.pipeline import (Config, analyse, base_of, make_config, output_path, prove_places,
                                 run)
 from replaceme.compare import CompareConfig
 from replaceme.keys import choices_of
@@ -662,7 +661,7 @@ def test_a_process_number_that_is_used_again_protects_nothing(tmp_path):
     "In a container the next process has the number of the killed one"
     left = tmp_path / f".out.partial-{os.getpid()}-abc"
     left.mkdir()
-    with new_folder(tmp_path / "out") as tmp:
+    with new_folder(tmp_path / "out"):
         assert not left.exists()
     file = tmp_path / f".a.json.partial-{os.getpid()}-abc"
     file.write_text("half")

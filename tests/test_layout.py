@@ -97,6 +97,19 @@ def test_direct_requirements_are_pinned():
         assert req.name in pins and pins[req.name] in req.specifier, req
 
 
+def test_the_linter_has_nothing_to_say():
+    "And it does look: at a name that does not exist, in a test as in the library"
+    if subprocess.run([sys.executable, "-m", "ruff", "--version"], capture_output=True).returncode:
+        pytest.skip("ruff is not installed: `make install-dev`")
+    def ruff(*words, said=None):
+        return subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", *words], cwd=ROOT, input=said, capture_output=True, text=True)
+    p = ruff()
+    assert p.returncode == 0, p.stdout
+    for place in "tests", "replaceme", "benchmarks":
+        p = ruff("--stdin-filename", f"{place}/x.py", "-", said="from replaceme.core import ReplaceMeError\n\nprint(ReplaceMeError, undefined)\n")
+        assert p.returncode == 1 and "F821" in p.stdout
+
+
 QUIET = """
 import importlib, logging, pkgutil, random, sys, warnings
 import numpy as np, torch, transformers, datasets

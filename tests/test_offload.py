@@ -7,17 +7,15 @@ import weakref
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from accelerate.utils import OffloadedWeightsLoader
 from safetensors import safe_open
-from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, modeling_utils
+from transformers import AutoModel, modeling_utils
 
 from replaceme import merge
 from replaceme.arch import find_points, fold_points, layers_of
 from replaceme.blocks import Block, candidates
 from replaceme.distance import Profile
 from replaceme.evaluate import perplexity
-from replaceme.merge import check_cut, cut, differs_when_rebuilt, explicit_map, replace_block, save_checkpoint, shared_copy, with_bias
+from replaceme.merge import check_cut, cut, differs_when_rebuilt, explicit_map, replace_block, save_checkpoint, with_bias
 from replaceme.models import fingerprint, load_model, tiny_model, tiny_tokenizer, tiny_vision
 from replaceme.pipeline import prune
 from replaceme.solve import lstsq_map

@@ -17,7 +17,7 @@ from replaceme.data import batches, load_texts
 from replaceme.distance import METRICS, cosine
 from replaceme.models import load_model
 from replaceme.methods import peers
-from replaceme.pipeline import (AnalyseConfig, Config, EvaluateConfig, MapConfig, PruneConfig, analyse, asks, evaluate, idle, make_config, prune, read_by,
+from replaceme.pipeline import (AnalyseConfig, Config, EvaluateConfig, MapConfig, PruneConfig, analyse, evaluate, make_config, prune, read_by,
                                 read_config, recipe_of, run)
 from replaceme.recover import RUNGS
 from replaceme.solve import MAPS, STRUCTURES

@@ -1,5 +1,4 @@
 """Every result can be looked at: labelled axes, and the numbers that are in it."""
-import dataclasses
 import importlib
 import inspect
 import pkgutil

@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from replaceme.arch import layers_of
 from replaceme.blocks import Block
-from replaceme.checkpoint import files_beside, reading, source_folder, spelled
+from replaceme.checkpoint import source_folder, spelled
 from replaceme.core import cache_dir
-from replaceme.merge import cut, differs_when_rebuilt, replace_block, save_checkpoint
+from replaceme.merge import cut, differs_when_rebuilt, save_checkpoint
 from replaceme.models import load_model, tiny_model, tiny_tokenizer
 from replaceme.pipeline import make_config, run
 

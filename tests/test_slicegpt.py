@@ -154,7 +154,7 @@ def test_sums_do_not_depend_on_batches_and_padding(name):
 def slow_llama(model, ids, bases, gains):
     "The sliced Llama, written out in float64 with the dense weights: the stream is projected, the norms divide by fewer channels"
     p, c = {k: v.double() for k, v in model.state_dict().items()}, model.config
-    (d, k), hd, nh, nk = bases[0].shape, c.head_dim, c.num_attention_heads, c.num_key_value_heads
+    k, hd, nh, nk = bases[0].shape[1], c.head_dim, c.num_attention_heads, c.num_key_value_heads
     P, S = [R @ R.T for R in bases], ids.shape[1]
     angle = torch.arange(S).double()[:, None] / c.rope_parameters["rope_theta"]**(torch.arange(0, hd, 2).double() / hd)
     cos, sin = torch.cat([angle.cos()] * 2, 1), torch.cat([angle.sin()] * 2, 1)

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from replaceme import data
 from replaceme.compare import eval_pieces, text_losses
 from replaceme.core import ReplaceMeError
-from replaceme.data import Piece, batches, check_ids, cut_stream, first_id, first_tokens, load_texts, own_texts, token_ids
+from replaceme.data import batches, check_ids, cut_stream, first_id, first_tokens, load_texts, own_texts, token_ids
 from replaceme.evaluate import continuation, cut_pieces, eval_tasks, perplexity
 from replaceme.models import check_tokenizer, tiny_model, tiny_tokenizer
 from replaceme.pipeline import (calibration_batches, eval_text, evaluate, make_config, prune, run, training_batches)

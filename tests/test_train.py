@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
@@ -19,9 +18,9 @@ from replaceme.core import ReplaceMeError, ReplaceMeWarning
 from replaceme.evaluate import outputs
 from replaceme.merge import cut, save_checkpoint
 from replaceme.models import tiny_model
-from replaceme.recover import RUNGS, cuts_of, recover, rung_names
+from replaceme.recover import cuts_of, recover, rung_names
 from replaceme.search import Recipe, fit_blocks
-from replaceme.streamline import NETWORKS, streamline
+from replaceme.streamline import streamline
 from replaceme.train import Pupil, TextRows, fit_weights, frozen, held_loss, kd_loss, own, pad_rows, topk_targets
 from replaceme.unmerged import with_linear
 
