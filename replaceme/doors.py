@@ -9,7 +9,6 @@ __all__ = ['config_of', 'run', 'compare', 'evaluate', 'example_files', 'write_ex
 import argparse, os, sys
 from importlib.resources import files
 from dataclasses import fields
-from pathlib import Path
 
 from .core import *
 from .plots import and_words
