@@ -373,7 +373,7 @@ def _write(tmp, cfg, done, tokenizer, stages):
         if cfg.alone: save_transform(tmp, done); return pruned
         save_checkpoint(pruned, tmp, inputs=tokenizer)
     ref, auto = outputs(pruned, dummy(pruned)), auto_class(pruned)
-    own_code = bool(getattr(pruned.config, 'auto_map', None)) or is_linear_model(pruned)
+    own_code = method_of(cfg).own_code(keys_of(cfg)) or is_linear_model(pruned)
     del pruned
     with stages('reload'): return reload(tmp, cfg, ref, auto, own_code)
 

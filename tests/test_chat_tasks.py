@@ -52,7 +52,8 @@ def test_questions_go_through_the_template(tasks, asked):
     assert all(a.count("[user]") == 1 for a in asked)  # here it stands in the one message
 
 
-def test_scores_of_the_two_ways_are_kept_apart(tasks, asked):
+def test_scores_of_the_two_ways_are_kept_apart(tasks, asked, tmp_path, monkeypatch):
+    monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path))  # what an earlier run kept would not be asked again
     model, tok = tiny_model(layers=2, seed=3), tiny_tokenizer()
     plain = s.kept_tasks(model, tok, tasks)
     asked.clear()
