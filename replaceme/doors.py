@@ -191,16 +191,3 @@ def main(argv=None):
         print(f'replaceme: error: {e}', file=sys.stderr)
         sys.exit(2)
     for line in lines: tell(line)
-
-# %% ../nbs/25_doors.ipynb #9e5825a6
-def main(argv=None):
-    "The command `replaceme`"
-    from replaceme.cli import tell
-    try:
-        folder = _asked(argv).folder
-        new = write_examples(folder)
-    except ReplaceMeError as e:
-        print(f'replaceme: error: {e}', file=sys.stderr)
-        sys.exit(2)
-    for f in new: tell(f)
-    if not new: tell(f"{folder}: all {len(example_files())} examples are there already")
