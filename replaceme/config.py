@@ -59,10 +59,10 @@ class Config(*reversed((*BASES[:3], *GROUPS, *BASES[3:]))):
         return f"{name} is {value!r}, but {cls.command} does not read it; leave it out."
 
 # %% ../nbs/22_config.ipynb #de6e67d8
-def _renewed(cls, new=()):
+def _renewed(cls, new=(), gone=()): # fields, names of fields
     "Make the methods of a dataclass anew, with fields that were added to it or to its bases"
-    own = {n: cls.__dataclass_fields__[n] for n in vars(cls).get('__annotations__', {})} | {f.name: f
-                                                                                            for f in new}
+    had = [n for n in vars(cls).get('__annotations__', {}) if n not in gone]
+    own = {n: cls.__dataclass_fields__[n] for n in had} | {f.name: f for f in new}
     cls.__annotations__ = {n: f.type for n,f in own.items()}
     for n,f in own.items(): setattr(cls, n, f)
     for n in ('__init__', '__repr__', '__eq__', '__match_args__'):
@@ -70,9 +70,11 @@ def _renewed(cls, new=()):
     dataclass(cls)
 
 # %% ../nbs/22_config.ipynb #c1a4c3f4
-def _grow(group, cls=Config):
-    "Add a group to a configuration and to those made of it"
-    _renewed(cls, fields(group))
+def _grow(group, gone=(), cls=Config):
+    "Add a group to a configuration and to those made of it, in the place of groups that are gone"
+    base = {f for g in BASES for f in g.__dataclass_fields__} & {*group.__dataclass_fields__}
+    if base: raise ReplaceMeError(f"there is a key {min(base)} already: give yours another name.")
+    _renewed(cls, fields(group), {f for g in gone for f in g.__dataclass_fields__})
     def below(c): return [c2 for c1 in c.__subclasses__() for c2 in (c1, *below(c1))]
     for c in below(cls):
         if '__dataclass_fields__' in vars(c): _renewed(c)

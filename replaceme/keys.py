@@ -7,8 +7,7 @@ __all__ = ['PRUNE', 'READ', 'LOAD', 'SCORE', 'EVERY', 'key', 'asks', 'choices_of
            'Common', 'Keys']
 
 # %% ../nbs/00_keys.ipynb #a14b3e66
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import get_args
 
 from .core import *
@@ -28,14 +27,14 @@ def key(default, # the value of a key that is left out
         off=(), # other values than the default that ask for nothing
         text=None, # why it means nothing to an image encoder
         choices=None, # names it takes: a sequence, or a registry, looked up when it is needed
-        least=None, below=None, # limits of a number
-        check=None, # function of a value that raises what is wrong with it
+        least=None, # the smallest number it takes
+        check=None, # function of a value that raises what is wrong with it, `choices` or not
         read=None, # function that is applied to what a file or a caller gives
         path=None, # is it a place? `read`, or `kept`: written and gone on with
         nargs=None, # values that make one flag
         missing=None): # what to give, where it is needed and was left out
     "A field of a group"
-    names = 'help unless off text choices least below check read path nargs missing'.split()
+    names = 'help unless off text choices least check read path nargs missing'.split()
     given = locals()
     return field(default=default, metadata=dict({k: given[k] for k in names}, by=by.split()))
 
@@ -59,12 +58,10 @@ def check_value(f, v):
     "Raise where a key does not take a value"
     m, known = f.metadata, choices_of(f)
     if v is None: return
-    if known and isinstance(v, str) and v not in known:
+    if known and not m.get('check') and isinstance(v, str) and v not in known:
         raise ReplaceMeError(f"{f.name} is {v!r}, not one of {', '.join(known)}.{nearest(v, known)}")
     if m.get('least') is not None and not m['least']<=v<float('inf'):
         raise ReplaceMeError(f"{f.name} is {v}: it must be at least {m['least']}.")
-    if m.get('below') is not None and not v<m['below']:
-        raise ReplaceMeError(f"{f.name} is {v}: it must be below {m['below']}.")
     if m.get('check'): m['check'](v)
 
 # %% ../nbs/00_keys.ipynb #2f200db1

@@ -7,7 +7,7 @@ __all__ = ['package_gguf', 'left_out', 'untied', 'check_weights', 'fill_tables',
            'is_local', 'resolve', 'tiny_tokenizer', 'as_dtype', 'read_model_config', 'as_device_map', 'offload_folder',
            'placement', 'as_memory', 'check_places', 'quantised_by', 'embedding_of', 'check_tokenizer', 'load_inputs',
            'adapter_config', 'merge_adapter', 'load_model', 'causal_types', 'tiny_model', 'tiny_vision', 'Loading',
-           'Bits', 'fingerprint']
+           'only_measures', 'Bits', 'fingerprint']
 
 # %% ../nbs/01_models.ipynb #e5c7ec28
 import atexit, dataclasses, importlib.util, json, math, os, re, shutil, tempfile, uuid, warnings
@@ -978,6 +978,12 @@ class Loading:
     device_map:str|int|dict|None = key(None, "auto, a device or {module: device}; null: an accelerator", LOAD)
     max_memory:dict|None = key(None, "of each device, with device_map auto: {0: 10GiB, cpu: 60GiB}", LOAD)
     trust_remote_code:bool = key(False, "run code that comes with the model's repository", LOAD)
+
+# %% ../nbs/01_models.ipynb #dce1b1b6
+def only_measures(k):
+    "For keys that mean nothing to a model in few bits"
+    if k.quantised:
+        return f"the {4 if k.use_4bit else 8} bit model only measures; nothing is folded into it or trained"
 
 @dataclasses.dataclass
 class Bits:

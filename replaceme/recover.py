@@ -16,13 +16,14 @@ from torch import nn
 from .core import *
 from .plots import *
 from .arch import *
-from .models import from_checkpoint, placement, _quantization
+from .models import only_measures, from_checkpoint, placement, _quantization
 from .blocks import *
 from .merge import *
 from .unmerged import *
 from .train import *
 from .keys import *
 from .feed import *
+from .ours import map_alone
 
 # %% ../nbs/19_recover.ipynb #7e6fbbbd
 def cuts_of(blocks)->list:
@@ -195,15 +196,6 @@ def recover(dense, pruned, # a model that came out of `dense`; it is left as it 
     return model, done
 
 # %% ../nbs/19_recover.ipynb #23481f37
-def _nothing_trained(k):
-    if not k.trains: return "nothing is trained: that takes recover, or method streamline with a network"
-def _only_measures(k):
-    if k.quantised:
-        return f"the {4 if k.use_4bit else 8} bit model only measures; nothing is folded into it or trained"
-def _map_alone(k):
-    if k.save_transform_only:
-        return "save_transform_only saves maps as they were fitted, and no refitted layers"
-
 def _numbers(d):
     "The same with numbers for what YAML 1.1 reads as text, such as 1e-4"
     if isinstance(d, dict): return {k: _numbers(v) for k,v in d.items()}
@@ -216,12 +208,12 @@ def _numbers(d):
 class Training(Taught):
     "Trainings behind the pruning"
     recover:str|list|None = key(None, "trainings behind the pruning, each on top of the one before: "
-        "{choices}; one name or a list; null trains nothing", unless=(_only_measures, _map_alone), off=([],),
-        check=check_rungs)
+        "{choices}; one name or a list; null trains nothing", unless=(only_measures, map_alone), off=([],),
+        choices=RUNGS, check=check_rungs)
     train_path:str|None = key(None, "folder of the checkpoints, from which an interrupted training goes on; "
-        "null makes a temporary one", unless=(_nothing_trained,), path='kept')
+        "null makes a temporary one", unless=(nothing_trained,), path='kept')
     trainer:dict|None = key(None, "arguments of transformers' TrainingArguments, such as "
-        "{learning_rate: 1e-4, per_device_train_batch_size: 4}", unless=(_nothing_trained,), read=_numbers)
+        "{learning_rate: 1e-4, per_device_train_batch_size: 4}", unless=(nothing_trained,), read=_numbers)
 
     def arguments(self)->tuple: # (of all trainings, {rung: of this one})
         "The arguments of `trainer`, checked"

@@ -135,21 +135,18 @@ def streamline(model, batches,
     return small, Streamlined([*gone], n_tokens(batches), D, 'cosine', network, loss, done.tokens, done)
 
 # %% ../nbs/18_streamline.ipynb #193d5117
-def _untrained(k):
-    if not k.trains: return "nothing is trained: that takes recover, or method streamline with a network"
-
 @dataclass
 class StreamlineKeys:
     "Of method streamline"
     network:str|None = key(None, "of method streamline: what is trained in the place of the layers: layer "
         "(a layer like them, the default), ffn, swiglu, none", choices=NETWORKS)
     train_loss:str|None = key(None, "of method streamline: mse (of the hidden state, the default) or lm (of "
-        "the next token)", unless=(_untrained,), choices=('mse', 'lm'))
+        "the next token)", unless=(nothing_trained,), choices=('mse', 'lm'))
 
 # %% ../nbs/18_streamline.ipynb #7a888e61
 class Streamline(Method):
     name, title, paper, keys = 'streamline', 'LLM-Streamline', '2403.19135', (StreamlineKeys,)
-    about, chose = 'trained', 'across which the cosine over all tokens is largest'
+    chose = 'across which the cosine over all tokens is largest'
 
     def trains(self, k): return k.network!='none'
     def own_code(self, k): return k.network in ('ffn', 'swiglu')
