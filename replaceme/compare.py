@@ -33,6 +33,7 @@ from .evaluate import *
 from .evaluate import _check_choices, _check_finite
 from .plots import *
 from .report import *
+from .domains import *
 from .sidebyside import *
 from .keys import *
 from .feed import *
@@ -43,6 +44,7 @@ from .pipeline import *
 # %% ../nbs/23_compare.ipynb #7bc1905c
 def paired(a, b, # (N,) losses of two models on the same pieces, or rights and wrongs on the same questions
            seed=0, # of the draws
+           kinds=1, # of text that the pieces are of, one behind the other, each drawn from by itself
           )->tuple: # (difference, low, high)
     "Mean of `a-b` with its 95% interval by a paired bootstrap"
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
@@ -50,7 +52,8 @@ def paired(a, b, # (N,) losses of two models on the same pieces, or rights and w
         raise ReplaceMeError(f"one has {len(a)} pieces, the other {len(b)}: only what was measured on the "
                              "same pieces is a pair.")
     if len(a)<2: raise ReplaceMeError(f"{len(a)} piece has no spread: give two or more (eval_size).")
-    low, high = np.quantile(drawn_means((a-b)[:,None], np.random.default_rng(seed)), [.025, .975])
+    drawn = np.mean([*drawn_differences(a, b, range(kinds), seed).values()], 0)
+    low, high = np.quantile(drawn, [.025, .975])
     return float((a-b).mean()), float(low), float(high)
 
 # %% ../nbs/23_compare.ipynb #20be644b
@@ -252,8 +255,8 @@ def eval_pieces(model, tokenizer, cfg)->torch.Tensor: # (pieces, length)
     ids = cut_pieces(tokenizer, eval_text(cfg, tokenizer, model), cfg.eval_length, cfg.eval_size)
     check_length(model, ids.shape[1])
     check_ids(model, ids)
-    if len(ids)<2: raise ReplaceMeError(
-        f"eval_dataset {cfg.eval_dataset} gives one piece of {ids.shape[1]} tokens, and an interval needs "
+    if len(ids)//len(judged_names(cfg.eval_dataset))<2: raise ReplaceMeError(
+        f"eval_dataset {text_name(cfg.eval_dataset)} gives one piece of {ids.shape[1]} tokens, and an interval needs "
         "two: "
         "raise eval_size or lower eval_length.")
     return ids
@@ -264,6 +267,7 @@ class Bench:
     def __init__(self, model, tokenizer, cfg, path):
         self.model, self.tokenizer, self.cfg, self.rows_at = model, tokenizer, cfg, Path(path)/'rows'
         self.ids, self.data = eval_pieces(model, tokenizer, cfg), {}
+        self.kinds = no_path(judged_names(cfg.eval_dataset))
         self.versions = {k: v for k,v in versions().items() if k in ('replaceme', 'torch', 'transformers')}
         self.facts = dict(model=identity(model, tokenizer), text=digest_of(self.ids.tolist()),
                           tasks=tasks_digest(cfg),
@@ -288,14 +292,14 @@ def asked(self:Bench, plan=None)->list: # None is the dense model
 def found(self:Bench, plan=None):
     "The finished row of a plan under its present name, or None"
     row = read_kept(self.path(plan))
-    return row and {**row, **dict(method=plan.name if plan else 'dense')}
+    return row and {**row, **dict(method=plan.name if plan else 'dense', kinds=self.kinds)}
 
 # %% ../nbs/23_compare.ipynb #6d1c0b0c
 @patch
 def keep(self:Bench, row, plan=None):
     "Write a row, now"
     path = self.path(plan)
-    row = dict(hash=path.stem, **row, versions=self.versions)
+    row = dict(hash=path.stem, **row, kinds=self.kinds, versions=self.versions)
     spared(f"the file of {plan or 'the dense model'}", write_kept, path, 'row', self.asked(plan), row)
     return row
 
@@ -410,6 +414,8 @@ class Line:
     @property
     def losses(self): return np.mean([r['losses'] for r in self.rows], 0)
     @property
+    def kinds(self): return self.rows[0].get('kinds') or ['text']
+    @property
     def loss(self): return float(self.losses.mean())
     @property
     def perplexities(self): return [ppl(np.mean(r['losses'])) for r in self.rows]
@@ -434,7 +440,7 @@ def difference(a, b)->tuple: # (nats, low, high)
     "How much more line `a` loses than line `b` on the same pieces, over the seeds both have"
     both = {r['seed'] for r in a.rows} & {r['seed'] for r in b.rows}
     of = lambda l: np.mean([r['losses'] for r in l.rows if r['seed'] in both], 0)
-    return paired(of(a), of(b)) if both else (math.nan,)*3
+    return paired(of(a), of(b), kinds=len(a.kinds)) if both else (math.nan,)*3
 
 # %% ../nbs/23_compare.ipynb #f768f26f
 def ahead(rows)->list: # of dicts: `n`, `trained`, `best`, `loss`, `against`
@@ -474,11 +480,11 @@ def with_differences(rows)->list:
         if 'error' in r: out.append(r); continue
         peers = [x for x in rows if (x['n'], x['seed'])==(r['n'], r['seed']) and 'error' not in x]
         best = min(peers, key=lambda x: np.mean(x['losses']))
-        loss, low, high = paired(r['losses'], np.zeros(len(r['losses'])))
-        gap = paired(r['losses'], best['losses'])
+        K = len(r.get('kinds') or ['text'])
+        loss, low, high = paired(r['losses'], np.zeros(len(r['losses'])), kinds=K)
+        gap, above = [paired(r['losses'], x['losses'], kinds=K) for x in (best, dense)]
         out.append({**r, 'loss': [loss, low, high], 'perplexity': [ppl(loss), ppl(low), ppl(high)],
-                    'above_dense': [*paired(r['losses'], dense['losses'])],
-                    'ratio_to_dense': [ppl(x) for x in paired(r['losses'], dense['losses'])],
+                    'above_dense': [*above], 'ratio_to_dense': [ppl(x) for x in above],
                     'to_best': dict(method=best['method'], nats=list(gap), differs=gap[1]>0 or gap[2]<0),
                     'tasks': task_differences(r, best)})
     return out
@@ -525,11 +531,11 @@ def _columns(tasks, seeds)->dict: # {header: function of (Line, dense Line)}
     zeros = lambda l: np.zeros(len(l.losses))
     return {'method': lambda l,d: l.name, 'n': lambda l,d: str(l.n), 'layers gone': lambda l,d: l.blocks
             or '-',
-            'perplexity [95%]': lambda l,d: _between([ppl(x) for x in paired(l.losses, zeros(l))]),
+            'perplexity [95%]': lambda l,d: _between([ppl(x) for x in paired(l.losses, zeros(l), kinds=len(l.kinds))]),
             **({'over seeds': lambda l,d: f'{min(l.perplexities):.2f} to {max(l.perplexities):.2f}'
                 if len(l.rows)>1 else '-'} if seeds else {}),
-            'loss above dense (nats)': lambda l,d: _between(paired(l.losses, d.losses), '.3f') if l.n
-            else '-',
+            'loss above dense (nats)': lambda l,d: _between(paired(l.losses, d.losses, kinds=len(l.kinds)), '.3f')
+            if l.n else '-',
             **({'accuracy': lambda l,d: _over_tasks(l, _acc),
                 'stability': lambda l,d: _over_tasks(l, _stable)} if tasks else {}),
             'trained tokens': lambda l,d: f"{l.mean('trained_tokens'):.0f}",
@@ -564,6 +570,20 @@ def table(self:Comparison)->str:
 # %% ../nbs/23_compare.ipynb #fb7b00fe
 @patch
 def __repr__(self:Comparison): return self.table()
+
+# %% ../nbs/23_compare.ipynb #da33dda1
+@patch
+def by_kind(self:Comparison)->list: # of (Line, [Domain])
+    "What each line lost on each kind of text, the mean last"
+    return [(l, compare_domains(self.dense.losses, l.losses, l.kinds)) for l in self.ok]
+
+# %% ../nbs/23_compare.ipynb #97140c2e
+@patch
+def domains_table(self:Comparison)->str:
+    "Loss above the dense model's on each kind of text; empty where there is one kind"
+    if len(self.dense.kinds)<2 or not self.ok: return ''
+    rows = [[l.name, str(l.n), *(_between(d.above, '+.3f') for d in ds)] for l,ds in self.by_kind()]
+    return markdown_table(rows, ['method', 'n', *self.dense.kinds, f'mean of {len(self.dense.kinds)}'])
 
 # %% ../nbs/23_compare.ipynb #43b04bc8
 @patch
@@ -605,6 +625,9 @@ def markdown(self:Comparison)->str:
     "The table, who is ahead, tasks, failures, and how it was measured"
     parts = [f"# Methods compared on {model_name(self.about)}", _setup(self.about),
              markdown_table(*self.cells()), "## Who is ahead", ahead_text(self.rows) or "No row ended well."]
+    if (t := self.domains_table()):
+        parts += ["## By kind of text", "Loss above the dense model's in nats a token; the mean of all kinds, "
+                  "which have equal say, decides who is ahead.", t]
     if (t := self.tasks_table()):
         parts += ["## Tasks", t,
                   "Stability weighs questions by the spread of their options' losses; the literal formula, "
@@ -628,6 +651,8 @@ def csv_row(r)->dict: # {column: value}
                                  'seed')} | dict(blocks=' '.join(f'{s}-{e}' for s,e in r.get('blocks', [])))
     for k,name in _TRIPLES.items():
         out |= dict(zip((name, f'{name} low', f'{name} high'), r.get(k) or [None]*3))
+    if len(r.get('kinds') or [])>1 and r.get('losses'):
+        out |= {f'loss, {k}': float(np.mean(x)) for k,x in by_domain(r['losses'], r['kinds']).items()}
     best = r.get('to_best') or {}
     out |= dict(zip(('best', 'loss above best', 'loss above best low', 'loss above best high'),
                     [best.get('method'), *best.get('nats', [None]*3)]))
@@ -736,6 +761,42 @@ def _note(ax, n, at, offset, coords, ha):
                 fontsize='small', color=INK, ha=ha,
                 va='center' if ha=='right' else 'bottom')
 
+# %% ../nbs/23_compare.ipynb #4f730523
+def _kinds_panel(ax, found, n): # of (Line, [Domain])
+    "A marker for each method on each kind of text, with its interval"
+    here, looks = [(l, ds) for l,ds in found if l.n==n], _styled(dict.fromkeys(l.name for l,_ in found))
+    for i,(l,ds) in enumerate(here):
+        (marker, color, _), step = looks[l.name], .7/max(1, len(here)-1)
+        x, y = [j+i*step-.35*(len(here)>1) for j in range(len(ds))], [d.above[0] for d in ds]
+        for a,d in zip(x, ds): ax.plot([a, a], d.above[1:], color=color, lw=1.2, zorder=2)
+        ax.plot(x, y, ls='none', marker=marker, ms=7, mec='white', mew=.6, color=color, label=l.name, zorder=3)
+    ax.axhline(0, color=INK, lw=1, ls=(0, (6, 3)))
+    ax.axvspan(len(here[0][1])-1.5, len(here[0][1])-.5, color=LINE, alpha=.35, lw=0, zorder=0)
+    ax.set_xticks(range(len(here[0][1])), [d.text for d in here[0][1]], rotation=20, ha='right')
+    ax.grid(axis='y', color=LINE, lw=.6); ax.set_axisbelow(True)
+
+# %% ../nbs/23_compare.ipynb #7218b5cb
+@patch
+def plot_kinds(self:Comparison):
+    "The loss above the dense model's on each kind of text, a panel for each number of layers"
+    found = self.by_kind()
+    ns = list(dict.fromkeys(l.n for l,_ in found))
+    fig = Figure(figsize=(min(4.6*len(ns)+1, 14), 4.4), layout='constrained')
+    axes = fig.subplots(1, len(ns), squeeze=False)[0]
+    for ax,n in zip(axes, ns):
+        styled_axes(ax, None, f'−{_layers(n)}', 'loss above dense (nats/token)' if n==ns[0] else '')
+        _kinds_panel(ax, found, n)
+    seen = {t: h for ax in axes for h,t in zip(*ax.get_legend_handles_labels())}
+    fig.legend(seen.values(), seen, loc='outside lower center', ncols=4, frameon=False, labelcolor=INK)
+    return fig
+
+# %% ../nbs/23_compare.ipynb #d7a900cd
+@patch
+def drawings(self:Comparison)->dict: # {name: function that draws it}
+    "The pictures that there is something to draw for"
+    if not self.ok: return {}
+    return dict(pareto=self.plot, **(dict(domains=self.plot_kinds) if len(self.dense.kinds)>1 else {}))
+
 # %% ../nbs/23_compare.ipynb #903c9d6c
 def compare_path(cfg)->Path:
     "Where the comparison goes"
@@ -751,7 +812,8 @@ def about(bench, cfg)->dict:
             and k!='token'}
     return dict(model=str(cfg.model_path), fingerprint=bench.facts['model']['weights'],
                 n_layers=len(layers_of(bench.model)), calibration=no_path(cfg.dataset),
-                text=no_path(cfg.eval_dataset), pieces=len(bench.ids), length=bench.ids.shape[1], tasks=tasks,
+                text=no_path(text_name(cfg.eval_dataset)), kinds=bench.kinds, pieces=len(bench.ids),
+                length=bench.ids.shape[1], tasks=tasks,
                 seeds=cfg.seeds, device=bench.facts['device'],
                 versions=versions(), config=no_path(conf))
 
@@ -766,19 +828,20 @@ def read_comparison(path)->Comparison: # a folder
     return Comparison(d['about'], d['rows'])
 
 # %% ../nbs/23_compare.ipynb #bdaa5eb0
-def _picture(comparison, kind):
-    comparison.plot().savefig(buf := io.BytesIO(), format=kind, dpi=150)
+def _picture(draw, kind):
+    draw().savefig(buf := io.BytesIO(), format=kind, dpi=150)
     return buf.getvalue()
 
 def write_comparison(comparison, path):
     "Write JSON, Markdown, CSV and the plot"
     path, make = Path(path), {'comparison.md': comparison.markdown, 'comparison.csv': comparison.csv}
-    if comparison.ok:
-        make |= {f'pareto.{k}': functools.partial(_picture, comparison, k) for k in ('png', 'svg')}
+    for name,draw in comparison.drawings().items():
+        make |= {f'{name}.{k}': functools.partial(_picture, draw, k) for k in ('png', 'svg')}
     path.mkdir(parents=True, exist_ok=True)
     said = dict(about=comparison.about, rows=comparison.rows, ahead=ahead(comparison.rows))
     with locked(path):
-        for name in ('comparison.md', 'comparison.csv', 'pareto.png', 'pareto.svg'):
+        for name in ('comparison.md', 'comparison.csv', *(f'{p}.{k}' for p in ('pareto', 'domains')
+                                                          for k in ('png', 'svg'))):
             (path/name).unlink(missing_ok=True)
         write_whole(path/'comparison.json', json.dumps(said, indent=1))
         for name,f in make.items(): spared(name, lambda: write_whole(path/name, f()))
@@ -790,9 +853,8 @@ def check_compare(cfg, path):
     check_place(path)
     check_own(cfg.model_path, path, made_of(path/'comparison.json'), cfg.save_path)
     if cfg.tasks is not None: _check_choices(load_tasks(cfg.tasks))
-    if cfg.eval_dataset!='self' and cfg.eval_dataset in (cfg.dataset if isinstance(cfg.dataset, list)
-                                                         else [cfg.dataset]):
-        warnings.warn(f"all methods are scored on {cfg.eval_dataset}, which they are calibrated on: those "
+    if (same := scored_and_fitted(cfg)):
+        warnings.warn(f"all methods are scored on {and_words(same)}, which they are calibrated on: those "
                       "that fit more will look too good; set eval_dataset.", ReplaceMeWarning)
 
 # %% ../nbs/23_compare.ipynb #c9b1e7be

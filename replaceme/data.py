@@ -16,9 +16,9 @@ __all__ = ['SPARE', 'ROLES', 'HELD_OUT', 'FORMATS', 'UNREAD', 'PACKED', 'TEXT_FI
            'parts_of', 'Part', 'is_part', 'as_part', 'named', 'read_table', 'pick', 'Reserved', 'reserved_cache',
            'sample_ids', 'rows_at_once', 'first_id', 'sample_texts', 'own_texts', 'is_path', 'files_in', 'text_files',
            'text_splits', 'kind_of', 'plain_only', 'read_shares', 'portions', 'interleave', 'source_key', 'shares_of',
-           'mixture', 'data_name', 'plan', 'how_of', 'load_texts', 'synthetic_images', 'as_rgb', 'open_image',
-           'image_files', 'drawn', 'is_image', 'pick_images', 'undecoded', 'table_images', 'load_images', 'pixels',
-           'image_batches']
+           'mixture', 'short_data_name', 'data_name', 'plan', 'how_of', 'load_texts', 'synthetic_images', 'as_rgb',
+           'open_image', 'image_files', 'drawn', 'is_image', 'pick_images', 'undecoded', 'table_images', 'load_images',
+           'pixels', 'image_batches']
 
 # %% ../nbs/03_data.ipynb #6193d1e8
 import ast, bz2, gzip, hashlib, io, json, lzma, math, re, uuid, warnings, zipfile, zlib
@@ -1279,16 +1279,18 @@ def _ratio(shares):
     return ':'.join(map(str, whole) if max(whole)<10_000 else (f'{float(100*s):.3g}' for s in shares))
 
 # %% ../nbs/03_data.ipynb #08156975
+def short_data_name(d)->str: # one data set
+    "Its name, without folders"
+    if isinstance(d, InMemory): return str(d)
+    is_file = isinstance(d, Path) or isinstance(d, str) and is_path(d)
+    return Path(d).name or str(d) if is_file else _called(d)
+
 def data_name(dataset, # as in `load_texts`
               shares=None)->str:
     "A short name, such as `self + notes.txt (1:1)`, without folders"
     given = parts_of(dataset)
-    def short(d):
-        if isinstance(d, InMemory): return str(d)
-        is_file = isinstance(d, Path) or isinstance(d, str) and is_path(d)
-        return Path(d).name or str(d) if is_file else _called(d)
     ratio = f' ({_ratio(shares_of(given, shares))})' if len(given)>1 else ''
-    return ' + '.join(map(short, given)) + ratio
+    return ' + '.join(map(short_data_name, given)) + ratio
 
 # %% ../nbs/03_data.ipynb #8b5c0ce6
 def plan(parts, # pairs from `mixture`

@@ -19,6 +19,7 @@ __all__ = ['recipe_of', 'feed_of', 'n_removed', 'job_of', 'check_pictures', 'che
 import contextlib, dataclasses, gc, io, math, os, tempfile, warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
+from statistics import fmean
 
 import torch, transformers
 from matplotlib.figure import Figure
@@ -45,6 +46,7 @@ from .recover import *
 from .report import *
 from .save import *
 from .sidebyside import *
+from .domains import *
 from .config import *
 
 # %% ../nbs/22_pipeline.ipynb #ca674d9a
@@ -239,6 +241,15 @@ def top_classes(model, batches): # `(N,)` or None
         return torch.cat([model(pixel_values=b['pixel_values'].to(input_device(model), model.dtype))
                           .logits.argmax(-1).cpu() for b in batches])
 
+# %% ../nbs/22_pipeline.ipynb #14e50a7b
+def _kinds(cfg)->list|None:
+    "The names of the kinds of text, where there are several"
+    return judged_names(cfg.eval_dataset) if isinstance(cfg.eval_dataset, list) else None
+
+def _domains(before, after, names, seed): # losses of both models
+    "Each kind of text as plain data"
+    return [dataclasses.asdict(d) for d in compare_domains(before, after, names, seed)]
+
 # %% ../nbs/22_pipeline.ipynb #24937c8f
 def _add_scores(result, k, before, after):
     "Put the scores of both models side by side"
@@ -249,8 +260,10 @@ def _add_scores(result, k, before, after):
         if before['classes'] is not None:
             result['features']['same_class'] = (before['classes']==after['classes']).float().mean().item()
     if 'perplexity' in before:
-        result['perplexity'] = dict(text=k.eval_dataset, tokens=before['perplexity']['tokens'],
-                                    before=before['perplexity'], after=after['perplexity'])
+        names, both = judged_names(k.eval_dataset), [s['perplexity'] for s in (before, after)]
+        result['perplexity'] = dict(text=text_name(k.eval_dataset), tokens=both[0]['tokens'],
+                                    before=both[0], after=both[1])
+        if len(names)>1: result['domains'] = _domains(*(p['losses'] for p in both), names, k.seed)
     if 'tasks' in before: result['tasks'] = dict(before=before['tasks'], after=after['tasks'])
     if 'answer' in before:
         result['generations'] = [dict(prompt=k.prompt, before=before['answer'], after=after['answer'])]
@@ -281,8 +294,8 @@ def paths_of(cfg)->list: # of (key, value)
 # %% ../nbs/22_pipeline.ipynb #4d006e6d
 def _check_elsewhere(cfg):
     "Warn where a model is scored on what it is calibrated on"
-    if cfg.eval_dataset=='self' or cfg.eval_dataset not in parts_named(cfg): return
-    warnings.warn(f"the model is scored on {cfg.eval_dataset}, which it is calibrated on: the perplexity "
+    if not (same := scored_and_fitted(cfg)): return
+    warnings.warn(f"the model is scored on {and_words(same)}, which it is calibrated on: the perplexity "
                   "after will look too good; set eval_dataset.", ReplaceMeWarning)
 
 # %% ../nbs/22_pipeline.ipynb #54cd4403
@@ -378,7 +391,7 @@ def _write(tmp, cfg, done, tokenizer, stages):
     with stages('reload'): return reload(tmp, cfg, ref, auto, own_code)
 
 # %% ../nbs/22_pipeline.ipynb #70abd48e
-def _describe(folder, cfg, result, yaml_text, stages, plots=None): # -> the names of the plots
+def _describe(folder, cfg, result, yaml_text, stages, plots=()): # -> the names of the plots
     "Write what stands beside the weights, as far as it is known by now"
     result.update(seconds=dict(stages.seconds), peak_memory=peak_memory())
     shown = (for_others(result), None) if cfg.push_to_hub else (result, yaml_text)
@@ -535,10 +548,12 @@ def evaluate(cfg)->dict: # or a `SideBySide`
     text, cache, res = eval_text(cfg, tokenizer, model), cfg.cache, {}
     if text is not None:
         res['perplexity'] = kept_perplexity(model, tokenizer, text, cfg.eval_length, cfg.eval_size, cache)
+        if (kinds := _kinds(cfg)):
+            res['domains'] = {k: fmean(v) for k,v in by_domain(res['perplexity']['losses'], kinds).items()}
     if cfg.tasks is not None:
         kept = kept_tasks(model, tokenizer, cfg.tasks, cfg.limit, None, cfg.batch_size, cache, cfg.chat)
         res['tasks'] = {t: r['scores'] for t,r in kept.items()}
-    return dict(model=str(cfg.model_path), text=cfg.eval_dataset, **res)
+    return dict(model=str(cfg.model_path), text=text_name(cfg.eval_dataset), **res)
 
 # %% ../nbs/22_pipeline.ipynb #c41e339e
 def load_pair(cfg)->tuple: # (dense model, other model, tokenizer)
@@ -566,7 +581,7 @@ def evaluate_pair(cfg)->SideBySide:
                         [] if cfg.prompt is None else [cfg.prompt],
                         cfg.eval_length, cfg.eval_size, batch_size=cfg.batch_size,
                         names=names if names[0]!=names[1] else ('dense', 'pruned'),
-                        text_name=cfg.eval_dataset and no_path(cfg.eval_dataset), speed=cfg.speed,
+                        text_name=no_path(text_name(cfg.eval_dataset)), kinds=_kinds(cfg), speed=cfg.speed,
                         cache=cfg.cache, seed=cfg.seed, chat=cfg.chat)
 
 # %% ../nbs/22_pipeline.ipynb #cb77aa7f
@@ -581,6 +596,7 @@ def _score_rows(scores):
     if (p := scores.get('perplexity')):
         yield from ((f"perplexity ({scores['text']})", p['value']), ('loss (nats/token)', p['loss']),
                     ('tokens', p['tokens']))
+    yield from ((f'loss, {k} (nats/token)', v) for k,v in (scores.get('domains') or {}).items())
     for task,row in (scores.get('tasks') or {}).items():
         for k,v in row.items(): yield f'{task} {k}', v
 

@@ -276,7 +276,7 @@ def plot_bars(rows, # of (label, value) or (label, value, low, high)
     for y,(label, v, *ends) in enumerate(rows):
         ax.barh(y, v, height=.6, color=ACCENT)
         if ends: ax.plot(ends, [y, y], color=INK, lw=1.5)
-        ax.annotate(format(v, fmt), (max([v, *ends]), y), xytext=(4,0), textcoords='offset points',
+        ax.annotate(format(v, fmt), (max([0, v, *ends]), y), xytext=(4,0), textcoords='offset points',
                     va='center', color=INK, fontsize='small')
     if log: ax.set_xscale('log')
     else: ax.xaxis.set_major_locator(MaxNLocator(6))

@@ -6,7 +6,8 @@
 __all__ = ['no_path', 'blocks_of', 'model_name', 'text_table', 'markdown_table', 'result_rows', 'passed_over', 'sink_notes',
            'choice_rows', 'choice_note', 'was_trained', 'training_rows', 'training_words', 'results_table',
            'method_of_result', 'is_peer', 'collapses', 'try_rows', 'peer_words', 'suggestions', 'shown_config',
-           'hub_id', 'eval_results', 'front_matter', 'story', 'model_card', 'report_html', 'write_report', 'save_plots']
+           'hub_id', 'eval_results', 'front_matter', 'story', 'model_card', 'domain_rows', 'report_html',
+           'write_report', 'save_plots']
 
 # %% ../nbs/20_report.ipynb #58eeab71
 import html, io, math, re
@@ -18,6 +19,7 @@ from fastcore.xml import *
 
 from .core import *
 from .plots import *
+from .domains import *
 from .methods import *
 from .registry import METHODS
 
@@ -107,6 +109,8 @@ def _text_rows(result):
     text, errs = no_path(_get(result, 'perplexity', 'text')), _pair(result, 'perplexity', 'stderr')
     yield _row('perplexity' + (f' ({text})' if text else ''), *_pair(result, 'perplexity', 'value'), '.2f')
     yield _row('loss (nats/token)', *_pair(result, 'perplexity', 'loss'), '.3f', False, errs)
+    for d in (result.get('domains') or [])[:-1]:
+        yield _row(f"loss, {no_path(d['text'])}", d['before'], d['after'], '.3f', False)
 
 # %% ../nbs/20_report.ipynb #75f75cb9
 _HEADERS = ['', 'before', 'after', 'change']
@@ -467,12 +471,16 @@ def _measured(v): return isinstance(v, (int, float)) and not isinstance(v, bool)
 def _text_results(result, task): # of `EvalResult`
     from huggingface_hub import EvalResult
     p, conf = result.get('perplexity') or {}, result.get('config') or {}
-    text, value = str(no_path(p.get('text') or 'text')), _get(p, 'after', 'value')
-    if not _measured(value): return
-    args = {k: v for k,v in dict(tokens=p.get('tokens'), piece_length=conf.get('eval_length')).items() if v}
-    yield EvalResult(task, metric_type='perplexity', metric_value=value, dataset_type=text, dataset_name=text,
-                     dataset_args=args or None, dataset_config=conf.get('eval_subset'),
-                     dataset_split=conf.get('eval_split'))
+    scored = [(d['text'], math.exp(min(d['after'], 700))) for d in (result.get('domains') or [])[:-1]]
+    scored = scored or [(p.get('text'), _get(p, 'after', 'value'))]
+    tokens = p.get('tokens') and p['tokens']//len(scored)
+    args = {k: v for k,v in dict(tokens=tokens, piece_length=conf.get('eval_length')).items() if v} or None
+    split = dict(dataset_config=conf.get('eval_subset'), dataset_split=conf.get('eval_split'))
+    for text,value in scored:
+        text = str(no_path(text or 'text'))
+        if _measured(value):
+            yield EvalResult(task, metric_type='perplexity', metric_value=value, dataset_type=text,
+                             dataset_name=text, dataset_args=args, **split)
 
 # %% ../nbs/20_report.ipynb #b6df2225
 def _score_results(result, task): # of `EvalResult`
@@ -1004,6 +1012,25 @@ def _scores(result):
     note = f"Perplexity on {tokens:,} tokens of {text}; ± is one standard error." if tokens else ''
     return _section('Before and after', _html_table(rows, _HEADERS), P(note, cls='soft small'))
 
+# %% ../nbs/20_report.ipynb #a005ba67
+def domain_rows(result)->tuple: # (rows, headers)
+    "The loss above the dense model's on each kind of text, with its interval"
+    span = lambda low, high: '-' if None in (low, high) else f'{low:+.3f} to {high:+.3f}'
+    rows = [[no_path(d['text']), f"{d['above'][0]:+.3f}", span(*d['above'][1:])]
+            for d in result.get('domains') or []]
+    return rows, ['nats/token above dense', '', '95%']
+
+# %% ../nbs/20_report.ipynb #7cc9823e
+def _kinds(result):
+    "What was lost on each kind of text"
+    rows, headers = domain_rows(result)
+    if not rows: return
+    domains = [{**d, 'text': no_path(d['text'])} for d in result['domains']]
+    drawing = _picture(lambda ax: plot_domains(domains, ax), (4.8, .9+.34*len(rows)), 'Loss by kind of text',
+                       f"Loss above the dense model's by kind of text, 95% by a paired bootstrap. Calibrated on "
+                       f"{_get(result, 'calibration', 'dataset') or 'no text'}.")
+    return _section('By kind of text', drawing, _html_table(rows, headers))
+
 # %% ../nbs/20_report.ipynb #7e2daa4a
 def _lead(result):
     "The sentence under the title"
@@ -1021,8 +1048,8 @@ def report_html(result)->str:
     "The whole page as text"
     n = _pair(result, 'n_layers')
     title = model_name(result) + (f': {n[0]} → {n[1]} layers' if all(n) else '')
-    parts = (_cards, _scores, _where, _choice, _fit_section, _errors, _training, _generations, _tips, _cost,
-             _record)
+    parts = (_cards, _scores, _kinds, _where, _choice, _fit_section, _errors, _training, _generations, _tips,
+             _cost, _record)
     body = [H1(title), P(_lead(result), cls='soft'), *(f(result) for f in parts)]
     phone = Meta(name='viewport', content='width=device-width, initial-scale=1')
     head = Head(Meta(charset='utf-8'), phone, Title(title), Style(Safe(_CSS)))
@@ -1053,15 +1080,17 @@ def _card_plots(result): # {name of the file: function of the axes}
     if (bi := _get(result, 'peer', 'influence')):
         draw['profile.png'] = lambda ax: plot_influence(bi, kw['block'], ax)
     if ridge_rows(ridge): draw['ridge.png'] = lambda ax: plot_ridge(ridge, ax)
+    if (kinds := result.get('domains')): draw['domains.png'] = lambda ax: plot_domains(kinds, ax)
     if errors: draw['errors.png'] = lambda ax: plot_errors(errors, ax)
     return draw
 
 # %% ../nbs/20_report.ipynb #473eef8d
-def save_plots(folder, result)->list: # names of the files, for the card
+def save_plots(folder, result,
+               there=())->list: # names of files that are there already -> of all of them, for the card
     "Write the pictures of a result as PNG, as far as there is something to draw, and it can be drawn"
     height = {'errors.png': max(3.6, 1.4+.22*len(e['layers']))} if (e := result.get('errors')) else {}
     def save(name, f):
         write_whole(Path(folder)/name, _png(f, height.get(name, 3.6)))
         return name
-    plots = _card_plots(result).items()
-    return [p for name,f in plots if (p := spared(f'the plot {name}', save, name, f))]
+    plots = [(name, f) for name,f in _card_plots(result).items() if name not in there]
+    return [*there, *(p for name,f in plots if (p := spared(f'the plot {name}', save, name, f)))]

@@ -144,11 +144,11 @@ def write_record(folder, result, yaml_text=None, token=None):
 # %% ../nbs/21_save.ipynb #41f04de1
 def write_provenance(folder, result, yaml_text=None, token=None,
                      name=None, # that the card tells to load
-                     plots=None): # -> the names of the plots, which are drawn unless they are given
+                     plots=()): # names of those that are drawn already -> of all of them
     "Write what stands beside the weights: the record, and where that goes well, plots, card and report"
     folder = Path(folder)
     write_record(folder, result, yaml_text, token)
-    if plots is None: plots = spared('the plots', save_plots, folder, result) or []
+    plots = spared('the plots', save_plots, folder, result, plots) or list(plots)
     spared('the model card', lambda: write_whole(folder/'README.md', model_card(result, name, plots)))
     spared('the report', write_report, folder, result)
     return plots
