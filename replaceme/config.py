@@ -70,11 +70,14 @@ def _renewed(cls, new=(), gone=()): # fields, names of fields
     dataclass(cls)
 
 # %% ../nbs/22_config.ipynb #c1a4c3f4
-def _grow(group, gone=(), cls=Config):
-    "Add a group to a configuration and to those made of it, in the place of groups that are gone"
-    base = {f for g in BASES for f in g.__dataclass_fields__} & {*group.__dataclass_fields__}
+def _grow(new, gone=(), cls=Config):
+    "Add groups to a configuration and to those made of it, in the place of groups that are gone"
+    names = {f for g in new for f in g.__dataclass_fields__}
+    base = {f for g in BASES for f in g.__dataclass_fields__} & names
     if base: raise ReplaceMeError(f"there is a key {min(base)} already: give yours another name.")
-    _renewed(cls, fields(group), {f for g in gone for f in g.__dataclass_fields__})
+    out = {f for g in gone for f in g.__dataclass_fields__}
+    for f in (out-names) & {*vars(cls)}: delattr(cls, f)
+    _renewed(cls, [f for g in new for f in fields(g)], out)
     def below(c): return [c2 for c1 in c.__subclasses__() for c2 in (c1, *below(c1))]
     for c in below(cls):
         if '__dataclass_fields__' in vars(c): _renewed(c)

@@ -16,9 +16,9 @@ __all__ = ['SPARE', 'ROLES', 'HELD_OUT', 'FORMATS', 'UNREAD', 'PACKED', 'TEXT_FI
            'parts_of', 'Part', 'is_part', 'as_part', 'named', 'read_table', 'pick', 'Reserved', 'reserved_cache',
            'sample_ids', 'rows_at_once', 'first_id', 'sample_texts', 'own_texts', 'is_path', 'files_in', 'text_files',
            'text_splits', 'kind_of', 'plain_only', 'read_shares', 'portions', 'interleave', 'source_key', 'shares_of',
-           'mixture', 'short_data_name', 'data_name', 'plan', 'how_of', 'load_texts', 'synthetic_images', 'as_rgb',
-           'open_image', 'image_files', 'drawn', 'is_image', 'pick_images', 'undecoded', 'table_images', 'load_images',
-           'pixels', 'image_batches']
+           'mixture', 'short_data_name', 'data_name', 'plan', 'how_of', 'load_parts', 'load_texts', 'synthetic_images',
+           'as_rgb', 'open_image', 'image_files', 'drawn', 'is_image', 'pick_images', 'undecoded', 'table_images',
+           'load_images', 'pixels', 'image_batches']
 
 # %% ../nbs/03_data.ipynb #6193d1e8
 import ast, bz2, gzip, hashlib, io, json, lzma, math, re, uuid, warnings, zipfile, zlib
@@ -34,6 +34,7 @@ from pathlib import Path
 
 import datasets, numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq, torch
 from fastcore.basics import patch
+from fastcore.meta import delegates
 from PIL import Image, ImageDraw, UnidentifiedImageError
 from datasets import DownloadConfig, load_dataset, load_dataset_builder, load_from_disk
 from datasets.data_files import DataFilesDict, get_data_patterns
@@ -1338,7 +1339,7 @@ def how_of(d, column=None, subset=None, split=None)->tuple: # (column, subset, s
     return tuple(a if o is None else o for o,a in zip(own, (column, subset, split)))
 
 # %% ../nbs/03_data.ipynb #b52c6f64
-def load_texts(dataset='self', # see the table at the top; a list is a mixture
+def load_parts(dataset='self', # see the table at the top; a list is a mixture
                shares=None, # of each data set in the list; see `read_shares`
                *, tokenizer,
                model=None, # for `self`
@@ -1350,9 +1351,9 @@ def load_texts(dataset='self', # see the table at the top; a list is a mixture
                batch_size=8, # texts that fit in memory together, for `self`
                seed=0, # for `self`
                token=None, # for gated data sets
-              most=False, # is `size` a limit and no wish? Then fewer texts are no matter
-              )->list: # of str; of a stream, and of the model's own text, `Piece`s
-    "The first `size` texts of a data set, a file, the model itself, or a mixture of them"
+               most=False, # is `size` a limit and no wish? Then fewer texts are no matter
+              )->list: # of lists of str; of a stream, and of the model's own text, `Piece`s
+    "The first texts of each data set in a mixture"
     _check_sizes(size, shares, max_length, batch_size)
     def part(d, kind, n):
         if kind=='table': return read_table(d, tokenizer, *how_of(d, column, subset, split), n, token)
@@ -1366,7 +1367,13 @@ def load_texts(dataset='self', # see the table at the top; a list is a mixture
     def read(i): return _enough(part(parts[i][0], kinds[i], counts[i]), *parts[i], counts[i], len(parts)>1,
                                 most)
     texts = {i: read(i) for i in sorted(range(len(parts)), key=lambda i: kinds[i]=='self')}
-    return interleave([texts[i] for i in range(len(parts))])
+    return [texts[i] for i in range(len(parts))]
+
+# %% ../nbs/03_data.ipynb #2e02f83c
+@delegates(load_parts)
+def load_texts(dataset='self', shares=None, **kwargs)->list: # of str, or of `Piece`s
+    "The first `size` texts of a data set, a file, the model itself, or a mixture of them, evenly spread"
+    return interleave(load_parts(dataset, shares, **kwargs))
 
 # %% ../nbs/03_data.ipynb #67e34556
 def _picture(size, rng):

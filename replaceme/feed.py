@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Texts', 'parts_named', 'kinds_judged', 'judged_names', 'text_name', 'scored_and_fitted', 'Judged', 'nothing_trained',
-           'Taught', 'calibration_texts', 'calibration_batches', 'first_texts', 'training_size', 'training_batches',
-           'load_pictures', 'picture_batches', 'one_text', 'same_number', 'eval_text', 'Feed']
+           'Taught', 'calibration_parts', 'calibration_texts', 'in_batches', 'calibration_batches', 'first_texts',
+           'training_size', 'training_batches', 'load_pictures', 'picture_batches', 'one_text', 'same_number',
+           'eval_text', 'Feed']
 
 # %% ../nbs/15_feed.ipynb #2c8dce05
 import math, warnings
@@ -119,25 +120,32 @@ class Taught:
         "need, or those of the calibration where the model writes them", unless=(nothing_trained,), least=2)
 
 # %% ../nbs/15_feed.ipynb #f6f7f48f
-def calibration_texts(model, tokenizer, k:Texts,
-                      most=False, # see `load_texts`
-                      size=...)->list: # of texts; by default what the keys say
-    "The texts that the keys ask for"
+def calibration_parts(model, tokenizer, k:Texts,
+                      most=False, # see `load_parts`
+                      size=...)->list: # of lists of texts; by default as many as the keys say
+    "The texts that the keys ask for, data set by data set"
     size = k.dataset_size if size is ... else size
-    return load_texts(k.dataset, k.dataset_shares, tokenizer=tokenizer, model=model, column=k.dataset_column,
+    return load_parts(k.dataset, k.dataset_shares, tokenizer=tokenizer, model=model, column=k.dataset_column,
                       subset=k.dataset_subset, split=k.dataset_split, size=size, max_length=k.max_length,
                       batch_size=k.batch_size, seed=k.seed, token=k.token, most=most)
 
+def calibration_texts(model, tokenizer, k:Texts, most=False, size=...)->list: # of texts
+    "The same as one list, evenly spread"
+    return interleave(calibration_parts(model, tokenizer, k, most, size))
+
 # %% ../nbs/15_feed.ipynb #87344897
-def calibration_batches(model, tokenizer, k:Texts, most=False, size=...)->list:
-    "Their batches, short enough for the model's positions"
-    if sees(model): return picture_batches(model, tokenizer, k, load_pictures(k)[0])
-    texts = calibration_texts(model, tokenizer, k, most, size)
+def in_batches(model, tokenizer, k:Texts, texts)->list:
+    "Texts in batches, short enough for the model's positions"
     bs = batches(texts, tokenizer, k.batch_size, k.max_length)
     try: check_length(model, max(b['input_ids'].shape[1] for b in bs))
     except ReplaceMeError as e: raise ReplaceMeError(f"max_length is {k.max_length}: {e}") from None
     for b in bs: check_ids(model, b['input_ids'])
     return bs
+
+def calibration_batches(model, tokenizer, k:Texts, most=False, size=...)->list:
+    "The texts or images that the keys ask for, in batches"
+    if sees(model): return picture_batches(model, tokenizer, k, load_pictures(k)[0])
+    return in_batches(model, tokenizer, k, calibration_texts(model, tokenizer, k, most, size))
 
 # %% ../nbs/15_feed.ipynb #7e729738
 def first_texts(batches, k)->list: # batches
@@ -268,10 +276,14 @@ class Feed:
     model:object # what writes its own texts
     tokenizer:object # or image processor
     keys:object # those of `Texts`, `Judged`, `Taught`
+    origins:list|None = None # the number of the data set that each text of the calibration is of
 
     def calibration(self):
-        "Batches to choose and to fit by"
-        return calibration_batches(self.model, self.tokenizer, self.keys)
+        "Batches to choose and to fit by; from then on, `origins` are known"
+        if sees(self.model): return calibration_batches(self.model, self.tokenizer, self.keys)
+        parts = calibration_parts(self.model, self.tokenizer, self.keys)
+        self.origins = interleave([[i]*len(p) for i,p in enumerate(parts)])
+        return in_batches(self.model, self.tokenizer, self.keys, interleave(parts))
     def training(self):
         "Batches to train on, and to judge the training by"
         return training_batches(self.model, self.tokenizer, self.keys)

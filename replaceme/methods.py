@@ -130,11 +130,10 @@ def add_method(m):
     old, rest = METHODS.get(m.name), [x for x in METHODS.values() if x.name!=m.name]
     gone = [g for g in (old.keys if old else ()) if g not in m.keys and not any(g in x.keys for x in rest)]
     new = [g for g in m.keys if g not in GROUPS]
-    for g in new: _check_new(m, g, [x for x in GROUPS if x not in gone])
-    for g in gone: GROUPS.remove(g) # it is defined anew
-    for g in new:
-        for tell in _LISTENERS: tell(g, gone)
-        GROUPS.append(g)
+    stay = [g for g in GROUPS if g not in gone]
+    for i,g in enumerate(new): _check_new(m, g, [*stay, *new[:i]])
+    for tell in _LISTENERS if new or gone else []: tell(new, gone) # one that refuses leaves all as it was
+    GROUPS[:] = stay+new
     METHODS[m.name] = m
     return m
 

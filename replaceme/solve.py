@@ -42,15 +42,13 @@ def spd_solve(A:Tensor, # `(p,p)` symmetric positive definite, float64
     return s[:,None]*torch.cholesky_solve(s[:,None]*B, L)
 
 # %% ../nbs/09_solve.ipynb #ee8c17a8
-def _energy(g): return (g.E*(g.XtX@g.E)).sum() + 2*(g.E*g.XtR).sum() + g.RtR # |Y|^2
-
 def fit_error(g:Gram,
               V:Tensor, # `(p,d)`; for a narrow map `T`
              )->float: # `|XV-Y|^2 / |Y|^2` over the tokens in `g`
     "Relative squared error of a map"
     D = V.to(g.XtX) - g.E
     err = (D*(g.XtX@D)).sum() - 2*(D*g.XtR).sum() + g.RtR
-    return (err.clamp(min=0)/_energy(g)).item()
+    return (err.clamp(min=0)/energy(g)).item()
 
 # %% ../nbs/09_solve.ipynb #1385f1f6
 def _affine(g): return g.affine
@@ -172,7 +170,7 @@ def auto_ridge(g:Gram, # sums to fit on
     Z = Q.T@C/mu
     K, k = (Q.T@Ah@Q)*(Z@Z.T), (Z*(Q.T@Ch)).sum(1)
     s = 1/(l.clamp(min=0)+values.to(l)[:,None])
-    errors = (((s@K)*s).sum(1) - 2*s@k + rr).clamp(min=0)/_energy(held)
+    errors = (((s@K)*s).sum(1) - 2*s@k + rr).clamp(min=0)/energy(held)
     chosen = values[errors.argmin().item()].item()
     return chosen, dict(values=values.tolist(), errors=errors.tolist(), chosen=chosen)
 

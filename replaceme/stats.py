@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'SOLVING', 'Gram', 'reads', 'writes', 'Features', 'add_batch', 'n_tokens', 'collect', 'free_memory',
-           'Measured', 'rank', 'look_for_sinks', 'measure', 'between', 'check_finite', 'collect_between']
+           'HeldOut', 'parts_held', 'energy', 'equal_say', 'Measured', 'rank', 'look_for_sinks', 'measure', 'between',
+           'check_finite', 'collect_between']
 
 # %% ../nbs/07_stats.ipynb #fb979193
 from dataclasses import dataclass, field
@@ -209,6 +210,37 @@ def free_memory(device)->int: # bytes
     free = getattr(torch.accelerator, 'get_memory_info', None)
     return free(device)[0] if free else 0 # an older torch cannot say: two passes then
 
+# %% ../nbs/07_stats.ipynb #15191622
+class HeldOut(list):
+    "Batches that a fit does not see; `parts` are those of each data set"
+    def __init__(self, parts): # lists of batches
+        self.parts = [list(p) for p in parts]
+        super().__init__(b for p in self.parts for b in p)
+
+def parts_held(held)->list: # of lists of batches
+    "The parts that have equal say; of plain batches there is one"
+    return [p for p in getattr(held, 'parts', [held]) if p]
+
+# %% ../nbs/07_stats.ipynb #40c1544f
+def energy(g)->Tensor: # a scalar
+    "The weighted sum of `|y|^2` over the tokens of a `Gram`, `y` what the map shall write"
+    return (g.E*(g.XtX@g.E)).sum() + 2*(g.E*g.XtR).sum() + g.RtR
+
+def _scaled(g, c):
+    new = Gram(*g.XtR.shape, g.XtX.device, g.E, g.affine)
+    new.XtX, new.XtR, new.RtR, new.n = g.XtX*c, g.XtR*c, g.RtR*c, g.n
+    return new
+
+# %% ../nbs/07_stats.ipynb #85460b30
+def equal_say(grams)->Gram: # of each part, taken one after the other
+    "Their sum, each scaled so that all have the same energy"
+    total, energies = None, []
+    for g in grams:
+        energies.append(energy(g).item())
+        one = _scaled(g, 1/energies[-1] if energies[-1]>0 else 0.)
+        total = one if total is None else total+one
+    return _scaled(total, sum(energies)/len(energies))
+
 # %% ../nbs/07_stats.ipynb #33e17c32
 @dataclass
 class Measured:
@@ -315,13 +347,15 @@ def measure(model, batches,
     "Profile, choose the blocks with the smallest distance, and have the sums for their fits"
     new, points = isinstance(profile, Profile), {}
     if not feats.state: points = fold_points(model, [b.start-1 for b in blocks])
-    parts, sums = [list(batches), *([list(held)] if held else [])], []
+    parts, sums = [list(batches), *(parts_held(held) if held else [])], []
     c = _Candidates(model, blocks, points, feats, k, avoid)
     if new: sums, sinks = c.profiled(profile, parts, budget), find_sinks(profile)
     elif sinks is None: sinks = look_for_sinks(model, batches[:1])
     ranked, avoided = rank(profile, blocks, sinks, avoid)
-    got = c._completed([b for _,b in ranked[:k]], sums, parts, budget)
-    return Measured(profile if new else None, ranked, avoided, sinks, *got)
+    best = [b for _,b in ranked[:k]]
+    got, *judge = c._completed(best, sums, parts, budget)
+    said = {b: equal_say(h[b] for h in judge) for b in best} if judge else {}
+    return Measured(profile if new else None, ranked, avoided, sinks, got, said)
 
 # %% ../nbs/07_stats.ipynb #ec28fda0
 def between(dense, model, batch, # the dense model, and the pruned one (or the dense one itself)

@@ -103,3 +103,46 @@ def test_a_class_without_a_name_is_no_method():
     for m in (Method(), Method, "lstsq"):
         with pytest.raises(ReplaceMeError, match="is no method: give an object of a class of `Method` that has a name"):
             add_method(m)
+
+
+AGAIN = '''
+from dataclasses import make_dataclass, fields
+from replaceme.config import Config
+from replaceme.core import ReplaceMeError
+from replaceme.keys import key
+from replaceme.methods import GROUPS, METHODS, Method, add_method
+def group(name, **keys): return make_dataclass(name, [(k, int, key(v, "a toy's")) for k, v in keys.items()])
+def method(*groups): return add_method(type("Toy", (Method,), dict(name="toy", keys=groups))())
+def refused(*groups):
+    before = [*GROUPS], dict(METHODS), {*Config.__dataclass_fields__}
+    try: method(*groups)
+    except ReplaceMeError as e: said = str(e)
+    else: raise AssertionError("was not refused")
+    assert before == ([*GROUPS], dict(METHODS), {*Config.__dataclass_fields__}), "something is half done"
+    return said
+'''
+
+
+def test_a_method_that_is_defined_anew_leaves_nothing_behind(place):
+    "Its old keys go with it, whether new ones come or not, and a class made of the configuration knows the same"
+    call(place, AGAIN + '''
+method(group("A", wide=4, deep=2))
+assert Config(wide=5).wide == 5 and {"wide", "deep"} <= {*Config.__dataclass_fields__}
+method(group("B", wide=7))
+assert Config().wide == 7 and "deep" not in Config.__dataclass_fields__ and not hasattr(Config, "deep")
+method()
+assert "wide" not in Config.__dataclass_fields__ and not hasattr(Config, "wide")
+from replaceme.compare import CompareConfig
+assert "wide" not in CompareConfig.__dataclass_fields__
+''').check_returncode()
+
+
+def test_a_name_that_is_taken_is_refused_and_nothing_is_half_done(place):
+    "A key of every run, one of another method, and one of another new group"
+    call(place, AGAIN + '''
+method(group("A", wide=4))
+assert "key seed already" in refused(group("B", seed=1))
+assert "key threshold already" in refused(group("B", threshold=1))
+assert "key depth already" in refused(group("B", depth=1), group("C", depth=2))
+assert Config().wide == 4
+''').check_returncode()

@@ -159,3 +159,68 @@ def test_memory_of_scores_does_not_mix_kinds(place):
     second = evaluate(make_config(EvaluateConfig, **keys, eval_dataset=["b.txt", "c.txt"]))
     assert [*second["domains"]] == ["b.txt", "c.txt"] and [*first["domains"].values()] == [*second["domains"].values()]
     assert torch.isfinite(torch.tensor([*second["domains"].values()])).all()
+
+
+# --- what decides is the mean over the parts of the calibration ---
+
+def two_parts(place, **keys):
+    "A calibration of many long texts and few short ones"
+    Path("long.jsonl").write_text("\n".join(json.dumps(dict(text=f"The map stands in for the layers that went, {i} of them. " * 9)) for i in range(24)))
+    Path("short.jsonl").write_text("\n".join(json.dumps(dict(text=f"x = [{i}]")) for i in range(24)))
+    return make_config(**{**SHORT, "max_length": 64, "dataset_size": 24, "dataset": ["long.jsonl", "short.jsonl"], "ridge": None, "method": "auto",
+                          "eval_dataset": None, "eval_size": 24, "eval_length": 512, **keys})
+
+
+def test_each_part_is_held_out_and_has_equal_say(place):
+    "The held-out loss is the mean of the two parts' losses, by the loss of each model on each text in a loop of its own"
+    from replaceme.arch import input_device
+    from replaceme.evaluate import piece_losses
+    from replaceme.models import load_model
+    from replaceme.pipeline import feed_of
+    from replaceme.search import hold_out, outcome
+    model, tokenizer = load_model("./tiny")
+    feed = feed_of(model, tokenizer, two_parts(place))
+    bs = feed.calibration()
+    fit, held = hold_out(bs, origins=feed.origins)
+    assert [sum(len(b["input_ids"]) for b in p) for p in held.parts] == [2, 2]  # the default eighth of twelve each
+    assert sum(len(b["input_ids"]) for b in fit) == 20
+    lengths = [[int(m.sum()) for b in p for m in b["attention_mask"]] for p in held.parts]
+    assert min(lengths[0]) > 3 * max(lengths[1])
+    def loss(part):
+        rows = [i[m.bool()].to(input_device(model)) for b in part for i, m in zip(b["input_ids"], b["attention_mask"])]
+        with torch.no_grad():
+            return sum(piece_losses(model, r[None])[0] * (len(r) - 1) for r in rows) / sum(len(r) - 1 for r in rows)
+    assert outcome(model, model, held) == pytest.approx(np.mean([loss(p) for p in held.parts]), rel=1e-6)
+    assert abs(loss(held.parts[0]) - loss(held.parts[1])) > 1e-3  # the parts differ, or the mean would say nothing
+
+
+def test_the_ridge_is_the_best_on_the_mean_of_the_parts():
+    "Held-out errors of every ridge by hand in float64, one part having fifty times the tokens of the other"
+    from replaceme.solve import auto_ridge, lstsq_map
+    from replaceme.stats import Gram, equal_say
+    g0 = torch.Generator().manual_seed(0)
+    d, true = 6, torch.randn(6, 6, generator=g0).double()
+    def sums(n, noise, T):
+        X = torch.randn(n, d, generator=g0).double()
+        R = X @ (T - torch.eye(d)) + noise * torch.randn(n, d, generator=g0).double()
+        g = Gram(d)
+        g.add(X, R)
+        return g, X, X + R
+    fit = sums(12, 1., true)[0]
+    many, few = sums(500, .1, true), sums(10, .1, torch.eye(d).double())  # the few would rather have no map at all
+    values = [1e-3, 1e-2, 1e-1, 1., 10.]
+    chosen, curve = auto_ridge(fit, equal_say([many[0], few[0]]), values=values)
+    def error(V, part): return ((part[1] @ V - part[2]).pow(2).sum() / part[2].pow(2).sum()).item()
+    by_hand = [np.mean([error(lstsq_map(fit, ridge=v).T, p) for p in (many, few)]) for v in values]
+    assert curve["errors"] == pytest.approx(by_hand, rel=1e-4)
+    assert chosen == pytest.approx(values[int(np.argmin(by_hand))])
+    assert auto_ridge(fit, many[0] + few[0], values=values)[0] != chosen  # what the sum of all tokens would have taken
+
+
+def test_batches_and_order_change_no_choice(place):
+    "The same block and the same ridge, however the texts are batched and whichever data set is named first"
+    results = [run(two_parts(place, save_path=f"o{i}", **kw))[0] for i, kw in enumerate(
+        (dict(batch_size=8), dict(batch_size=3), dict(dataset=["short.jsonl", "long.jsonl"])))]
+    assert len({json.dumps([r["block"], r["fit"]["ridge"]]) for r in results}) == 1
+    losses = [[row["loss"] for row in sorted(r["choice"], key=lambda row: row["blocks"])] for r in results]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[2] == pytest.approx(losses[0], rel=1e-3)
