@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SHARED', 'paired', 'entry', 'Plan', 'row_config', 'plans', 'CompareConfig', 'text_losses', 'rights', 'stabilities',
            'costs', 'tasks_digest', 'data_digest', 'plain_config', 'check_place', 'eval_pieces', 'Bench', 'held_now',
-           'heap_given_back', 'write_texts', 'Line', 'ppl', 'lines', 'difference', 'ahead', 'ahead_text',
-           'with_differences', 'task_differences', 'Comparison', 'csv_row', 'front', 'compare_path', 'about',
+           'heap_given_back', 'write_texts', 'ppl', 'Line', 'lines', 'difference', 'ahead', 'ahead_text',
+           'task_differences', 'with_differences', 'Comparison', 'csv_row', 'front', 'compare_path', 'about',
            'read_comparison', 'write_comparison', 'check_compare', 'run_rows', 'compare']
 
 # %% ../nbs/23_compare.ipynb #2e25b001
@@ -256,9 +256,8 @@ def eval_pieces(model, tokenizer, cfg)->torch.Tensor: # (pieces, length)
     check_length(model, ids.shape[1])
     check_ids(model, ids)
     if len(ids)//len(judged_names(cfg.eval_dataset))<2: raise ReplaceMeError(
-        f"eval_dataset {text_name(cfg.eval_dataset)} gives one piece of {ids.shape[1]} tokens, and an interval needs "
-        "two: "
-        "raise eval_size or lower eval_length.")
+        f"eval_dataset {text_name(cfg.eval_dataset)} gives one piece of {ids.shape[1]} tokens, and an "
+        "interval needs two: raise eval_size or lower eval_length.")
     return ids
 
 # %% ../nbs/23_compare.ipynb #6d1c0b06
@@ -401,6 +400,9 @@ def make(self:Bench, plan)->dict:
     self.check_untouched(plan)
     return row if row.get('again') else self.keep(row, plan)
 
+# %% ../nbs/23_compare.ipynb #9f99430b
+def ppl(loss): return math.exp(min(loss, 700))
+
 # %% ../nbs/23_compare.ipynb #0a011b55
 @dataclass
 class Line:
@@ -424,9 +426,6 @@ class Line:
     @property
     def blocks(self):
         return ' / '.join(dict.fromkeys(' '.join(f'[{s},{e})' for s,e in r['blocks']) for r in self.rows))
-
-# %% ../nbs/23_compare.ipynb #9f99430b
-def ppl(loss): return math.exp(min(loss, 700))
 
 # %% ../nbs/23_compare.ipynb #e30cbf2e
 def lines(rows)->list: # of `Line`, by number of layers; methods in their order
@@ -472,6 +471,12 @@ def ahead_text(rows)->str:
                        f"{_percent(a['high'])}]{sure}.")
     return '\n'.join(out)
 
+# %% ../nbs/23_compare.ipynb #3a3af899
+def task_differences(r, best)->dict: # {task: {metric: {'value', 'to_best'}}}
+    "The accuracy on each task with its interval, and what it is above or below the best row's"
+    one = lambda v, w: dict(value=list(paired(v, np.zeros(len(v)))), to_best=list(paired(v, w)))
+    return {t: {m: one(v, best['right'][t][m]) for m,v in ms.items()} for t,ms in r['right'].items()}
+
 # %% ../nbs/23_compare.ipynb #e9f90cea
 def with_differences(rows)->list:
     "The rows, each with its loss, its distance from the dense model and from the best row, and intervals"
@@ -488,12 +493,6 @@ def with_differences(rows)->list:
                     'to_best': dict(method=best['method'], nats=list(gap), differs=gap[1]>0 or gap[2]<0),
                     'tasks': task_differences(r, best)})
     return out
-
-# %% ../nbs/23_compare.ipynb #3a3af899
-def task_differences(r, best)->dict: # {task: {metric: {'value', 'to_best'}}}
-    "The accuracy on each task with its interval, and what it is above or below the best row's"
-    one = lambda v, w: dict(value=list(paired(v, np.zeros(len(v)))), to_best=list(paired(v, w)))
-    return {t: {m: one(v, best['right'][t][m]) for m,v in ms.items()} for t,ms in r['right'].items()}
 
 # %% ../nbs/23_compare.ipynb #8dd73d82
 @dataclass
@@ -528,14 +527,14 @@ def _acc(x): return np.mean(x['acc']) if 'acc' in x else None
 
 def _columns(tasks, seeds)->dict: # {header: function of (Line, dense Line)}
     "The columns of the table"
+    def over(l, other): return paired(l.losses, other, kinds=len(l.kinds))
     zeros = lambda l: np.zeros(len(l.losses))
     return {'method': lambda l,d: l.name, 'n': lambda l,d: str(l.n), 'layers gone': lambda l,d: l.blocks
             or '-',
-            'perplexity [95%]': lambda l,d: _between([ppl(x) for x in paired(l.losses, zeros(l), kinds=len(l.kinds))]),
+            'perplexity [95%]': lambda l,d: _between([ppl(x) for x in over(l, zeros(l))]),
             **({'over seeds': lambda l,d: f'{min(l.perplexities):.2f} to {max(l.perplexities):.2f}'
                 if len(l.rows)>1 else '-'} if seeds else {}),
-            'loss above dense (nats)': lambda l,d: _between(paired(l.losses, d.losses, kinds=len(l.kinds)), '.3f')
-            if l.n else '-',
+            'loss above dense (nats)': lambda l,d: _between(over(l, d.losses), '.3f') if l.n else '-',
             **({'accuracy': lambda l,d: _over_tasks(l, _acc),
                 'stability': lambda l,d: _over_tasks(l, _stable)} if tasks else {}),
             'trained tokens': lambda l,d: f"{l.mean('trained_tokens'):.0f}",
@@ -626,8 +625,8 @@ def markdown(self:Comparison)->str:
     parts = [f"# Methods compared on {model_name(self.about)}", _setup(self.about),
              markdown_table(*self.cells()), "## Who is ahead", ahead_text(self.rows) or "No row ended well."]
     if (t := self.domains_table()):
-        parts += ["## By kind of text", "Loss above the dense model's in nats a token; the mean of all kinds, "
-                  "which have equal say, decides who is ahead.", t]
+        parts += ["## By kind of text", "Loss above the dense model's in nats a token; the mean of all "
+                  "kinds, which have equal say, decides who is ahead.", t]
     if (t := self.tasks_table()):
         parts += ["## Tasks", t,
                   "Stability weighs questions by the spread of their options' losses; the literal formula, "
@@ -769,7 +768,8 @@ def _kinds_panel(ax, found, n): # of (Line, [Domain])
         (marker, color, _), step = looks[l.name], .7/max(1, len(here)-1)
         x, y = [j+i*step-.35*(len(here)>1) for j in range(len(ds))], [d.above[0] for d in ds]
         for a,d in zip(x, ds): ax.plot([a, a], d.above[1:], color=color, lw=1.2, zorder=2)
-        ax.plot(x, y, ls='none', marker=marker, ms=7, mec='white', mew=.6, color=color, label=l.name, zorder=3)
+        ax.plot(x, y, ls='none', marker=marker, ms=7, mec='white', mew=.6, color=color, label=l.name,
+                zorder=3)
     ax.axhline(0, color=INK, lw=1, ls=(0, (6, 3)))
     ax.axvspan(len(here[0][1])-1.5, len(here[0][1])-.5, color=LINE, alpha=.35, lw=0, zorder=0)
     ax.set_xticks(range(len(here[0][1])), [d.text for d in here[0][1]], rotation=20, ha='right')

@@ -980,10 +980,12 @@ class Part(str):
         "As it is written in a file"
         return dict(path=str(self), **self.how)
 
+# %% ../nbs/03_data.ipynb #3ca38564
 def is_part(d)->bool:
     "Is it a mapping that names a data set, and no table in memory?"
     return isinstance(d, dict) and isinstance(d.get('path'), (str, Path))
 
+# %% ../nbs/03_data.ipynb #b1c806de
 def as_part(d)->Part:
     "A mapping as a data set that says how it is read"
     for k in d:

@@ -45,7 +45,8 @@ class Domain:
 def compare_domains(before, after, # (K N,) losses of both models, piece by piece
                     names, seed=0)->list: # of `Domain`, the mean over all of them last
     "Two models on each kind of text"
-    drawn, a, b = drawn_differences(after, before, names, seed), by_domain(before, names), by_domain(after, names)
+    drawn = drawn_differences(after, before, names, seed)
+    a, b = [by_domain(x, names) for x in (before, after)]
     def ends(x): return [*middle(x)] if len(after)>len(names) else [None, None]
     def one(k): return Domain(k, float(np.mean(a[k])), float(np.mean(b[k])),
                               [float(np.mean(b[k])-np.mean(a[k])), *ends(drawn[k])])

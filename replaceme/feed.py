@@ -58,8 +58,8 @@ def kinds_judged(dataset)->list: # data sets
     "The kinds of text in `eval_dataset`"
     shared = next((d for d in parts_of(dataset) if getattr(d, 'how', {}).get('share')), None)
     if shared is not None:
-        raise ReplaceMeError(f"eval_dataset {shared} has a share, but all kinds of text have equal say: leave "
-                             "it out.")
+        raise ReplaceMeError(f"eval_dataset {shared} has a share, but all kinds of text have equal say: "
+                             "leave it out.")
     try: return [d for d,_ in mixture(dataset)]
     except ReplaceMeError as e: raise ReplaceMeError(str(e).replace('dataset', 'eval_dataset', 1)) from None
 
@@ -208,8 +208,8 @@ def load_pictures(k)->tuple: # (for calibration, for judging), lists of PIL imag
     kw = dict(column=k.dataset_column, subset=k.dataset_subset, split=k.dataset_split, seed=k.seed,
               token=k.token)
     if isinstance(k.eval_dataset, list):
-        raise ReplaceMeError("eval_dataset is a list, and an image encoder is judged on one set of images: name "
-                             "one.")
+        raise ReplaceMeError("eval_dataset is a list, and an image encoder is judged on one set of images: "
+                             "name one.")
     if k.eval_dataset is None: return load_images(k.dataset, size=k.dataset_size, **kw), []
     if k.eval_dataset!='python-docs': # the default, a text
         more = dict(column=k.eval_column, subset=k.eval_subset, split=k.eval_split, seed=k.seed+1,
@@ -263,7 +263,7 @@ def same_number(pieces, # [(pieces, length)] of each kind
 
 # %% ../nbs/15_feed.ipynb #7854871a
 def eval_text(k, tokenizer, model=None)->Tensor|None: # (pieces, length) token ids
-    "What perplexity is measured on; of several kinds of text one kind behind the other, as many pieces of each"
+    "What perplexity is measured on; kinds of text follow each other, with as many pieces of each"
     if not isinstance(k.eval_dataset, list):
         return None if k.eval_dataset is None else one_text(k.eval_dataset, k, tokenizer, model)
     pieces = [one_text(d, k, tokenizer, model) for d in kinds_judged(k.eval_dataset)]

@@ -95,20 +95,6 @@ def stood(self:Method, said)->str:
     "What stands in their place"
     return self.instead
 
-# %% ../nbs/15_methods.ipynb #c406958f
-@patch
-def owns(self:Method, f)->bool: # a field
-    "Is it a key of the method?"
-    return any(f.name in g.__dataclass_fields__ for g in self.keys)
-
-# %% ../nbs/15_methods.ipynb #47bf6de9
-@patch
-def refusal(self:Method, group, f)->str:
-    "Why a key of a group that is another method's is not read"
-    others = [m.name for m in METHODS.values() if group in m.keys]
-    said = getattr(group, 'absent', "it belongs to method {others}, and the method is {method}")
-    return said.format(method=self.name, others=' and '.join(others))
-
 # %% ../nbs/15_methods.ipynb #295bc84a
 METHODS = {} # {name: Method}, ours first
 GROUPS = [] # of keys of methods, in the order in which they were met
@@ -147,11 +133,26 @@ def peers()->tuple:
     "The names of the methods that ours are compared with"
     return tuple(m.name for m in METHODS.values() if m.peer)
 
-# %% ../nbs/15_methods.ipynb #eff6188e
+# %% ../nbs/15_methods.ipynb #c406958f
+@patch
+def owns(self:Method, f)->bool: # a field
+    "Is it a key of the method?"
+    return any(f.name in g.__dataclass_fields__ for g in self.keys)
+
+# %% ../nbs/15_methods.ipynb #47bf6de9
+@patch
+def refusal(self:Method, group, f)->str:
+    "Why a key of a group that is another method's is not read"
+    others = [m.name for m in METHODS.values() if group in m.keys]
+    said = getattr(group, 'absent', "it belongs to method {others}, and the method is {method}")
+    return said.format(method=self.name, others=' and '.join(others))
+
+# %% ../nbs/15_methods.ipynb #8a70984a
 def given(k):
     "For keys that mean nothing where the blocks are given"
     if k.blocks is not None: return "the blocks are given"
 
+# %% ../nbs/15_methods.ipynb #eff6188e
 @dataclass
 class Asked:
     "Which method, and how many layers"

@@ -979,12 +979,13 @@ class Loading:
     max_memory:dict|None = key(None, "of each device, with device_map auto: {0: 10GiB, cpu: 60GiB}", LOAD)
     trust_remote_code:bool = key(False, "run code that comes with the model's repository", LOAD)
 
-# %% ../nbs/01_models.ipynb #dce1b1b6
+# %% ../nbs/01_models.ipynb #e5ac6baf
 def only_measures(k):
     "For keys that mean nothing to a model in few bits"
     if k.quantised:
         return f"the {4 if k.use_4bit else 8} bit model only measures; nothing is folded into it or trained"
 
+# %% ../nbs/01_models.ipynb #dce1b1b6
 @dataclasses.dataclass
 class Bits:
     "The dense model in few bits"

@@ -16,10 +16,9 @@ __all__ = ['recipe_of', 'feed_of', 'n_removed', 'job_of', 'check_pictures', 'che
            'write_record', 'write_provenance', 'reload', 'made_of', 'check_hub', 'push_folder', 'for_others']
 
 # %% ../nbs/22_pipeline.ipynb #07f461fe
-import contextlib, dataclasses, gc, io, math, os, tempfile, warnings
+import contextlib, dataclasses, gc, io, warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
-from statistics import fmean
 
 import torch, transformers
 from matplotlib.figure import Figure
@@ -549,7 +548,7 @@ def evaluate(cfg)->dict: # or a `SideBySide`
     if text is not None:
         res['perplexity'] = kept_perplexity(model, tokenizer, text, cfg.eval_length, cfg.eval_size, cache)
         if (kinds := _kinds(cfg)):
-            res['domains'] = {k: fmean(v) for k,v in by_domain(res['perplexity']['losses'], kinds).items()}
+            res['domains'] = {k: sum(v)/len(v) for k,v in by_domain(res['perplexity']['losses'], kinds).items()}
     if cfg.tasks is not None:
         kept = kept_tasks(model, tokenizer, cfg.tasks, cfg.limit, None, cfg.batch_size, cache, cfg.chat)
         res['tasks'] = {t: r['scores'] for t,r in kept.items()}

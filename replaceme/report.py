@@ -340,10 +340,10 @@ def method_of_result(result)->Method|None:
     "The method that made a result, where it is known here"
     return METHODS.get(result.get('method'))
 
+# %% ../nbs/20_report.ipynb #54b4fdb8
 def is_peer(result)->bool:
     "Was the result made by one of the methods that ReplaceMe is compared with?"
     return bool((m := method_of_result(result)) and m.peer)
-
 
 # %% ../nbs/20_report.ipynb #86160d89
 def _tries(result): return _get(result, 'peer', 'tries') or []
@@ -1027,8 +1027,8 @@ def _kinds(result):
     if not rows: return
     domains = [{**d, 'text': no_path(d['text'])} for d in result['domains']]
     drawing = _picture(lambda ax: plot_domains(domains, ax), (4.8, .9+.34*len(rows)), 'Loss by kind of text',
-                       f"Loss above the dense model's by kind of text, 95% by a paired bootstrap. Calibrated on "
-                       f"{_get(result, 'calibration', 'dataset') or 'no text'}.")
+                       "Loss above the dense model's by kind of text, 95% by a paired bootstrap. Calibrated "
+                       f"on {_get(result, 'calibration', 'dataset') or 'no text'}.")
     return _section('By kind of text', drawing, _html_table(rows, headers))
 
 # %% ../nbs/20_report.ipynb #7e2daa4a

@@ -11,6 +11,7 @@ __all__ = ['RECORD', 'check_hub_name', 'Saving', 'Result', 'versions', 'n_parame
 import json, os, platform, re, warnings
 from dataclasses import dataclass
 from importlib.metadata import version, PackageNotFoundError
+from os import PathLike
 from pathlib import Path
 
 import torch, transformers, yaml
@@ -101,7 +102,7 @@ def check_apart(path, # the folder that will be replaced
     out = real_path(path, 'save_path')
     for k,v in named:
         for name in v if isinstance(v, (list, dict)) else [v]:
-            if not isinstance(name, str) or name in ('self', 'python-docs'): continue
+            if not isinstance(name, (str, PathLike)) or name in ('self', 'python-docs'): continue
             if k not in kept and not local_path(name).exists(): continue
             if real_path(name, k).is_relative_to(out):
                 raise ReplaceMeError(f"save_path {path} is replaced as a whole, and {k} {name} lies there: "

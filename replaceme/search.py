@@ -135,8 +135,9 @@ def fit_between(dense, model, batches, held, block, at, r:Recipe)->Fit:
     "Fit the map of layer `at-1` of `model` towards the dense model's state `block.end`"
     points = {} if r.features.state else fold_points(model, [at-1])
     if r.solver=='closed':
-        def take(bs): return collect_between(dense, model, bs, list(points.values()), at, block.end, r.features,
-                                             f'sums {block}')
+        def take(bs):
+            return collect_between(dense, model, bs, list(points.values()), at, block.end, r.features,
+                                   f'sums {block}')
         return solve_sums(take(batches), equal_say(map(take, parts_held(held))) if held else None, r)
     with contextlib.ExitStack() as stack:
         if r.rows_path: folder = local_path(r.rows_path)/f'{block.start}-{block.end}'
@@ -259,7 +260,7 @@ def stand_in(model, block, fit:Fit): # -> the pruned model
 
 # %% ../nbs/14_search.ipynb #0b50de2a
 def outcome(dense, model, batches, desc='held-out loss')->float: # lower is better
-    "What a pruned model is judged by: the mean of its losses on each part; of images how far the last states are off"
+    "What a pruned model is judged by: the mean loss of all parts; of images how far the last states are off"
     if sees(model): return 1-agreement(dense, model, batches)
     return fmean(batch_loss(model, part, desc) for part in parts_held(batches))
 

@@ -236,15 +236,14 @@ def side_by_side(dense, model, tokenizer, # of both
                  speed=True, # options of `side_by_side_latency`; False leaves it out
                  context=2048, # tokens of the cache whose bytes are given
                  names=('dense', 'pruned'), text_name=None, # for the table
-                 kinds=None, # of text, by name, where `text` holds as many pieces of each
+                 kinds=None, # of text in `text`, by name, where it has as many pieces of each
                  cache=True, # keep results by content, and use those that were kept; never of speed
                  seed=0, # of the intervals
                  chat=None, # how the models are addressed in the tasks, see `CHAT`
                 )->SideBySide:
     "Everything about two models in memory"
     check_pair(dense, model)
-    both = (dense, model)
-    res = _counted(both, names, context, text_name, kinds, seed)
+    res = _counted(both := (dense, model), names, context, text_name, kinds, seed)
     if text is not None:
         res.divergence = kept_divergence(dense, model, tokenizer, text, length, pieces, cache)
     if tasks is not None:

@@ -619,6 +619,10 @@ def test_the_config_does_not_lie_where_it_is_replaced(place, capsys):
     with pytest.raises(SystemExit) as e:
         cli.run_replaceme(["--config", "out/mine.yaml"])
     assert e.value.code == 2 and "config out/mine.yaml lies there" in capsys.readouterr().err
+    for name in ("out/mine.yaml", Path("out/mine.yaml")):  # the door takes both
+        with pytest.raises(ReplaceMeError, match="config out/mine.yaml lies there"):
+            replaceme.run(name, save_path="out")
+    assert Path("out/mine.yaml").exists()
     cli.run_replaceme(["--config", "out/replaceme.yaml"])  # which is written there anew
 
 
