@@ -22,7 +22,6 @@ from pathlib import Path
 
 import torch, transformers
 from matplotlib.figure import Figure
-
 from .core import *
 from .kept import *
 from .keys import *
@@ -548,7 +547,8 @@ def evaluate(cfg)->dict: # or a `SideBySide`
     if text is not None:
         res['perplexity'] = kept_perplexity(model, tokenizer, text, cfg.eval_length, cfg.eval_size, cache)
         if (kinds := _kinds(cfg)):
-            res['domains'] = {k: sum(v)/len(v) for k,v in by_domain(res['perplexity']['losses'], kinds).items()}
+            found = by_domain(res['perplexity']['losses'], kinds)
+            res['domains'] = {k: sum(v)/len(v) for k,v in found.items()}
     if cfg.tasks is not None:
         kept = kept_tasks(model, tokenizer, cfg.tasks, cfg.limit, None, cfg.batch_size, cache, cfg.chat)
         res['tasks'] = {t: r['scores'] for t,r in kept.items()}
