@@ -4,9 +4,11 @@
 
 Writes the files of data.sha256 into FOLDER (.cache/data) and leaves alone what is there and right. What a folder that lies here already
 has ($REPLACEME_DATA, ../shared/data) is copied; the rest comes from the hub, in the form that a function below gives it:
-wikitext-2 (CC BY-SA), PIQA (AFL 3.0), GSM8K (MIT), the seed tasks of Self-Instruct (Apache-2.0). A file whose hash is another is refused, since numbers on another text say nothing about those published.
+wikitext-2 (CC BY-SA), PIQA (AFL 3.0), GSM8K (MIT), the seed tasks of Self-Instruct (Apache-2.0). Code is the source of modules that this Python carries. A file whose hash is another is refused, since numbers on another text say nothing about those published.
 """
 import hashlib
+import importlib
+import inspect
 import json
 import os
 import re
@@ -67,6 +69,16 @@ SETS = {
     "domains/chat_calib.jsonl": ("HuggingFaceH4/self-instruct-seed", None, "train", None, lambda rows: chats(rows, 1))}
 
 
+# What every Python carries, source that is judged by and source of other modules to calibrate on; it differs a little between versions
+FROM_PYTHON = {"domains/code_test.txt": ["argparse"],
+               "domains/code_calib.txt": ["json.decoder", "csv", "textwrap", "tarfile", "heapq", "difflib", "calendar", "configparser", "shutil"]}
+
+
+def source_code(modules):
+    "The source of modules, one behind the other"
+    return "\n\n".join(inspect.getsource(importlib.import_module(m)) for m in modules).encode()
+
+
 def right(path, name):
     "Is the file there, and the one that the published numbers were made with?"
     return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == HASHES[name]
@@ -101,6 +113,9 @@ def from_hub():
 
 def main(target, load=None):
     "Fill a folder; yields what could not be had, a line each"
+    for name, modules in FROM_PYTHON.items():
+        if not (target / name).is_file():
+            write(target / name, source_code(modules))
     for name in SETS:
         path = target / name
         if right(path, name):

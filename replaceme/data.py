@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPARE', 'ROLES', 'HELD_OUT', 'FORMATS', 'UNREAD', 'PACKED', 'TEXT_FILES', 'MAGIC', 'READERS', 'PARTS', 'NAMED',
-           'LOOK', 'Source', 'SOURCES', 'MIXES', 'HOW', 'RECIPE', 'IMAGE_FILES', 'spanned', 'seam', 'reader',
-           'stream_ids', 'first_tokens', 'decoded', 'Piece', 'bare_ids', 'special_ids', 'begun', 'token_ids',
+           'LOOK', 'Source', 'SOURCES', 'MIXES', 'HOW', 'OPENINGS', 'RECIPE', 'IMAGE_FILES', 'spanned', 'seam',
+           'reader', 'stream_ids', 'first_tokens', 'decoded', 'Piece', 'bare_ids', 'special_ids', 'begun', 'token_ids',
            'pad_rows', 'at_least', 'batches', 'n_embedded', 'check_ids', 'hidden_tokens', 'mask_tokens', 'cut_stream',
            'python_docs', 'unboxed', 'as_chat', 'is_chat', 'content_text', 'as_message', 'NoText', 'chat_text',
            'pick_split', 'split_of', 'one_voice', 'opened', 'file_format', 'is_text', 'open_text', 'read_text',
@@ -14,11 +14,12 @@ __all__ = ['SPARE', 'ROLES', 'HELD_OUT', 'FORMATS', 'UNREAD', 'PACKED', 'TEXT_FI
            'sliced', 'open_rows', 'as_text', 'exchange_of', 'as_columns', 'pick_columns', 'row_text', 'schema_of',
            'only', 'guarded', 'looked_at', 'table_texts', 'first_exchange', 'exists', 'find_source', 'holds_rows',
            'parts_of', 'Part', 'is_part', 'as_part', 'named', 'read_table', 'pick', 'Reserved', 'reserved_cache',
-           'sample_ids', 'rows_at_once', 'first_id', 'sample_texts', 'own_texts', 'is_path', 'files_in', 'text_files',
-           'text_splits', 'kind_of', 'plain_only', 'read_shares', 'portions', 'interleave', 'source_key', 'shares_of',
-           'mixture', 'short_data_name', 'data_name', 'plan', 'how_of', 'load_parts', 'load_texts', 'synthetic_images',
-           'as_rgb', 'open_image', 'image_files', 'drawn', 'is_image', 'pick_images', 'undecoded', 'table_images',
-           'load_images', 'pixels', 'image_batches']
+           'sample_ids', 'rows_at_once', 'first_id', 'user_turn', 'opening', 'first_ids', 'repeats', 'poor',
+           'sample_texts', 'own_texts', 'is_path', 'files_in', 'text_files', 'text_splits', 'kind_of', 'plain_only',
+           'read_shares', 'portions', 'interleave', 'source_key', 'shares_of', 'mixture', 'short_data_name',
+           'data_name', 'plan', 'how_of', 'load_parts', 'load_texts', 'synthetic_images', 'as_rgb', 'open_image',
+           'image_files', 'drawn', 'is_image', 'pick_images', 'undecoded', 'table_images', 'load_images', 'pixels',
+           'image_batches']
 
 # %% ../nbs/03_data.ipynb #6193d1e8
 import ast, bz2, gzip, hashlib, io, json, lzma, math, re, uuid, warnings, zipfile, zlib
@@ -28,7 +29,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from fractions import Fraction
 from io import StringIO
-from itertools import chain, islice, repeat
+from itertools import chain, islice, repeat, takewhile
 from numbers import Real
 from pathlib import Path
 
@@ -353,7 +354,8 @@ def _explain(e, dataset, offline='a local file or folder, python-docs, or self')
     said = ' '.join(str(e).split())[:300] or type(e).__name__
     if isinstance(e, StopIteration): said = 'it is empty'
     if isinstance(e, (FileNotFoundError, ConnectionError)) and not local_path(dataset).exists():
-        hint = nearest(dataset, [*SOURCES, *MIXES])
+        known = [*SOURCES, *MIXES]
+        hint = '' if dataset in known else nearest(dataset, known)
         return (f"dataset {dataset}: there is no such data set, or the hub cannot be reached ({said}).{hint} "
                 f"Without a network, give {offline}.")
     return f"dataset {dataset} cannot be read: {said}"
@@ -1059,14 +1061,18 @@ def reserved_cache(model,
 @torch.inference_mode()
 def sample_ids(model,
                u, # `(B,N)`, uniform random numbers, one for each token
-               start, # id of the first token, as a rule BOS
+               start, # id of the first token, as a rule BOS; or the first ids of each row, `[[...], ...]`
                step=lambda n: None): # called with the number of new tokens
-    "Token ids `(B,N)` sampled from the model; `u[b,i]` decides token `i` of row `b`"
-    ids = torch.full(u.shape, start, device=model.get_input_embeddings().weight.device)
+    "Token ids `(B,N)` sampled from the model; `u[b,i]` decides token `i` of row `b`, unless it is given"
+    given = torch.full(u.shape, -1, device=model.get_input_embeddings().weight.device)
+    for row,first in zip(given, [[start]]*len(u) if isinstance(start, int) else start):
+        row[:len(first)] = torch.tensor(first)
+    ids = given.clamp(min=0)
     cache = reserved_cache(model, u.shape[1])
     for i in range(1, u.shape[1]):
         logits = model(input_ids=ids[:,i-1:i], past_key_values=cache, use_cache=True).logits[:,-1]
-        ids[:,i:i+1] = pick(logits, u[:,i].to(logits.device))
+        new = pick(logits, u[:,i].to(logits.device))[:,0]
+        ids[:,i] = torch.where(given[:,i]<0, new, given[:,i])
         step(len(ids))
     return ids
 
@@ -1091,26 +1097,86 @@ def first_id(model, tokenizer)->int:
     raise ReplaceMeError("dataset self: neither tokenizer nor model names a BOS or EOS token to start from: "
                          "set tokenizer.bos_token.")
 
+# %% ../nbs/03_data.ipynb #ba20d918
+OPENINGS = dict(plain=['',],
+                chat=['', 'Write', 'Calculate', 'Explain', 'How', 'What'], # a user's first words
+                code=['```python\n', 'import ', 'def ', 'class ', '#!/usr/bin/env python\n"""'],
+                question=['Question: ', 'Q: ', 'Problem: '],
+                title=['# ', '= ', 'Chapter 1\n\n', 'Abstract\n'])
+
+# %% ../nbs/03_data.ipynb #48e27082
+def user_turn(tokenizer)->str|None:
+    "What the chat template puts before a user's words; None where there is no such thing"
+    words = 'the-words-of-a-user'
+    if not getattr(tokenizer, 'chat_template', None): return None
+    try: text = tokenizer.apply_chat_template([dict(role='user', content=words)], tokenize=False)
+    except Exception: return None # a template may ask for what we do not have
+    before, found, _ = text.partition(words)
+    return before if found else None
+
+# %% ../nbs/03_data.ipynb #0eca73b7
+def opening(i, # number of the text
+            tokenizer)->str:
+    "How a text begins: the kinds take turns, and so do the openings of each"
+    turn = user_turn(tokenizer)
+    kinds = [k for k in OPENINGS if k!='chat' or turn is not None]
+    kind = kinds[i%len(kinds)]
+    texts = OPENINGS[kind]
+    return (turn if kind=='chat' else '') + texts[i//len(kinds)%len(texts)]
+
+# %% ../nbs/03_data.ipynb #ff7079d9
+def first_ids(i, model, tokenizer,
+              most=64)->list: # tokens of an opening
+    "The ids that text number `i` begins with, BOS first"
+    start, n = first_id(model, tokenizer), n_embedded(model)
+    ids = list(islice(bare_ids(opening(i, tokenizer), tokenizer), most))
+    ids = ids if ids[:1]==[start] else [start, *ids]
+    return [*takewhile(lambda j: j<n, ids)][:most]
+
+# %% ../nbs/03_data.ipynb #950b69ee
+def repeats(ids, n=4)->float:
+    "The share of `n`-grams that stood in the text before"
+    grams = [*zip(*(ids[i:] for i in range(n)))]
+    return 1-len(set(grams))/len(grams) if grams else 0.
+
+def poor(texts)->list: # lists of ids -> numbers of those that tell nothing new
+    "Texts most of which repeats itself, or that were there before"
+    return [i for i,ids in enumerate(texts) if repeats(ids)>.5 or ids in texts[:i]]
+
 # %% ../nbs/03_data.ipynb #91161857
+def _draws(size, n, seed, again=0):
+    "Random numbers for all tokens; those of a row do not depend on how many rows there are"
+    return torch.rand(size, n, generator=torch.Generator().manual_seed(seed+1_000_003*again))
+
+def _written(model, tokenizer, which, u, rows, step):
+    "The texts with these numbers, as lists of ids"
+    most = max(1, u.shape[1]//2)
+    starts = [first_ids(i, model, tokenizer, min(64, most)) for i in which]
+    parts = [(u[which][j:j+rows], starts[j:j+rows]) for j in range(0, len(which), rows)]
+    return [r for part,start in parts for r in sample_ids(model, part, start, step).tolist()]
+
+# %% ../nbs/03_data.ipynb #1a32cd91
 def sample_texts(model, tokenizer,
                  size=64, # texts
                  max_length=512, # tokens in a text
                  batch_size=8, # texts that fit in memory together; more are taken where there is room
                  seed=0)->list: # of `Piece`s
-    "Texts that the model writes, each `max_length` tokens long"
+    "Texts that the model writes, each `max_length` tokens long, begun in turn in the ways of `OPENINGS`"
     positions = getattr(stack_config(model), 'max_position_embeddings', None) or max_length
     if max_length>positions:
         raise ReplaceMeError(f"dataset self: max_length {max_length} exceeds the model's {positions} "
                              "positions.")
-    u = torch.rand(size, max_length, generator=torch.Generator().manual_seed(seed))
-    start, rows = first_id(model, tokenizer), rows_at_once(model, size, max_length, batch_size)
+    rows, which, found = rows_at_once(model, size, max_length, batch_size), list(range(size)), {}
     progress = dict(desc='the model writes', unit=' tokens', unit_scale=True)
-    with judging(model), tqdm(total=u[:,1:].numel(), **progress) as bar:
-        found = [r for part in u.split(rows) for r in sample_ids(model, part, start, bar.update).tolist()]
-    return [Piece(decoded(r, tokenizer), r) for r in found]
+    with judging(model), tqdm(total=size*(max_length-1), **progress) as bar:
+        for again in range(3): # a model that writes nothing else after that is taken as it is
+            u = _draws(size, max_length, seed, again)
+            found |= dict(zip(which, _written(model, tokenizer, which, u, rows, bar.update)))
+            if not (which := poor([found[i] for i in range(size)])): break
+    return [Piece(decoded(r, tokenizer), r) for r in (found[i] for i in range(size))]
 
 # %% ../nbs/03_data.ipynb #e085fe31
-RECIPE = 2 # to be raised when the same model shall write anew
+RECIPE = 3 # to be raised when the same model shall write anew
 
 def own_texts(model, tokenizer, size=64, max_length=512, batch_size=8, seed=0)->list:
     "`sample_texts`, from the cache where they have been written before"

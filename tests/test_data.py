@@ -612,6 +612,49 @@ def test_rows_do_not_depend_on_their_company():
     assert texts != sample_texts(MODEL, TOK, size=7, max_length=20, seed=1)
 
 
+def test_texts_begin_in_turn_in_all_ways():
+    "Each row with its own opening, whatever stands beside it, and the rest as the slow way samples it"
+    from replaceme.data import first_ids
+    texts = sample_texts(MODEL, TOK, size=12, max_length=40)
+    starts = [first_ids(i, MODEL, TOK, 20) for i in range(12)]
+    assert [t.ids[:len(s)] for t, s in zip(texts, starts)] == starts and len({*map(tuple, starts)}) == 10  # plain three times
+    for i in (1, 7):  # in chat, plain and by its first word
+        u, ids = draw(12, 40)[i], [*starts[i]]
+        for x in u[len(ids):]:
+            ids.append(pick(MODEL(torch.tensor([ids])).logits[:, -1], x[None]).item())
+        assert ids == texts[i].ids
+
+
+def test_a_short_text_is_more_than_its_opening():
+    assert all(len(t.ids) == 6 for t in sample_texts(MODEL, TOK, size=6, max_length=6))
+    from replaceme.data import first_ids
+    assert all(len(first_ids(i, MODEL, TOK, 3)) <= 3 for i in range(6))
+
+
+def test_a_text_that_tells_nothing_new_is_written_once_more(monkeypatch):
+    "Caught in a loop, or the same as one before: other numbers are drawn for that row alone; a model that cannot do else is taken as it is"
+    good = [t.ids for t in sample_texts(MODEL, TOK, size=6, max_length=32)]
+    real, rounds = data.sample_ids, []
+
+    def stuck(model, u, start, step=lambda n: None):
+        ids = real(model, u, start, step).clone()
+        rounds.append(len(ids))
+        if len(rounds) == 1:
+            ids[2, 8:], ids[4] = 7, ids[0]
+        return ids
+    monkeypatch.setattr(data, "sample_ids", stuck)
+    texts = [t.ids for t in sample_texts(MODEL, TOK, size=6, max_length=32)]
+    assert rounds == [6, 2] and [texts[i] == good[i] for i in range(6)] == [True, True, False, True, False, True]
+    assert data.poor(texts) == []
+    rounds.clear()
+
+    def always(model, u, start, step=lambda n: None):
+        rounds.append(len(u))
+        return torch.full(u.shape, 5)
+    monkeypatch.setattr(data, "sample_ids", always)
+    assert len(sample_texts(MODEL, TOK, size=2, max_length=32)) == 2 and len(rounds) == 3
+
+
 def test_eos_does_not_end_a_row():
     ids = sample_ids(MODEL, draw(8, 200), 1)
     ended = (ids[:, :-1] == TOK.eos_token_id)

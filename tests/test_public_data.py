@@ -66,3 +66,13 @@ def test_without_a_network_it_says_so_in_one_line(tmp_path):
            "data.PLACES = []\ndef no(*a, **k): raise ConnectionError\nprint(*data.main(Path(sys.argv[1]), no), sep='\\n')"
     p = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True)
     assert p.stdout.count("\n") == 1 and "make data" in p.stdout and "REPLACEME_DATA" in p.stdout
+
+
+def test_code_is_the_source_of_modules_that_this_python_carries(data_dir, tmp_path, monkeypatch):
+    "That which is judged by is in no calibration"
+    import argparse
+    import inspect
+    monkeypatch.setattr(data, "PLACES", [tmp_path, data_dir])
+    assert list(data.main(tmp_path)) == []
+    judged, fitted = [(tmp_path / f"domains/code_{n}.txt").read_text(encoding="utf-8") for n in ("test", "calib")]
+    assert judged == inspect.getsource(argparse) and inspect.getsource(argparse)[:2000] not in fitted and len(fitted) > 2 * len(judged)

@@ -222,7 +222,9 @@ def test_what_a_model_writes_is_measured_as_it_was_written(tok):
     "Ids that no text would give: bytes that are no character, and special tokens; from the cache too, and as evaluation"
     model = tiny_model()
     u = torch.rand(5, 40, generator=torch.Generator().manual_seed(3))
-    wrote = data.sample_ids(model, u, tok.bos_token_id).tolist()
+    starts = [data.first_ids(i, model, tok, 20) for i in range(5)]
+    assert len({tuple(s) for s in starts}) == 5 and all(s.count(tok.bos_token_id) == 1 for s in starts)
+    wrote = data.sample_ids(model, u, starts).tolist()
     for _ in range(2):
         texts = own_texts(model, tok, size=5, max_length=40, seed=3)
         assert real(batches(texts, tok, 2, 40)) == wrote
