@@ -8,6 +8,7 @@ __all__ = ['Block', 'candidates', 'without_sinks', 'best_blocks', 'joined', 'win
 # %% ../nbs/06_blocks.ipynb #df206b2b
 import heapq, math
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from .core import *
 
@@ -117,6 +118,12 @@ def _ways(D, # {Block: distance}
         F.append({jm: heapq.nsmallest(top, ways) for jm,ways in new.items()})
     return [w for (j,m),ws in F[-1].items() if m==total for w in ws]
 
+# %% ../nbs/06_blocks.ipynb #aa145e35
+def _in_turn(ways): # of (sum of distances, blocks)
+    "Ways with each number of blocks, in turn, best first"
+    by = {n: sorted(w for w in ways if len(w[1])==n) for n in sorted({len(bs) for _,bs in ways})}
+    return [w for round_ in zip_longest(*by.values()) for w in round_ if w is not None]
+
 # %% ../nbs/06_blocks.ipynb #8d440012
 def partitions(distance, # `distance(s, e)`, or a matrix with `D[s][e]`; not finite rules the block out
                n_layers, # decoder layers of the model
@@ -125,6 +132,7 @@ def partitions(distance, # `distance(s, e)`, or a matrix with `D[s][e]`; not fin
                first=1, # the earliest layer a block may start at
                top=10, # how many ways
                avoid=(), # layers that must stay, as from `find_sinks`
+               each=False, # the best in one block, in two, ... before the second best of any?
               )->list: # of `(sum of distances, [Block, ...])`, best first
     "The `top` best ways to remove `total` layers in at most `k` blocks that do not touch"
     if k<1: raise ReplaceMeError(f"the number of blocks is {k}: at least one is needed.")
@@ -135,7 +143,8 @@ def partitions(distance, # `distance(s, e)`, or a matrix with `D[s][e]`; not fin
                                      "the attention sink: set sinks: allow to let them go.")
         raise ReplaceMeError(f"No way is left to remove {total} of {n_layers} layers in at most {k} blocks"
                              + why)
-    return [(d, list(bs)) for d,bs in heapq.nsmallest(top, ways)]
+    best = _in_turn(ways)[:top] if each else heapq.nsmallest(top, ways)
+    return [(d, list(bs)) for d,bs in best]
 
 # %% ../nbs/06_blocks.ipynb #e54edfa1
 def contenders(blocks, # candidates

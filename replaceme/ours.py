@@ -461,7 +461,9 @@ def _profiled(model, batches, k, known):
     return {m: profile.of_length(m) for m in range(1, n)}, find_sinks(profile)
 
 # %% ../nbs/16_ours.ipynb #d415ad9b
-def ways_out(model, batches, k:Choosing, n, blocks, known, top_k=0)->Ways: # `n` layers a window, or in all
+def ways_out(model, batches, k:Choosing, n, # layers a window, or in all
+             blocks, known, top_k=0,
+             each=False)->Ways: # does something else than the sum decide? Then numbers of blocks take turns
     "The ways that the distances propose, or the one that was given"
     if k.blocks is not None: return Ways([(None, blocks)], {}, look_for_sinks(model, batches[:1]), [])
     rows, sinks = _profiled(model, batches, k, known)
@@ -472,7 +474,7 @@ def ways_out(model, batches, k:Choosing, n, blocks, known, top_k=0)->Ways: # `n`
         return Ways([way], rows, sinks, avoided if len(kept)<len(blocks) else [])
     def D(s, e): return rows[e-s][s-1]
     ways = partitions(D, len(layers_of(model)), n, k.max_blocks, k.min_distance_layer or 1, max(10, top_k),
-                      avoid)
+                      avoid, each)
     ways = [w for w in ways if not differs_when_rebuilt(cut(model, w[1]))]
     if ways: return Ways(ways, rows, sinks, [])
     raise ReplaceMeError(f"no way to remove {n} layers in {k.max_blocks} blocks survives saving and loading: "
@@ -507,7 +509,8 @@ def _one(model, fit, held, job, r, blocks, known):
 def _several(model, fit, held, job, r, blocks, known):
     "Several blocks: the way chosen, and each fitted when those before it are gone"
     with job.stages('calibrate'):
-        found = ways_out(model, [*fit, *held], job.keys, job.n, blocks, known, r.top_k)
+        found = ways_out(model, [*fit, *held], job.keys, job.n, blocks, known, r.top_k,
+                         r.select!='distance')
     with job.stages('fit'):
         if job.writable: done = prune_several(model, fit, held, found.ways, r)
         else: done = fit_beside(model, fit, held, found.ways[0][1], r)

@@ -274,6 +274,10 @@ def test_num_A_and_max_blocks(model, data):
     assert len(out["choice"]) == 3 and sum(c["chosen"] for c in out["choice"]) == 1
     chosen = next(c for c in out["choice"] if c["chosen"])
     assert chosen["loss"] == min(c["loss"] for c in out["choice"]) and out["blocks"] == chosen["blocks"]
+    _, out = run(model, data, method="auto", layers_to_skip=3, max_blocks=3, top_k=3, **keys)
+    assert sorted(len(c["blocks"]) for c in out["choice"]) == [1, 2, 3]  # the best of each, and the loss decides between them
+    _, D3 = run(model, data, method="lstsq", layers_to_skip=3, max_blocks=3, **keys)
+    assert len(D3["blocks"]) == 1 or D3["blocks"] in [c["blocks"] for c in out["choice"]]
 
 
 @pytest.mark.parametrize("select", ["fit", "loss"])
