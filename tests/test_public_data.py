@@ -58,7 +58,8 @@ def test_another_text_under_the_same_name_is_refused(tmp_path, monkeypatch):
     rows = [dict(text="another", question="?", answer="#### 1", goal="", sol1="", sol2="", label=0, instruction="", instances=[dict(input="", output="")])]*2
     said = list(data.main(tmp_path, lambda *a, **k: rows))
     assert len(said) == len(data.SETS) and all("not what the numbers were made with" in line for line in said)
-    assert list(tmp_path.iterdir()) == []
+    there = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
+    assert there == set(data.FROM_PYTHON)  # which need no hub
 
 
 def test_without_a_network_it_says_so_in_one_line(tmp_path):
