@@ -447,8 +447,7 @@ class LaCo(Method):
         each = and_words(f"{spans(t['takes'])} into {t['layer']} (cosine {t['cosine']:.4f})" for t in took)
         limit = said.facts.get('threshold')
         kept = '' if limit is None else (" A collapse was kept when the cosine of the last hidden states "
-                                         "with the "
-                                         f"dense model's exceeded {limit:g}.")
+                                         f"with the dense model's exceeded {limit:g}.")
         return (f': {each}.' if each else '.') + kept
 
 # %% ../nbs/16_baselines.ipynb #b6135f2a
@@ -466,10 +465,8 @@ class LinearPatch(Method):
         mixed = 'H a Hadamard matrix mixed with a cosine transform, since none is known for this width'
         basis = mixed if said.facts.get('hadamard') is False else 'H the Hadamard matrix'
         return (f"Behind layer {said.before} stands a matrix of its own, H diag(r) H' with {basis}, which "
-                "brings "
-                "each channel of that basis to the mean magnitude it has behind the removed layers. No "
-                "weight can "
-                f"take it{said.cost}, so loading the model takes trust_remote_code=True.")
+                "brings each channel of that basis to the mean magnitude it has behind the removed layers. "
+                f"No weight can take it{said.cost}, so loading the model takes trust_remote_code=True.")
 
 # %% ../nbs/16_baselines.ipynb #98351540
 for m in (UIDL(), ShortGPT(), LaCo(), LinearPatch()): add_method(m)

@@ -32,8 +32,7 @@ def config_of(cls, # such as `Config`
     if isinstance(config, Config):
         if not keys: return config, None
         raise ReplaceMeError(f"{and_words([*keys])} cannot be changed in a configuration that is made "
-                             "already: "
-                             "give all keys together, or a file and these keys.")
+                             "already: give all keys together, or a file and these keys.")
     if config is None or isinstance(config, dict): return _from_file(cls, None, {**(config or {}), **keys})
     if isinstance(config, (str, os.PathLike)): return _from_file(cls, config, keys)
     raise ReplaceMeError(f"a {type(config).__name__} is no configuration: give a YAML file, keys such as "

@@ -166,8 +166,7 @@ def _say_fewer(k, texts, tokens, written):
                       ReplaceMeWarning)
     elif k.train_size is None and not written and tokens<.95*k.train_tokens:
         warnings.warn(f"{name} leaves {tokens} tokens in {texts} texts to train on, and {k.train_tokens} "
-                      "were "
-                      "asked for (train_tokens).", ReplaceMeWarning)
+                      "were asked for (train_tokens).", ReplaceMeWarning)
 
 # %% ../nbs/15_feed.ipynb #6fa709b2
 def training_size(k)->int|None: # keys of `Texts` and `Taught`
@@ -184,8 +183,7 @@ def _learnt(model, tokenizer, k, want):
     got = sum(len(b['attention_mask']) for b in bs)
     if got<2:
         raise ReplaceMeError(f"dataset {data_name(k.dataset, k.dataset_shares)} gives {got} text to train "
-                             "on: it "
-                             "takes two or more.")
+                             "on: it takes two or more.")
     rest, held = hold_out(bs, min(h, max(1, got//16))/got) # where there are fewer texts than asked for
     all_ = (n is None or got<n) and want+min(h, max(1, got//16))>=got
     return first_texts(rest, want), held, all_

@@ -482,8 +482,6 @@ class LLMPruner(Method):
         n = {k: sum(map(len, f[k].values())) for k in ('heads', 'neurons')}
         code = '' if f['plain'] else ' Loading the model takes trust_remote_code=True.'
         return (f"All layers stay. {n['heads']} key-value heads with their queries and {n['neurons']} "
-                "neurons of the "
-                f"MLPs in layers {spans(map(int, f['lost']))} went, those that the loss would miss least by "
-                "its "
-                f"gradient.{code}")
+                f"neurons of the MLPs in layers {spans(map(int, f['lost']))} went, those that the loss would "
+                f"miss least by its gradient.{code}")
 add_method(LLMPruner())

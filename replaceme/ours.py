@@ -66,8 +66,7 @@ def given_blocks(k:Choosing)->list: # of `Block`
     def pair(b): return isinstance(b, (list, tuple)) and len(b)==2 and all(map(whole, b))
     if not k.blocks or not all(map(pair, k.blocks)):
         raise ReplaceMeError(f"blocks is {k.blocks!r}: give pairs of layers such as [[3, 6], [13, 16]], the "
-                             "end "
-                             "not included.")
+                             "end not included.")
     return joined(k.blocks, k.merge_consecutive)
 
 # %% ../nbs/16_ours.ipynb #e7cd7ebc
@@ -286,8 +285,7 @@ def _check_ridges(k, structure):
         raise ReplaceMeError(f"{auto} auto is for a full map, not {structure}: give ridge a number.")
     if k.alpha and k.alpha!='auto' and k.map=='wide':
         raise ReplaceMeError("alpha, the paper's ridge towards zero, is for a narrow map; use ridge, towards "
-                             "the "
-                             "narrow map.")
+                             "the narrow map.")
 
 # %% ../nbs/16_ours.ipynb #4a38b89e
 @patch
@@ -302,20 +300,17 @@ def _check_iterating(k, structure):
     "Keys of the iterative solvers"
     if k.alpha=='auto':
         raise ReplaceMeError("alpha auto is a closed form; with method cosine alpha is the weight of the "
-                             "squared "
-                             "penalty (l2).")
+                             "squared penalty (l2).")
     check_structure(k.solver, structure)
     if k.alpha and k.l2:
         raise ReplaceMeError(f"alpha is {k.alpha} and l2 is {k.l2}: both are the weight of the squared "
-                             "penalty; "
-                             "keep one.")
+                             "penalty; keep one.")
     if k.map=='wide' and structure!='full': raise ReplaceMeError(f"a {structure} map is narrow.")
     with warnings.catch_warnings(action='ignore'):
         Loss(k.loss, k.accurate, k.l1, k.l2 or k.alpha or 0.) # its own contradictions
     if k.solver=='irls' and (k.loss!='cosine' or structure not in ('full', 'diag')):
         raise ReplaceMeError("solver irls is a closed form for the cosine of a full or diag map, not for "
-                             "loss "
-                             f"{k.loss} of a {structure} one.")
+                             f"loss {k.loss} of a {structure} one.")
 
 # %% ../nbs/16_ours.ipynb #de0b48b3
 class Auto(Mapped):
@@ -388,14 +383,12 @@ def _fitting(model, points, k, r, writable):
                                          or hasattr(stack_config(model), 'mlp_bias'))
         if r.affine and not bias:
             raise ReplaceMeError(f"affine: {p.name} has no bias, and the family has no switch for one "
-                                 "(mlp_bias "
-                                 "in its config): leave affine out.")
+                                 "(mlp_bias in its config): leave affine out.")
     several = next((p for p in points if p.linear is None), None)
     if several is None or r.map!='wide': return r
     if k.map=='wide':
         raise ReplaceMeError(f"map is wide, but {several.name} is not one matrix that writes what the MLP "
-                             "adds: "
-                             "use map: narrow.")
+                             "adds: use map: narrow.")
     return replace(r, map='narrow')
 
 # %% ../nbs/16_ours.ipynb #e19264dd
@@ -478,8 +471,7 @@ def ways_out(model, batches, k:Choosing, n, # layers a window, or in all
     ways = [w for w in ways if not differs_when_rebuilt(cut(model, w[1]))]
     if ways: return Ways(ways, rows, sinks, [])
     raise ReplaceMeError(f"no way to remove {n} layers in {k.max_blocks} blocks survives saving and loading: "
-                         "use "
-                         "max_blocks: 1.")
+                         "use max_blocks: 1.")
 
 # %% ../nbs/16_ours.ipynb #43f386a4
 def _one(model, fit, held, job, r, blocks, known):

@@ -565,9 +565,8 @@ def load_pair(cfg)->tuple: # (dense model, other model, tokenizer)
     check_pair(a[0], b[0])
     if not sees(a[0]) and a[1].get_vocab()!=b[1].get_vocab():
         raise ReplaceMeError(f"compare: the tokenizers of {cfg.compare[0]} and {cfg.compare[1]} have "
-                             f"different vocabularies ({len(a[1])} and {len(b[1])} tokens): "
-                             "what the models say of a token cannot be compared. Give a model and its pruned "
-                             "version.")
+                             f"different vocabularies ({len(a[1])} and {len(b[1])} tokens): what the models "
+                             "say of a token cannot be compared. Give a model and its pruned version.")
     return a[0], b[0], a[1]
 
 # %% ../nbs/22_pipeline.ipynb #dc04afa9

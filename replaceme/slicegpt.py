@@ -345,6 +345,5 @@ class SliceGPT(Method):
         code = '' if f['plain'] else ' Loading the model takes trust_remote_code=True.'
         return (f"All layers stay. The stream was turned into its principal components ({how}) and cut from "
                 f"{f['dense_width']} to {f['width']} channels, which keep {min(f['kept']):.1%} of its energy "
-                "or "
-                f"more.{code}")
+                f"or more.{code}")
 add_method(SliceGPT())

@@ -154,8 +154,7 @@ class Streamline(Method):
         n, L = job.n, len(layers_of(model))
         if self.trains(job.keys) and n+1>=L:
             raise ReplaceMeError(f"layers_to_skip is {n}: with a network one more layer goes, and of {L} at "
-                                 "least "
-                                 f"one must stay before it: use at most {L-2}.")
+                                 f"least one must stay before it: use at most {L-2}.")
         blocks = super().prove(model, job)
         if self.own_code(job.keys): # its own complaints
             with_linear(cut(model, [blocks[0]]), blocks[0].start-1, torch.eye(width(model)))
