@@ -850,6 +850,7 @@ def write_comparison(comparison, path):
 def check_compare(cfg, path):
     "What can be said before the model is loaded"
     need(cfg, 'model_path')
+    check_there(cfg)
     check_place(path)
     check_own(cfg.model_path, path, made_of(path/'comparison.json'), cfg.save_path)
     if cfg.tasks is not None: _check_choices(load_tasks(cfg.tasks))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Texts', 'parts_named', 'kinds_judged', 'judged_names', 'text_name', 'scored_and_fitted', 'Judged', 'nothing_trained',
-           'Taught', 'calibration_parts', 'calibration_texts', 'in_batches', 'calibration_batches', 'first_texts',
-           'training_size', 'training_batches', 'load_pictures', 'picture_batches', 'one_text', 'same_number',
-           'eval_text', 'Feed']
+           'Taught', 'check_there', 'calibration_parts', 'calibration_texts', 'in_batches', 'calibration_batches',
+           'first_texts', 'training_size', 'training_batches', 'load_pictures', 'picture_batches', 'one_text',
+           'same_number', 'eval_text', 'Feed']
 
 # %% ../nbs/15_feed.ipynb #2c8dce05
 import math, warnings
@@ -118,6 +118,15 @@ class Taught:
         unless=(nothing_trained,), least=1)
     train_size:int|None = key(None, "texts to train on, from the dataset; null takes as many as the tokens "
         "need, or those of the calibration where the model writes them", unless=(nothing_trained,), least=2)
+
+# %% ../nbs/15_feed.ipynb #c089bc19
+def check_there(k): # keys of `Texts` and `Judged`
+    "Raise where a file or a folder that is named is not there"
+    for key in ('dataset', 'eval_dataset'):
+        v = getattr(k, key)
+        for d in [] if v is None else parts_of(v):
+            try: kind_of(d)
+            except ReplaceMeError as e: raise ReplaceMeError(str(e).replace('dataset', key, 1)) from None
 
 # %% ../nbs/15_feed.ipynb #f6f7f48f
 def calibration_parts(model, tokenizer, k:Texts,

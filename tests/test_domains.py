@@ -95,6 +95,29 @@ def test_lists_that_mean_nothing_are_refused(place, wrong, said):
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize("key", ["dataset", "eval_dataset"])
+def test_a_file_that_is_not_there_is_told_before_the_model_is_loaded(place, monkeypatch, key):
+    import replaceme.pipeline as pipeline
+    from replaceme.pipeline import AnalyseConfig, analyse
+    monkeypatch.setattr(pipeline, "load", lambda *a, **k: pytest.fail("it was loaded"))
+    monkeypatch.setattr("replaceme.compare.load", lambda *a, **k: pytest.fail("it was loaded"))
+    said = pytest.raises(ReplaceMeError, match=f"^{key} none.txt: no such file")
+    keys = {k: v for k, v in SHORT.items() if k not in ("layers_to_skip", "method", "prompt", "ridge")}
+    with said:
+        run(make_config(**{**SHORT, key: "none.txt"}, save_path="out"))
+    with said:
+        compare(make_config(CompareConfig, **{**keys, key: "none.txt"}, methods=["lstsq"], layers=[2], save_path="rows"))
+    if key == "dataset":
+        with said:
+            analyse(make_config(AnalyseConfig, model_path="./tiny", dataset="none.txt", distances_path="d.json"))
+    else:
+        with said:
+            evaluate(make_config(EvaluateConfig, model_path="./tiny", eval_dataset="none.txt"))
+        with said:
+            evaluate(make_config(EvaluateConfig, compare=["./tiny", "./tiny"], eval_dataset="none.txt"))
+    assert not Path("out").exists() and not Path("rows").exists()
+
+
 def test_a_text_that_is_too_short_for_a_piece_is_refused(place):
     Path("tiny.txt").write_text("Too short.")
     with pytest.raises(ReplaceMeError, match="eval_dataset tiny.txt has .* lower eval_length"):
