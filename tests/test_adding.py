@@ -137,6 +137,23 @@ assert "wide" not in CompareConfig.__dataclass_fields__
 ''').check_returncode()
 
 
+def test_methods_that_share_a_group_are_defined_anew_one_by_one(place):
+    "As when a file is loaded once more: the first brings the group anew while the second still has the old one; ours too"
+    call(place, AGAIN + '''
+def both():
+    g = group("A", wide=4)
+    for n in "toy", "dot": add_method(type("Toy", (Method,), dict(name=n, keys=(g,)))())
+    return g
+both(); g = both()
+assert [x for x in GROUPS if x.__qualname__ == "A"] == [g] and Config(wide=5).wide == 5
+import importlib, replaceme.ours as ours, replaceme.baselines as baselines
+n = len(GROUPS)
+importlib.reload(ours), importlib.reload(baselines)
+assert len(GROUPS) == n and METHODS["auto"].keys[1] is ours.Choosing and ours.Choosing in GROUPS
+assert Config(top_k=2).top_k == 2
+''').check_returncode()
+
+
 def test_a_name_that_is_taken_is_refused_and_nothing_is_half_done(place):
     "A key of every run, one of another method, and one of another new group"
     call(place, AGAIN + '''
