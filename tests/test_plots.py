@@ -98,7 +98,7 @@ def test_all_blocks_of_a_result_are_marked():
 
 INNER = """Acts AnalyseConfig Answer Asked Asking Bench Bits Block Call Choosing Closed Common CompareConfig
          Comparing Config Cut Distances Divergence Domain EvaluateConfig Features Feed FFN FileRows FoldPoint Gram
-         Group InMemory Iterating Job Judged Kept Keys Known LaCoKeys Line LinearConfig LinearMap
+         Group HeldOut InMemory Iterating Job Judged Kept Keys Known LaCoKeys Line LinearConfig LinearMap
          LinearModel LLMPrunerKeys Loading Loss MapConfig Mapping Method Mix Network Norm Part Patched
          Piece Plan Probed PruneConfig Pupil Recipe Removed Reserved Rows Saving SizedConfig SizedModel
          Speed Stages States Step Stream Streamed StreamlineKeys SwiGLU Targets Taught TextRows Texts
