@@ -120,9 +120,9 @@ class Taught:
         "need, or those of the calibration where the model writes them", unless=(nothing_trained,), least=2)
 
 # %% ../nbs/15_feed.ipynb #c089bc19
-def check_there(k): # keys of `Texts` and `Judged`
+def check_there(k, *keys): # of `Texts` and `Judged`; both data sets by default
     "Raise where a file or a folder that is named is not there"
-    for key in ('dataset', 'eval_dataset'):
+    for key in keys or ('dataset', 'eval_dataset'):
         v = getattr(k, key)
         for d in [] if v is None else parts_of(v):
             try: kind_of(d)

@@ -490,7 +490,7 @@ def analyse(cfg): # -> (Profile, files written)
     elif out.exists(): read_profile(out) # says what it is instead
     elif (old := next((f for f in profile_files(out) if f.exists()), None)):
         raise ReplaceMeError(f"distances_path {out}: {old} is there already; choose another name.")
-    check_there(cfg)
+    check_there(cfg, 'dataset')
     prove_writable(out.parent, 'distances_path')
     model, tokenizer = load(cfg)
     check_model(model)
@@ -541,7 +541,7 @@ def evaluate(cfg)->dict: # or a `SideBySide`
     if cfg.compare: return evaluate_pair(cfg)
     need(cfg, 'model_path')
     if _nothing_to_score(cfg): raise ReplaceMeError("nothing to score: give eval_dataset, tasks or both.")
-    check_there(cfg)
+    check_there(cfg, 'eval_dataset')
     model, tokenizer = load(cfg, keep_quantised=True)
     if sees(model):
         raise ReplaceMeError(f"model_path {cfg.model_path} is an image encoder, which has no perplexity: "
@@ -576,7 +576,7 @@ def load_pair(cfg)->tuple: # (dense model, other model, tokenizer)
 def evaluate_pair(cfg)->SideBySide:
     "Two models side by side: text, tasks, seconds, bytes, and what both say to the prompt"
     if cfg.tasks is not None: load_tasks(cfg.tasks) # a misspelt task is seen before anything is loaded
-    check_there(cfg)
+    check_there(cfg, 'eval_dataset')
     dense, model, tokenizer = load_pair(cfg)
     names = [model_name(dict(model=m)) for m in cfg.compare]
     return side_by_side(dense, model, tokenizer, eval_text(cfg, tokenizer, dense), cfg.tasks, cfg.limit,
