@@ -6,8 +6,9 @@
 __all__ = ['METHODS', 'peers']
 
 # %% ../nbs/19_registry.ipynb #c02760f6
-from .methods import METHODS, peers
+from .methods import METHODS, peers, in_order
 from . import ours, baselines, slicegpt, llm_pruner, streamline # each adds its own
 
 # %% ../nbs/19_registry.ipynb #4fb09002
+in_order([room.__name__ for room in (ours, baselines, slicegpt, llm_pruner, streamline)])
 _all_ = ['METHODS', 'peers']

@@ -33,7 +33,7 @@ class EveryOther(Method):
 
 add_method(EveryOther())
 '''
-WHEN = {"before": "import toy\nfrom replaceme import cli\n", "after": "from replaceme import cli, compare\nimport toy\n"}
+WHEN = {"none": "", "before": "import toy\nfrom replaceme import cli\n", "after": "from replaceme import cli, compare\nimport toy\n"}
 TEXTS = dict(dataset="texts.txt", dataset_size=8, max_length=32, eval_dataset="other.txt", eval_size=2, eval_length=32)
 
 
@@ -58,7 +58,7 @@ def call(place, code, when="after"):
     return p
 
 
-@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize("when", ["before", "after"])
 def test_a_method_in_one_file_is_known_to_the_yaml_the_flags_and_the_report(place, when):
     said = call(place, "cli.run_replaceme(['--config', 'run.yaml'])", when)
     assert said.returncode == 0 and "every_other" in said.stdout
@@ -152,6 +152,15 @@ importlib.reload(ours), importlib.reload(baselines)
 assert len(GROUPS) == n and METHODS["auto"].keys[1] is ours.Choosing and ours.Choosing in GROUPS
 assert Config(top_k=2).top_k == 2
 ''').check_returncode()
+
+
+def test_the_order_of_methods_is_not_that_of_imports(place):
+    "Help, errors and headings are the same whichever room was there first; a method of one's own comes last"
+    said = [call(place, "print([*METHODS], [g.__name__ for g in GROUPS])".join((f"import {rooms}\nfrom replaceme.config import Config\n"
+            "from replaceme.methods import GROUPS, METHODS\n", "")), when="none").stdout for rooms in (
+            "replaceme.ours", "replaceme.baselines", "replaceme.llm_pruner, replaceme.streamline", "toy")]
+    assert said[0].startswith("['auto', 'lstsq', 'cosine', 'remove', 'uidl'") and said[0] == said[1] == said[2]
+    assert said[3].split("]")[0] == said[0].split("]")[0] + ", 'every_other'"
 
 
 def test_a_name_that_is_taken_is_refused_and_nothing_is_half_done(place):
