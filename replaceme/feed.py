@@ -12,6 +12,7 @@ __all__ = ['Texts', 'parts_named', 'kinds_judged', 'judged_names', 'text_name', 
 import math, warnings
 from dataclasses import dataclass, fields
 from itertools import chain, islice
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -65,10 +66,12 @@ def kinds_judged(dataset)->list: # data sets
 
 # %% ../nbs/15_feed.ipynb #87342514
 def judged_names(dataset)->list: # of str, one for each kind
-    "Their names, without folders where these tell nothing apart"
+    "Their names, no two the same; the folder stands behind one where the file's name is another's too"
     kinds = [p for d in parts_of(dataset) for p in MIXES.get(str(d).lower(), [d])]
     short = [short_data_name(d) for d in kinds]
-    return [s if short.count(s)==1 else str(d) for s,d in zip(short, kinds)]
+    folders = [Path(d).parent.name if short.count(s)>1 else '' for s,d in zip(short, kinds)]
+    named = [f'{s} ({f})' if f else s for s,f in zip(short, folders)]
+    return [f'{s} {i+1}' if named.count(s)>1 else s for i,s in enumerate(named)]
 
 # %% ../nbs/15_feed.ipynb #301b98df
 def text_name(dataset)->str|None: # `eval_dataset`
@@ -241,10 +244,11 @@ def _fill(texts, tokenizer, k)->bool:
     return sum(1 for _ in islice(chain.from_iterable(bare_ids(t, tokenizer) for t in texts), n))==n
 
 # %% ../nbs/15_feed.ipynb #0cc5c4f7
-def one_text(d, k, tokenizer, model=None)->Tensor: # a data set -> (pieces, length) token ids
+def one_text(d, k, tokenizer, model=None,
+             column=...)->Tensor: # a data set -> (pieces, length) token ids; the column is that of the keys
     "Its pieces: of a stream as they were cut, of rows with blank lines between"
-    kw = dict(column=k.eval_column, subset=k.eval_subset, split=k.eval_split, token=k.token,
-              max_length=k.eval_length, batch_size=k.batch_size, seed=k.seed+1)
+    kw = dict(column=k.eval_column if column is ... else column, subset=k.eval_subset, split=k.eval_split,
+              token=k.token, max_length=k.eval_length, batch_size=k.batch_size, seed=k.seed+1)
     def read(n): return load_texts(d, tokenizer=tokenizer, model=model, size=n, most=True, **kw)
     texts = read(k.eval_size)
     if len(texts)==k.eval_size and not _fill(texts, tokenizer, k):
@@ -273,7 +277,11 @@ def eval_text(k, tokenizer, model=None)->Tensor|None: # (pieces, length) token i
     "What perplexity is measured on; kinds of text follow each other, with as many pieces of each"
     if not isinstance(k.eval_dataset, list):
         return None if k.eval_dataset is None else one_text(k.eval_dataset, k, tokenizer, model)
-    pieces = [one_text(d, k, tokenizer, model) for d in kinds_judged(k.eval_dataset)]
+    kinds = kinds_judged(k.eval_dataset)
+    tables = [kind_of(d)=='table' for d in kinds]
+    # a column is for the tables, if there are any
+    columns = [k.eval_column if is_table or not any(tables) else None for is_table in tables]
+    pieces = [one_text(d, k, tokenizer, model, c) for d,c in zip(kinds, columns)]
     return same_number(pieces, judged_names(k.eval_dataset), k.eval_length)
 
 # %% ../nbs/15_feed.ipynb #e76ac366

@@ -102,8 +102,9 @@ GROUPS = [] # of keys of methods, in the order in which they were met
 _LISTENERS = [] # functions that are told of a group that is new
 
 # %% ../nbs/15_methods.ipynb #3501a0ea
-def _anew(old, new): # the cell or the file that defines a group was run once more
-    return (old.__module__, old.__qualname__)==(new.__module__, new.__qualname__)
+def _anew(old, new, ours): # the cell or the file that defines a group was run once more
+    same_room = ours or old.__module__==new.__module__ # a notebook's cell, and the module exported from it
+    return same_room and old.__qualname__==new.__qualname__
 
 def _check_new(m, group, others):
     "Raise where a key of a new group has the name of one that is there"
@@ -118,8 +119,10 @@ def add_method(m):
     if not isinstance(m, Method) or not m.name:
         raise ReplaceMeError(f"{m!r} is no method: give an object of a class of `Method` that has a name.")
     old, rest = METHODS.get(m.name), [x for x in METHODS.values() if x.name!=m.name]
-    def left(g): return old and g in old.keys and not any(g in x.keys for x in rest)
-    gone = [g for g in GROUPS if g not in m.keys and (left(g) or any(_anew(g, n) for n in m.keys))]
+    def had(g): return old is not None and g in old.keys
+    def left(g): return had(g) and not any(g in x.keys for x in rest)
+    def goes(g): return left(g) or any(_anew(g, n, had(g)) for n in m.keys)
+    gone = [g for g in GROUPS if g not in m.keys and goes(g)]
     new = [g for g in m.keys if g not in GROUPS]
     stay = [g for g in GROUPS if g not in gone]
     for i,g in enumerate(new): _check_new(m, g, [*stay, *new[:i]])

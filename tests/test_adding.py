@@ -154,6 +154,21 @@ assert Config(top_k=2).top_k == 2
 ''').check_returncode()
 
 
+@pytest.mark.parametrize("first, then", [("__main__", "replaceme.ours"), ("replaceme.ours", "__main__")])
+def test_a_notebook_and_the_module_exported_from_it_are_one(place, first, then):
+    "Its cells run as __main__, before or after the module itself is imported: one set of methods, one of keys"
+    call(place, f'''
+import runpy
+for name in {first!r}, {then!r}: runpy.run_module("replaceme.ours", run_name=name) if name == "__main__" else __import__(name)
+from replaceme.registry import METHODS
+from replaceme.methods import GROUPS
+from replaceme.config import Config
+assert len({{g.__qualname__ for g in GROUPS}}) == len(GROUPS)
+assert type(METHODS["auto"]).__module__ == type(METHODS["remove"]).__module__ == {then!r}
+assert Config(top_k=2).top_k == 2
+''', when="none").check_returncode()
+
+
 def test_the_order_of_methods_is_not_that_of_imports(place):
     "Help, errors and headings are the same whichever room was there first; a method of one's own comes last"
     said = [call(place, "print([*METHODS], [g.__name__ for g in GROUPS])".join((f"import {rooms}\nfrom replaceme.config import Config\n"

@@ -80,10 +80,10 @@ def test_one_text_is_what_it_was(place):
 
 def test_the_shortest_kind_says_how_many_pieces(place):
     "Equal say means as many pieces of each, which is told; names that are the same keep their folders"
-    with pytest.warns(ReplaceMeWarning, match="other/b.txt gives . pieces? where another gives 8"):
+    with pytest.warns(ReplaceMeWarning, match=r"b.txt \(other\) gives . pieces? where another gives 8"):
         result = run(make_config(**{**SHORT, "eval_size": 8}, eval_dataset=["b.txt", "other/b.txt"], save_path="out"))[0]
     n = len(result["perplexity"]["after"]["losses"])
-    assert n % 2 == 0 and n < 16 and [d["text"] for d in result["domains"]] == ["b.txt", "other/b.txt", "mean of 2"]
+    assert n % 2 == 0 and n < 16 and [d["text"] for d in result["domains"]] == ["b.txt", "b.txt (other)", "mean of 2"]
 
 
 @pytest.mark.parametrize("wrong, said", [
@@ -172,6 +172,31 @@ def test_methods_are_compared_by_the_mean_of_all_kinds(place):
     again, _ = compare(make_config(CompareConfig, **keys, eval_dataset=kinds[::-1], methods=["lstsq"], layers=[2], save_path="turned"))
     assert again.rows[1]["loss"][0] == pytest.approx(comparison.rows[1]["loss"][0], rel=1e-6)
     assert again.rows[1]["kinds"] == kinds[::-1]
+
+
+def test_a_column_is_for_the_tables(place):
+    "A text beside them has none, and is no error; where there is no table at all it is one"
+    keys = dict(model_path="./tiny", eval_size=2, eval_length=32, eval_column="messages", cache=False)
+    both = evaluate(make_config(EvaluateConfig, **keys, eval_dataset=["b.txt", "chats.jsonl"]))["domains"]
+    assert both["b.txt"] == pytest.approx(np.mean(losses_of("tiny", "b.txt")[:2]), rel=1e-5)
+    with pytest.raises(ReplaceMeError, match="column"):
+        evaluate(make_config(EvaluateConfig, **keys, eval_dataset=["b.txt", "a.txt"]))
+
+
+def test_files_of_one_name_are_two_kinds(place):
+    "In the comparison, its table and its picture too, and on the page; no folder of this machine is named whole"
+    Path("x").mkdir(), Path("y").mkdir()
+    Path("x/t.txt").write_text(Path("b.txt").read_text()), Path("y/t.txt").write_text(Path("a.txt").read_text())
+    kinds = [str(place / "x/t.txt"), str(place / "y/t.txt")]
+    keys = {k: v for k, v in SHORT.items() if k not in ("layers_to_skip", "method", "prompt", "ridge")}
+    comparison, path = compare(make_config(CompareConfig, **keys, eval_dataset=kinds, methods=["remove"], layers=[2], save_path="rows"))
+    (_, domains), = comparison.by_kind()
+    assert [d.text for d in domains] == ["t.txt (x)", "t.txt (y)", "mean of 2"]
+    above = np.subtract(comparison.rows[1]["losses"], comparison.rows[0]["losses"])
+    assert [d.above[0] for d in domains[:2]] == pytest.approx([above[:3].mean(), above[3:].mean()])
+    result, out = run(make_config(**SHORT, eval_dataset=kinds, save_path="out"))
+    page = (out / "report.html").read_text()
+    assert "t.txt (x)" in page and "t.txt (y)" in page and str(place) not in page.split("How to do it again")[0]
 
 
 def test_memory_of_scores_does_not_mix_kinds(place):
