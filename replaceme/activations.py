@@ -45,19 +45,32 @@ def _hidden_hooks(layers, hidden, until):
     return hs + ([layers[-1].register_forward_hook(leave)] if until==len(layers) else [])
 
 # %% ../nbs/04_activations.ipynb #8b6555ad
+def _times(m, c): return m if isinstance(c, float) and c==1 else m*(c if isinstance(c, float) else c.to(m))
+
+def _tap_hooks(p, report): # of a FoldPoint
+    "Hooks on its taps; `report` is called with what they add up to, and what its one linear layer reads"
+    got = []
+    def hook(mod, args, out, c):
+        m = first(out) if len(p.taps)==1 else first(out).clone() # the layer may go on to add into it
+        got.append(_times(m, c))
+        if len(got)<len(p.taps): return
+        m = got[0] if len(got)==1 else sum(g.reshape(got[0].shape) for g in got)
+        got.clear()
+        report(m, args[0] if p.linear else None)
+    return [m.register_forward_hook(functools.partial(hook, c=c)) for m,c in p.taps]
+
+# %% ../nbs/04_activations.ipynb #d3b84f60
+def _norm_hooks(p, report): # of a FoldPoint with a norm behind
+    "The same for the norm's output, and what the matrix in front of it reads over `rms(u)`"
+    h, (module, c) = [], p.taps[0]
+    def read(mod, args): h.append(args[0])
+    def write(mod, args, out): report(_times(first(out), c), h.pop().float()*p.norm.scale(args[0]))
+    return [p.module.register_forward_pre_hook(read), module.register_forward_hook(write)]
+
 def _mlp_hooks(points, mlp):
     "Hooks that report the MLP's contribution at each fold point"
-    def watch(i, p):
-        got = []
-        def hook(mod, args, out, c):
-            m = first(out) if len(p.taps)==1 else first(out).clone() # the layer may go on to add into it
-            got.append(m if isinstance(c, float) and c==1 else m*(c if isinstance(c, float) else c.to(m)))
-            if len(got)<len(p.taps): return
-            m = got[0] if len(got)==1 else sum(g.reshape(got[0].shape) for g in got)
-            got.clear()
-            mlp(i, m, args[0] if p.linear else None)
-        return [m.register_forward_hook(functools.partial(hook, c=c)) for m,c in p.taps]
-    return [h for i,p in points.items() for h in watch(i, p)]
+    made = {i: _norm_hooks if p.norm else _tap_hooks for i,p in points.items()}
+    return [h for i,p in points.items() for h in made[i](p, functools.partial(mlp, i))]
 
 # %% ../nbs/04_activations.ipynb #8a5b8747
 @torch.no_grad()

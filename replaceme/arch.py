@@ -7,13 +7,14 @@ __all__ = ['image_tower', 'sees', 'auto_class', 'backbone', 'nested_configs', 's
            'layers_of', 'judging', 'hooks', 'n_hooks', 'first', 'with_first', 'hidden_arg', 'input_device', 'dummy',
            'run', 'n_positions', 'check_stack', 'check_causal', 'check_model', 'is_linear', 'family', 'Traced', 'trace',
            'candidates_in', 'Mix', 'probe_tolerance', 'deviation', 'Probed', 'probe', 'turn', 'loaded',
-           'writing_params', 'Writer', 'FoldPoint', 'prove', 'find_points', 'fold_points', 'attention_point']
+           'writing_params', 'Writer', 'FoldPoint', 'NormBehind', 'as_norm', 'norm_after', 'prove', 'find_points',
+           'fold_points', 'attention_point']
 
 # %% ../nbs/02_arch.ipynb #9cfdc645
 import functools, inspect, re
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -516,6 +517,7 @@ class FoldPoint:
     writers:list # of `Writer`
     taps:list # of `(module, factor)`: `M` is the sum of their outputs times the factors
     error:float # relative deviation from exactness that the probe saw
+    norm:object=None # `NormBehind` the writer: then `M` is what it writes, and a fit goes through it
 
     @property
     def name(self): return ' + '.join(dict.fromkeys(family(w.name) for w in self.writers))
@@ -551,6 +553,71 @@ def _taps(t, groups, names, passed, p):
     if (one := alone(p, own if len(names)==1 else [])) is not None: return one
     parts = [alone(passed[f], groups[f] if len(groups[f])==1 else []) for f in names]
     return sum(parts, []) if all(parts) else None
+
+# %% ../nbs/02_arch.ipynb #7d2b61e4
+@dataclass
+class NormBehind:
+    "A norm between an MLP's last matrix and the stream: of what the matrix writes, `u`, it makes `γ ⊙ u/rms(u)`"
+    name:str # within the layer
+    module:nn.Module
+    param:str # the name of its weight
+    plus:float # `γ` is the weight plus this: 1 in Gemma, else 0
+    eps:float # within the root
+
+    def scale(self, u): # `(...,d)` -> `(...,1)`, float32
+        "`1/rms(u)`"
+        return (u.float().pow(2).mean(-1, keepdim=True)+self.eps).rsqrt()
+
+# %% ../nbs/02_arch.ipynb #a8e3f0b6
+def _plus(out, p, unit, tol): # of `γ` over the weight `p`, or None
+    "What a weight of zero leaves of the rows `unit`, where the module multiplies them by one number a channel"
+    none, other = out(torch.zeros_like(p)), out(p+1)
+    plus = ((none*unit).sum()/(unit*unit).sum()).item()
+    if abs(plus-round(plus))<max(1e-3, tol): plus = float(round(plus))
+    if deviation(plus*unit, none, unit)>tol: return None
+    return plus if deviation((plus+1+p.float())*unit, other, unit)<=tol else None
+
+# %% ../nbs/02_arch.ipynb #c90d47e1
+@torch.no_grad()
+def as_norm(name, module, args, kwargs, # of its call
+            tol=1e-4)->NormBehind|None:
+    "A module that divides rows by their root mean square and multiplies them by one weight a channel"
+    u, ps = args[0] if args else None, dict(module.named_parameters())
+    if not isinstance(u, Tensor) or not u.is_floating_point() or len(ps)!=1: return None
+    (param, p), = ps.items()
+    if '.' in param or p.shape!=u.shape[-1:]: return None
+    eps = next((v for k,v in vars(module).items() if 'eps' in k and isinstance(v, float)), 0.)
+    norm = NormBehind(name, module, param, 0., eps)
+    def out(w):
+        with _swapped(module, {param: w.to(p.dtype)}): return first(module.forward(*args, **kwargs)).float()
+    with loaded(module):
+        p = getattr(module, param).data
+        plus = _plus(out, p, u.float()*norm.scale(u), tol)
+    return None if plus is None else replace(norm, plus=plus)
+
+# %% ../nbs/02_arch.ipynb #f27a9c38
+def norm_after(t:Traced, name, # of a module that was called once
+               tol=1e-4)->NormBehind|None:
+    "The norm that takes what a module of a layer puts out"
+    mods, u = dict(t.layer.named_modules()), t.calls[name][0][0]
+    def takes(args): return args and isinstance(args[0], Tensor) and args[0].shape==u.shape and torch.equal(args[0], u)
+    for n,((_,args,kwargs),*more) in t.calls.items():
+        if n==name or more or not takes(args): continue
+        if (found := as_norm(n, mods[n], args, kwargs, tol)) is not None: return found
+
+# %% ../nbs/02_arch.ipynb #15d8e7ac
+def _behind_norm(t, groups, tol): # -> FoldPoint, or None
+    "One matrix whose output goes into the stream through a norm, and in no other way"
+    mods = dict(t.layer.named_modules())
+    alone = [ns[0] for ns in groups.values() if len(ns)==1 and len(t.calls.get(ns[0], ()))==1]
+    for name in [n for n in reversed(alone) if is_linear(mods[n]) and mods[n].bias is None]:
+        norm = norm_after(t, name, tol)
+        if norm is None: continue
+        longer = _with(t, [mods[name]], lambda u: 3*u) # a norm takes away the length; another way would show it
+        p = probe(t, [norm.module], t.calls[norm.name][0][0])
+        if p.error>tol or p.factor is None or deviation(longer, t.out)>max(1e-3, tol): continue
+        w = Writer(name, mods[name], p.factor, writing_params(mods[name]))
+        return FoldPoint([w], [(norm.module, p.factor)], p.error, norm)
 
 # %% ../nbs/02_arch.ipynb #aff993ea
 def _reason(groups, probed):
@@ -597,7 +664,7 @@ def prove(t:Traced,
     probed = _probe_all(t, groups, like if known else groups)
     passed = {f: p for f,p in probed.items() if p.error<=tol}
     if known and len(passed)<len(like): return prove(t)
-    if not passed: return _reason(groups, probed)
+    if not passed: return _behind_norm(t, groups, tol) or _reason(groups, probed)
     names, p = _together(t, groups, passed, known)
     writers, taps = _writers(t, groups, names, passed, tol), _taps(t, groups, names, passed, p)
     if isinstance(writers, str):
@@ -617,7 +684,8 @@ def find_points(model,
         p = found[i] = prove(trace(layer, args, kwargs, d), like[-1] if like else ())
         if isinstance(p, FoldPoint):
             # a module that two layers share cannot take the map of one
-            if any(uses[id(w.module)]>1 for w in p.writers): found[i] = f'other layers use {p.name}, too'
+            own = [w.module for w in p.writers] + ([p.norm.module] if p.norm else [])
+            if any(uses[id(m)]>1 for m in own): found[i] = f'other layers use {p.name}, too'
             else: like.append(list(dict.fromkeys(family(w.name) for w in p.writers)))
         if i==which[-1]: raise _Stop
     handles = [layers[i].register_forward_hook(functools.partial(after, i=i), with_kwargs=True)
@@ -653,10 +721,12 @@ def attention_point(model,
         mods = dict(layer.named_modules())
         names = [n for n in t.calls if _in_attention(n) and is_linear(mods[n]) and len(t.calls[n])==1]
         if names:
-            p = probe(t, [mods[names[-1]]], t.calls[names[-1]][0][0])
+            norm = norm_after(t, names[-1], probe_tolerance(t))
+            writes = names[-1] if norm is None else norm.name
+            p = probe(t, [mods[writes]], t.calls[writes][0][0])
             c = 1. if p.factor is None else p.factor
             w = Writer(names[-1], mods[names[-1]], c, {})
-            found.append(FoldPoint([w], [(w.module, c)], p.error))
+            found.append(FoldPoint([w], [(mods[writes], c)], p.error, norm))
         raise _Stop
     with judging(model), hooks(layers_of(model)[i].register_forward_hook(after, with_kwargs=True)):
         try: run(model, dummy(model))

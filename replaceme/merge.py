@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['shared_copy', 'keep_layers', 'differs_when_rebuilt', 'without', 'cut', 'lasting', 'skipping', 'relative_error',
-           'check_cut', 'check_writable', 'stored', 'Patched', 'fold', 'with_bias', 'put', 'replace_block',
-           'explicit_map', 'save_checkpoint']
+           'check_cut', 'check_writable', 'stored', 'Patched', 'fold', 'fold_through', 'with_bias', 'put',
+           'replace_block', 'explicit_map', 'save_checkpoint']
 
 # %% ../nbs/11_merge.ipynb #09c0b18a
 import copy, functools, math, re, shutil, warnings
@@ -395,6 +395,16 @@ def _assign(module, new):
         if p.is_meta: _store(module, k, v)
         else: setattr(module, k, nn.Parameter(v.contiguous(), requires_grad=p.requires_grad))
 
+# %% ../nbs/11_merge.ipynb #b5a19e02
+def _assign_all(new): # of `(name, module, {parameter: tensor})`
+    "Put all in place, if all are finite"
+    for name,_,values in new:
+        for k,p in values.items():
+            if not p.isfinite().all():
+                raise ReplaceMeError(f"The map folded into {name}.{k} is not finite in {p.dtype}: load "
+                                     "the model with dtype bfloat16 or float32.")
+    for _,module,values in new: _assign(module, values)
+
 # %% ../nbs/11_merge.ipynb #729cb307
 def fold(point, # FoldPoint
          V:Tensor, # narrow: `(d,d)`, multiplies what is written; wide: `(f,d)`, takes what is read
@@ -402,16 +412,24 @@ def fold(point, # FoldPoint
          affine=False): # one more row in `V`, the shift
     "Put a map into the weights of a fold point, in float64, on copies that are checked first"
     check_writable(point)
+    if point.norm is not None: raise ReplaceMeError(f"a norm follows {point.name}, so that no map can be "
+        "folded into it: fit it through the norm (`through_norm`).")
     writers = [point._one()] if wide or affine else point.writers
     V, shift = (V[:-1].double(), V[-1].double()) if affine else (V.double(), None)
     new = [_wide(w, V) if wide else _narrow(w, V) for w in writers]
     if affine: new = [_shifted(w, n, shift) for w,n in zip(writers, new)]
-    for w,n in zip(writers, new):
-        for k,p in n.items():
-            if not p.isfinite().all():
-                raise ReplaceMeError(f"The map folded into {w.name}.{k} is not finite in {p.dtype}: load "
-                                     "the model with dtype bfloat16 or float32.")
-    for w,n in zip(writers, new): _assign(w.module, n)
+    _assign_all([(w.name, w.module, n) for w,n in zip(writers, new)])
+
+# %% ../nbs/11_merge.ipynb #e1d05b7a
+def fold_through(point, # FoldPoint with a norm behind
+                 W:Tensor, # `(f,d)`, what is written is `γ ⊙ u/rms(u)` times the layer's factor, `u = h@W`
+                 gamma:Tensor): # `(d,)`
+    "Put a matrix and the weight of the norm behind it in place"
+    check_writable(point)
+    w, n = point.linear, point.norm
+    old, g = _values(w.module, 'weight'), _values(n.module, n.param)
+    new = dict(weight=(W if w.params['weight']==-1 else W.T).to(old))
+    _assign_all([(w.name, w.module, new), (n.name, n.module, {n.param: (gamma-n.plus).to(g)})])
 
 # %% ../nbs/11_merge.ipynb #33ba3557
 def with_bias(model): # -> a model that shares its weights with `model`
@@ -437,6 +455,7 @@ def put(model, # a cut model; its weight is replaced, nothing shared is written 
     "Fold a map into layer `i`"
     p = fold_points(model, [i])[i]
     if isinstance(fit, Tensor): return fold(p, fit)
+    if fit.kind=='normed': return fold_through(p, fit.T, fit.gamma)
     fold(p, fit.T, fit.kind=='wide', fit.affine)
 
 # %% ../nbs/11_merge.ipynb #25951aae
@@ -449,6 +468,20 @@ def replace_block(model,
     if fit is not None: put(new, block.start-1, fit)
     return new
 
+# %% ../nbs/11_merge.ipynb #4c7e92b1
+@contextmanager
+def _explicit_norm(model, i, p, fit):
+    "The same for a matrix and a norm's weight: both are computed beside the MLP"
+    h, m, (tap, c) = [], [], p.taps[0]
+    def read(mod, args): h.append(args[0])
+    def write(mod, args, out): m.append(c*first(out))
+    def swap(layer, args, kwargs, out):
+        x, u = first(out), h.pop().double()@fit.T.to(first(out).device)
+        M = c*fit.gamma.to(u)*u*(u.pow(2).mean(-1, keepdim=True)+p.norm.eps).rsqrt()
+        return with_first(out, (x.double()-m.pop().double().reshape(x.shape)+M.reshape(x.shape)).to(x))
+    handles = p.module.register_forward_pre_hook(read), tap.register_forward_hook(write)
+    with hooks(*handles, layers_of(model)[i].register_forward_hook(swap, with_kwargs=True)): yield model
+
 # %% ../nbs/11_merge.ipynb #adc3d01b
 @contextmanager
 def explicit_map(model, # a cut model
@@ -457,6 +490,9 @@ def explicit_map(model, # a cut model
     "Put the map beside the MLP of layer `i` while the model runs, not into it: what a fold must reproduce"
     p, seen, V, wide, affine = fold_points(model, [i])[i], {}, fit, False, False
     if not isinstance(fit, Tensor): V, wide, affine = fit.T, fit.kind=='wide', fit.affine
+    if getattr(fit, 'kind', '')=='normed':
+        with _explicit_norm(model, i, p, fit): yield model
+        return
     def read(mod, args, out, k, c): seen[k] = (c*first(out)).double(), args
     def swap(layer, args, kwargs, out):
         x = first(out)

@@ -391,6 +391,19 @@ def _fitting(model, points, k, r, writable):
                              "adds: use map: narrow.")
     return replace(r, map='narrow')
 
+# %% ../nbs/16_ours.ipynb #2c8e51fa
+def _through(points, k, r, job):
+    "The recipe where a norm follows the MLP: weights are written, and no token is out of a norm's reach"
+    name = next((p.name for p in points if p.norm), None)
+    if name is None: return r
+    why = f"a norm follows {name}, and both are fitted together"
+    if r.affine: raise ReplaceMeError(f"affine: {why}; a norm has no place for a bias: leave affine out.")
+    if job.alone: raise ReplaceMeError(f"save_transform_only: {why}, so that no map is left to save alone: "
+                                       "save the model, or keep the map as a matrix of its own (merge: false).")
+    if not job.writable: raise ReplaceMeError(f"{why}, in weights that must not be quantised: load the "
+                                              "model in its original precision.")
+    return replace(r, weights='inv_norm') if r.weights=='none' and k.get('weights') is None else r
+
 # %% ../nbs/16_ours.ipynb #e19264dd
 @patch
 def prove(self:Mapped, model, job)->tuple: # (candidate blocks, or the given ones; the recipe for this model)
@@ -405,6 +418,7 @@ def prove(self:Mapped, model, job)->tuple: # (candidate blocks, or the given one
         with_linear(cut(model, [blocks[0]]), blocks[0].start-1, torch.eye(width(model)))
     if r.map in ('state', 'none'): return blocks, r
     blocks, points = _foldable(model, blocks, k.blocks is not None)
+    r = _through(points, k, r, job)
     return blocks, _fitting(model, points, k, r, job.writable)
 
 # %% ../nbs/16_ours.ipynb #a390ce12

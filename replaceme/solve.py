@@ -66,16 +66,17 @@ class Fit:
     removal_error: float # the same of plain removal, `T=E`
     tokens: int
     alpha: float = 0. # unscaled, towards zero
-    kind: str = 'narrow' # or 'wide'
+    kind: str = 'narrow' # or 'wide'; 'normed' where `T` is a matrix and `gamma` the norm's behind it
     affine: bool = False # the last row of `T` is a bias
     structure: str = 'full'
     rank: int = None # of structure 'rank'
     ridge: float = 0. # fraction of the mean diagonal; towards plain removal (narrow) or the narrow map (wide)
     curve: dict = None # of ridge 'auto': values, held-out errors, chosen
     history: list = None # of an iterative solver: what it saw on its way
+    gamma: Tensor = None # `(d,)`, of kind 'normed'
 
     def __repr__(self):
-        what = {'wide ': self.kind=='wide', 'affine ': self.affine,
+        what = {f'{self.kind} ': self.kind in ('wide', 'normed'), 'affine ': self.affine,
                 f'{self.structure} ': self.structure!='full', f'{self.rank} ': self.rank}
         name = ''.join(k for k,v in what.items() if v) + 'x'.join(map(str, self.T.shape))
         return (f"Fit({name}, {self.tokens} tokens, relative squared error {self.error:.4f}, "

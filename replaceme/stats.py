@@ -68,9 +68,15 @@ def _precise(x): # float64, on the CPU where the device has none
     return (x.cpu() if x.device.type=='mps' else x).double()
 
 # %% ../nbs/07_stats.ipynb #66c01bf8
+def _factors(p): # a number, or `(d,)`
+    "What multiplies the output of a fold point's linear layer, channel by channel"
+    c, n = p.factor.double() if isinstance(p.factor, Tensor) else p.factor, p.norm
+    if n is None: return c
+    with loaded(n.module): return c*(_precise(getattr(n.module, n.param))+n.plus)
+
 def writes(p:FoldPoint)->Tensor: # `(f,d)`
     "The matrix `E` by which a fold point of one linear layer writes what it reads, `M = H@E` (plus its bias)"
-    m, c = p.module, p.factor.double() if isinstance(p.factor, Tensor) else p.factor
+    m, c = p.module, _factors(p)
     with loaded(m):
         if isinstance(m, Conv1D): return c*_precise(m.weight)
         if m.weight.is_floating_point() and m.weight.ndim==2: return c*_precise(m.weight).T

@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageClass
 
 from replaceme.core import ReplaceMeError
 from replaceme.data import synthetic_images
-from replaceme.models import tiny_model, tiny_tokenizer, tiny_vision
+from replaceme.models import load_model, tiny_model, tiny_tokenizer, tiny_vision
 from replaceme.pipeline import make_config, prune, run
 
 IDS = torch.arange(5, 21)[None]
@@ -79,11 +79,10 @@ torch.save(m(ids).logits, sys.argv[2])
 """
 
 
-@pytest.mark.parametrize("family", ["gemma2", "olmo2"])
 @pytest.mark.parametrize("method", ["auto", "lstsq"])
-def test_a_norm_behind_the_mlp(family, method, text_model, tmp_path):
-    "Folding is refused with both ways out; both ways work"
-    keys = text_model(family)
+def test_a_norm_behind_the_sum_with_the_stream(method, text_model, tmp_path):
+    "BERT's: folding is refused with both ways out; both ways work"
+    keys = text_model("bert")
     with pytest.raises(ReplaceMeError, match="norm or another non-linear step.*method: remove.*merge: false"):
         run(make_config(**keys, method=method))
     assert not (tmp_path / "small").exists()
@@ -97,6 +96,30 @@ def test_a_norm_behind_the_mlp(family, method, text_model, tmp_path):
     assert removed["fit"]["map"] == "none" and removed["fit"]["error"] == removed["fit"]["removal_error"]
     assert model.config.num_hidden_layers == 4
     assert not torch.allclose(model(IDS).logits, torch.load(tmp_path / "logits.pt"), atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo2", "glm4"])
+@pytest.mark.parametrize("method", ["auto", "lstsq", "cosine"])
+def test_a_norm_behind_the_mlp(family, method, text_model, tmp_path):
+    "The matrix and the norm's weight are fitted together; what is saved is an ordinary checkpoint that was fitted so"
+    keys = text_model(family)
+    result, folder = run(make_config(**keys, method=method))
+    assert result["fit"]["map"] == "normed" and result["fit"]["error"] < result["fit"]["removal_error"]
+    page, card = [(folder / name).read_text(encoding="utf-8") for name in ("report.html", "README.md")]
+    assert "through the norm" in page and "through the norm" in card and "trust_remote_code" not in card
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.num_hidden_layers == 4
+    small, again = prune(*load_model(keys["model_path"]), method=method, 
+                         **{k: keys[k] for k in ("layers_to_skip", "dataset", "dataset_size", "max_length", "batch_size")})
+    assert again["block"] == result["block"] and torch.allclose(model(IDS).logits, small(IDS).logits, atol=1e-5)
+
+
+def test_what_no_norm_can_take(text_model):
+    "A bias, a map that is saved alone, several bits: said before any text is made"
+    keys = text_model("gemma2")
+    for wrong, said in ((dict(affine=True), "no place for a bias"), (dict(save_transform_only=True), "no map is left to save alone")):
+        with pytest.raises(ReplaceMeError, match=said):
+            run(make_config(**keys, method="lstsq", **wrong))
 
 
 @torch.no_grad()

@@ -207,11 +207,11 @@ def test_not_a_decoder(place, capsys):
 
 
 def test_a_norm_behind_the_mlp_is_refused_before_any_text_is_made(place, capsys, monkeypatch):
-    model = tiny_model("gemma2", layers=6)
-    model.save_pretrained(place / "gemma")
-    tiny_tokenizer().save_pretrained(place / "gemma")
+    model = tiny_model("bert", layers=6)
+    model.save_pretrained(place / "bert")
+    tiny_tokenizer().save_pretrained(place / "bert")
     monkeypatch.setattr("replaceme.feed.load_texts", lambda *a, **k: pytest.fail("texts were made"))
-    fails(capsys, place, write(place, config(place / "gemma")), "cannot be folded", "norm")
+    fails(capsys, place, write(place, config(place / "bert")), "cannot be folded", "norm")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
