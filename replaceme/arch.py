@@ -557,7 +557,7 @@ def _taps(t, groups, names, passed, p):
 # %% ../nbs/02_arch.ipynb #7d2b61e4
 @dataclass
 class NormBehind:
-    "A norm between an MLP's last matrix and the stream: of what the matrix writes, `u`, it makes `γ ⊙ u/rms(u)`"
+    "Between an MLP's last matrix and the stream: of what the matrix writes, `u`, it makes `γ ⊙ u/rms(u)`"
     name:str # within the layer
     module:nn.Module
     param:str # the name of its weight
@@ -570,7 +570,7 @@ class NormBehind:
 
 # %% ../nbs/02_arch.ipynb #a8e3f0b6
 def _plus(out, p, unit, tol): # of `γ` over the weight `p`, or None
-    "What a weight of zero leaves of the rows `unit`, where the module multiplies them by one number a channel"
+    "What a weight of zero leaves of `unit`, where the module multiplies rows by one number a channel"
     none, other = out(torch.zeros_like(p)), out(p+1)
     plus = ((none*unit).sum()/(unit*unit).sum()).item()
     if abs(plus-round(plus))<max(1e-3, tol): plus = float(round(plus))
@@ -600,7 +600,9 @@ def norm_after(t:Traced, name, # of a module that was called once
                tol=1e-4)->NormBehind|None:
     "The norm that takes what a module of a layer puts out"
     mods, u = dict(t.layer.named_modules()), t.calls[name][0][0]
-    def takes(args): return args and isinstance(args[0], Tensor) and args[0].shape==u.shape and torch.equal(args[0], u)
+    def takes(args):
+        x = args[0] if args else None
+        return isinstance(x, Tensor) and x.shape==u.shape and torch.equal(x, u)
     for n,((_,args,kwargs),*more) in t.calls.items():
         if n==name or more or not takes(args): continue
         if (found := as_norm(n, mods[n], args, kwargs, tol)) is not None: return found
@@ -613,7 +615,8 @@ def _behind_norm(t, groups, tol): # -> FoldPoint, or None
     for name in [n for n in reversed(alone) if is_linear(mods[n]) and mods[n].bias is None]:
         norm = norm_after(t, name, tol)
         if norm is None: continue
-        longer = _with(t, [mods[name]], lambda u: 3*u) # a norm takes away the length; another way would show it
+        # a norm takes away the length; another way into the stream would show it
+        longer = _with(t, [mods[name]], lambda u: 3*u)
         p = probe(t, [norm.module], t.calls[norm.name][0][0])
         if p.error>tol or p.factor is None or deviation(longer, t.out)>max(1e-3, tol): continue
         w = Writer(name, mods[name], p.factor, writing_params(mods[name]))

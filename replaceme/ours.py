@@ -399,7 +399,7 @@ def _through(points, k, r, job):
     why = f"a norm follows {name}, and both are fitted together"
     if r.affine: raise ReplaceMeError(f"affine: {why}; a norm has no place for a bias: leave affine out.")
     if job.alone: raise ReplaceMeError(f"save_transform_only: {why}, so that no map is left to save alone: "
-                                       "save the model, or keep the map as a matrix of its own (merge: false).")
+                                       "save the model, or keep the map apart (merge: false).")
     if not job.writable: raise ReplaceMeError(f"{why}, in weights that must not be quantised: load the "
                                               "model in its original precision.")
     return replace(r, weights='inv_norm') if r.weights=='none' and k.get('weights') is None else r
