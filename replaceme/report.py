@@ -125,7 +125,7 @@ def result_rows(result)->list: # of [label, before, after, change]
     return [r for r in rows if r[1:3]!=['-','-']]
 
 # %% ../nbs/20_report.ipynb #63ca712b
-_STRUCTURES = dict(diag='diagonal', lower='lower triangular', two_vectors='rank 1', thri='lower triangular')
+_STRUCTURES = dict(diag='diagonal', lower='lower triangular')
 _WEIGHTS = dict(inv_norm='1/|y|', inv_sq_norm='1/|y|²')
 _SOLVERS = dict(lstsq='least squares', irls='reweighted least squares', closed='closed form',
                 closed_form='closed form')
