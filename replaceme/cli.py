@@ -200,13 +200,13 @@ def _run(cfg, yaml_text):
     result, path = run(cfg, yaml_text)
     if not main_process(): return
     tell(results_table(result))
-    for g in result.get('generations', []):
-        tell(f'{g["prompt"]}\n  before: {_oneline(g["before"])}\n  after:  {_oneline(g["after"])}\n')
+    for g in result.generations:
+        tell(f'{g.prompt}\n  before: {_oneline(g.before)}\n  after:  {_oneline(g.after)}\n')
     if cfg.save_transform_only: tell('map     ', path/'transform.safetensors')
     else: tell('model   ', path)
     for kind,name in (('report  ', 'report.html'), ('profile ', 'profile.png')):
         if (path/name).exists(): tell(kind, path/name)
-    if result.get('pushed'): tell('pushed  ', result['pushed'])
+    if result.pushed: tell('pushed  ', result.pushed)
 
 # %% ../nbs/24_cli.ipynb #72ac1d49
 def _only(cfg, method, command):

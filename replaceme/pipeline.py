@@ -41,6 +41,7 @@ from .methods import *
 from .ours import *
 from .train import main_process
 from .recover import *
+from .result import *
 from .report import *
 from .save import *
 from .sidebyside import *
@@ -145,9 +146,9 @@ def climb_rungs(model, job, rungs, trainer, done, result):
         done.model, climbed = recover(model, done.model, done.blocks, learn, rungs, job.share*len(rungs),
                                       held,
                                       job.seed, folder, **trainer)
-    before = result.get('training') or {}
-    tokens = before.get('tokens', 0)+sum(r.trained for r in climbed)
-    result.update(recovery=[dataclasses.asdict(r) for r in climbed], training={**before, 'tokens': tokens})
+    tokens = (result.training.tokens or 0)+sum(r.trained for r in climbed)
+    result.update(recovery=[dataclasses.asdict(r) for r in climbed],
+                  training=Learnt(result.training, tokens=tokens))
 
 # %% ../nbs/22_pipeline.ipynb #dbbb7cc0
 def calibrate(model, tokenizer, cfg, stages,
@@ -269,9 +270,9 @@ def _add_scores(result, k, before, after):
 # %% ../nbs/22_pipeline.ipynb #e6ad5aab
 def _add_errors(result, dense, pruned, tokenizer, text, pieces=8, length=128):
     "How far the states behind the cut are off, on a little of the evaluation text"
-    if sees(dense) or text is None or not result['blocks']: return
+    if sees(dense) or text is None or not result.blocks: return
     ids = text[:pieces,:length]
-    result['errors'] = error_picture(state_errors(dense, pruned, result['blocks'], ids), ids, tokenizer)
+    result['errors'] = error_picture(state_errors(dense, pruned, result.blocks, ids), ids, tokenizer)
 
 # %% ../nbs/22_pipeline.ipynb #99829eab
 def prove_places(cfg):
