@@ -21,7 +21,6 @@ import torch
 from fastcore.basics import patch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
-from tqdm.auto import tqdm
 
 from .core import *
 from .kept import *
@@ -165,7 +164,8 @@ def text_losses(model, ids, # (pieces, length)
                 desc='perplexity')->list: # nats per token, one number for each piece
     "The loss of a model on each piece of the evaluation text"
     with judging(model):
-        losses = [piece_losses(model, p[None])[0] for p in tqdm(ids, desc=desc, unit='piece', leave=False)]
+        bar = progress(ids, desc=desc, unit=' pieces', leave=False)
+        losses = [piece_losses(model, p[None])[0] for p in bar]
     _check_finite(losses)
     return losses
 
@@ -888,7 +888,7 @@ def run_rows(bench, cfg)->list: # of rows, the dense model first
     rows = {str(p): row for p in todo if (row := bench.found(p))}
     left = [p for p in todo if str(p) not in rows]
     if left: text_losses(bench.model, bench.ids[:1]) # what scoring loads late is no row's
-    with heap_given_back(), tqdm(total=len(todo), initial=len(rows), unit='row') as bar:
+    with heap_given_back(), progress(None, len(todo), unit=' rows', initial=len(rows)) as bar:
         for p in left:
             bar.set_description(str(p))
             with locked(bench.path(p)): rows[str(p)] = bench.found(p) or bench.make(p)

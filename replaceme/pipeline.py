@@ -41,7 +41,6 @@ from .methods import *
 from .ours import *
 from .train import main_process
 from .recover import *
-from .result import *
 from .report import *
 from .save import *
 from .sidebyside import *
@@ -148,7 +147,7 @@ def climb_rungs(model, job, rungs, trainer, done, result):
                                       job.seed, folder, **trainer)
     tokens = (result.training.tokens or 0)+sum(r.trained for r in climbed)
     result.update(recovery=[dataclasses.asdict(r) for r in climbed],
-                  training=Learnt(result.training, tokens=tokens))
+                  training={**result.training, 'tokens': tokens})
 
 # %% ../nbs/22_pipeline.ipynb #dbbb7cc0
 def calibrate(model, tokenizer, cfg, stages,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECORD', 'check_hub_name', 'Saving', 'versions', 'n_parameters', 'short_name', 'check_apart', 'check_own',
            'save_transform', 'write_record', 'write_provenance', 'reload', 'made_of', 'check_hub', 'push_folder',
-           'for_others', 'license_of', 'base_of']
+           'for_others', 'license_of', 'base_of', 'Result']
 
 # %% ../nbs/21_save.ipynb #6f3a9857
 import json, os, platform, re, warnings
@@ -70,6 +70,7 @@ def plot(self:Result, ax=None):
 def __repr__(self:Result): return results_table(self)
 @patch
 def _repr_markdown_(self:Result): return results_table(self, markdown=True)
+_all_ = ['Result'] # from `result`, where it is made
 
 # %% ../nbs/21_save.ipynb #ba5b68f4
 def versions()->dict:

@@ -449,6 +449,6 @@ def test_all_that_a_run_writes_down_has_a_name_and_is_read_back(tmp_path, monkey
 def test_a_part_that_is_not_there_is_empty_and_a_misspelt_one_an_error():
     assert Result().perplexity.after.value is None and Result(choice=[{}]).choice[0].loss is None and Result().n_layers.both == [None, None]
     with pytest.raises(AttributeError, match="Perplexities has no 'vlaue'"):
-        Result().perplexity.vlaue
+        _ = Result().perplexity.vlaue
     with pytest.raises(AttributeError, match="attributes are for reading"):
         Result().seed = 3
