@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 import scipy.linalg, torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .core import *
 from .plots import *
@@ -107,9 +106,8 @@ def uidl(model, batches,
 def influences(model, batches)->Tensor: # `(L,)`, float64
     "How much each layer turns its input, the mean over all tokens (ShortGPT, arXiv 2403.03853, eq. 1)"
     cos, n = torch.zeros(len(layers_of(model)), dtype=torch.float64), 0
-    with judging(model), tqdm(total=n_tokens(batches), desc='influence', unit=' tokens',
-                              unit_scale=True) as bar:
-        for batch in batches:
+    with judging(model):
+        for batch in over_tokens(batches, 'influence'):
             mask, x = batch['attention_mask'], None
             def hidden(l, y):
                 nonlocal x
@@ -118,7 +116,7 @@ def influences(model, batches)->Tensor: # `(L,)`, float64
                 x = y
             tap(model, batch, hidden)
             if not cos.isfinite().all(): blame_nonfinite(model, batch, n)
-            n += len(mask); bar.update(n_tokens([batch]))
+            n += len(mask)
     return 1-cos/n_tokens(batches)
 
 # %% ../nbs/16_baselines.ipynb #ee32c2ed
@@ -251,7 +249,7 @@ def _search(model, texts, n, C, I, threshold):
     refs, tries = last_states(model, texts), []
     keep = [*range(len(layers_of(model)))]
     L = len(keep); l = L-min(C, n+1)
-    with tqdm(total=n, desc='collapse', unit='layer') as bar:
+    with progress(None, n, 'collapse', ' layers') as bar:
         while l>=0 and len(keep)>L-n:
             m = min(C-1, n-(L-len(keep)), len(keep)-1-l)
             if not matching(model, l, m): l -= 1; continue
@@ -329,15 +327,14 @@ def magnitudes(model, batches, block, H)->tuple: # `(d,)` before and after, floa
     "Mean absolute activation in the basis `H` where a block begins and where it ends"
     sums = {i: torch.zeros(len(H), dtype=torch.float64) for i in block}
     n = 0
-    with judging(model), tqdm(total=n_tokens(batches), desc='magnitudes', unit=' tokens',
-                              unit_scale=True) as bar:
-        for batch in batches:
+    with judging(model):
+        for batch in over_tokens(batches, 'magnitudes'):
             mask = batch['attention_mask']
             def hidden(i, x):
                 if i in sums: x = _precise(masked(x, mask)); sums[i] += (x@H.to(x.device)).abs().sum(0).cpu()
             tap(model, batch, hidden, until=block.end)
             if not all(s.isfinite().all() for s in sums.values()): blame_nonfinite(model, batch, n)
-            n += len(mask); bar.update(n_tokens([batch]))
+            n += len(mask)
     return tuple(sums[i]/n_tokens(batches) for i in block)
 
 # %% ../nbs/16_baselines.ipynb #a9f5c8db

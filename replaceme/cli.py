@@ -59,7 +59,16 @@ def _parser(name, doc, aliases, cls, method=None):
         shown = own is None or group not in GROUPS or group in own
         at = p.add_argument_group(heading) if fs and shown else p
         for f in fs: _add_flag(at, f, aliases, shown)
+    _add_words(p, cls, method)
     return p
+
+# %% ../nbs/24_cli.ipynb #f8edbe02
+def _add_words(p, cls, method):
+    "The release's words as flags, named where the method reads what they stand for"
+    words = [f for w,f in WORDS.items() if read_by(cls, field_of(cls, w))]
+    for f in words: _add_flag(p, f, {}, False)
+    shown = [f for f in words if method not in METHODS or METHODS[method].owns(field_of(cls, f.name))]
+    p.epilog = '; '.join(f'--{f.name} true: {f.metadata["help"]}' for f in shown) or None
 
 # %% ../nbs/24_cli.ipynb #3643c218
 def _asked_method(argv):
@@ -73,7 +82,7 @@ def _asked_method(argv):
 def _value(name, s, cls):
     "A flag's value: a path that is there, or what YAML makes of it where the key takes that, or else text"
     if isinstance(s, list): return s
-    f = cls.__dataclass_fields__[name]
+    f = WORDS.get(name) or cls.__dataclass_fields__[name]
     if s.lower() in ('null', 'none', '~') and s not in choices_of(f): return None
     kinds = {*kinds_of(f)} - {type(None)}
     if kinds=={str} or str in kinds and exists(s): return s
@@ -94,8 +103,7 @@ SCHEMAS = {} # {command: its configuration}, filled by `command`
 def _stray(arg, cls, aliases):
     "What is said of an argument that a command does not have"
     name = arg.lstrip('-').split('=')[0]
-    theirs = [k for k,c in SCHEMAS.items() if name in c.__dataclass_fields__
-              and read_by(c, c.__dataclass_fields__[name])]
+    theirs = [k for k,c in SCHEMAS.items() if (f := field_of(c, name)) and read_by(c, f)]
     if theirs and arg.startswith('--'):
         return f"unknown argument {arg!r}: it belongs to {and_words(theirs)}; leave it out."
     known = [f.name for f in fields(cls) if read_by(cls, f)] + [*aliases, 'config']
@@ -192,13 +200,13 @@ def _run(cfg, yaml_text):
     result, path = run(cfg, yaml_text)
     if not main_process(): return
     tell(results_table(result))
-    for g in result.get('generations', []):
-        tell(f'{g["prompt"]}\n  before: {_oneline(g["before"])}\n  after:  {_oneline(g["after"])}\n')
+    for g in result.generations:
+        tell(f'{g.prompt}\n  before: {_oneline(g.before)}\n  after:  {_oneline(g.after)}\n')
     if cfg.save_transform_only: tell('map     ', path/'transform.safetensors')
     else: tell('model   ', path)
     for kind,name in (('report  ', 'report.html'), ('profile ', 'profile.png')):
         if (path/name).exists(): tell(kind, path/name)
-    if result.get('pushed'): tell('pushed  ', result['pushed'])
+    if result.pushed: tell('pushed  ', result.pushed)
 
 # %% ../nbs/24_cli.ipynb #72ac1d49
 def _only(cfg, method, command):

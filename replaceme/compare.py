@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SHARED', 'paired', 'entry', 'Plan', 'row_config', 'plans', 'CompareConfig', 'text_losses', 'rights', 'stabilities',
            'costs', 'tasks_digest', 'data_digest', 'plain_config', 'check_place', 'eval_pieces', 'Bench', 'held_now',
-           'heap_given_back', 'write_texts', 'ppl', 'Line', 'lines', 'difference', 'ahead', 'ahead_text',
-           'task_differences', 'with_differences', 'Comparison', 'csv_row', 'front', 'compare_path', 'about',
-           'read_comparison', 'write_comparison', 'check_compare', 'run_rows', 'compare']
+           'heap_given_back', 'write_texts', 'ppl', 'Nearest', 'Row', 'About', 'Line', 'lines', 'difference', 'ahead',
+           'ahead_text', 'task_differences', 'with_differences', 'Comparison', 'csv_row', 'front', 'compare_path',
+           'about', 'read_comparison', 'write_comparison', 'check_compare', 'run_rows', 'compare']
 
 # %% ../nbs/23_compare.ipynb #2e25b001
 import ctypes, dataclasses, functools, gc, io, json, math, os, re, warnings
@@ -21,7 +21,6 @@ import torch
 from fastcore.basics import patch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
-from tqdm.auto import tqdm
 
 from .core import *
 from .kept import *
@@ -32,6 +31,7 @@ from .blocks import *
 from .evaluate import *
 from .evaluate import _check_choices, _check_finite
 from .plots import *
+from .result import *
 from .report import *
 from .domains import *
 from .sidebyside import *
@@ -164,7 +164,8 @@ def text_losses(model, ids, # (pieces, length)
                 desc='perplexity')->list: # nats per token, one number for each piece
     "The loss of a model on each piece of the evaluation text"
     with judging(model):
-        losses = [piece_losses(model, p[None])[0] for p in tqdm(ids, desc=desc, unit='piece', leave=False)]
+        bar = progress(ids, desc=desc, unit=' pieces', leave=False)
+        losses = [piece_losses(model, p[None])[0] for p in bar]
     _check_finite(losses)
     return losses
 
@@ -184,12 +185,13 @@ def stabilities(dense, answers)->dict: # {task: {'stability', 'literal', 'unweig
             for t,s in loss.items()}
 
 # %% ../nbs/23_compare.ipynb #796473ea
+@of_result
 def costs(result)->dict:
     "What the pruning took out and what it cost"
-    return dict(blocks=result['blocks'], parameters=result['parameters']['after'],
-                trained_tokens=(result.get('training') or {}).get('tokens', 0),
-                seconds=sum(v for k,v in result['seconds'].items() if k!='texts'),
-                peak_memory=max(0, result['peak_memory']-result['loaded_memory']))
+    return dict(blocks=result.blocks, parameters=result.parameters.after,
+                trained_tokens=result.training.tokens or 0,
+                seconds=sum(v for k,v in result.seconds.items() if k!='texts'),
+                peak_memory=max(0, result.peak_memory-result.loaded_memory))
 
 # %% ../nbs/23_compare.ipynb #8c0b866f
 def tasks_digest(cfg)->str|None:
@@ -403,6 +405,22 @@ def make(self:Bench, plan)->dict:
 # %% ../nbs/23_compare.ipynb #9f99430b
 def ppl(loss): return math.exp(min(loss, 700))
 
+# %% ../nbs/23_compare.ipynb #0a011b50
+class Nearest(Record):
+    "How far a row is from the best one of its size; `nats` is `[difference, low, high]`"
+    method:str; nats:list; differs:bool
+
+class Row(Record):
+    "One method at one number of layers and one seed, as it is kept; one that failed has little but `error`"
+    method:str; n:int; seed:int; error:str; losses:list; kinds:list; right:dict; stability:dict; tasks:dict
+    blocks:list; parameters:int; trained_tokens:int; seconds:float; peak_memory:int
+    loss:list; perplexity:list; above_dense:list; ratio_to_dense:list; to_best:Nearest
+
+class About(Record):
+    "What the rows have in common"
+    model:str; n_layers:int; calibration:object; text:str; pieces:int; length:int; tasks:list; seeds:list
+    versions:dict
+
 # %% ../nbs/23_compare.ipynb #0a011b55
 @dataclass
 class Line:
@@ -412,33 +430,35 @@ class Line:
     rows:list # those that ended well
     failed:list # those that did not
 
-    def mean(self, k): return float(np.mean([r[k] for r in self.rows]))
+    def __post_init__(self): self.rows, self.failed = [[*map(Row.of, rs)] for rs in (self.rows, self.failed)]
+    def mean(self, k): return float(np.mean([getattr(r, k) for r in self.rows]))
     @property
-    def losses(self): return np.mean([r['losses'] for r in self.rows], 0)
+    def losses(self): return np.mean([r.losses for r in self.rows], 0)
     @property
-    def kinds(self): return self.rows[0].get('kinds') or ['text']
+    def kinds(self): return self.rows[0].kinds or ['text']
     @property
     def loss(self): return float(self.losses.mean())
     @property
-    def perplexities(self): return [ppl(np.mean(r['losses'])) for r in self.rows]
+    def perplexities(self): return [ppl(np.mean(r.losses)) for r in self.rows]
     @property
-    def trained(self): return any(r['trained_tokens'] for r in self.rows)
+    def trained(self): return any(r.trained_tokens for r in self.rows)
     @property
     def blocks(self):
-        return ' / '.join(dict.fromkeys(' '.join(f'[{s},{e})' for s,e in r['blocks']) for r in self.rows))
+        return ' / '.join(dict.fromkeys(' '.join(f'[{s},{e})' for s,e in r.blocks) for r in self.rows))
 
 # %% ../nbs/23_compare.ipynb #e30cbf2e
 def lines(rows)->list: # of `Line`, by number of layers; methods in their order
     "The rows of a comparison, seeds put together; the dense model is not among them"
-    pairs = sorted(dict.fromkeys((r['n'], r['method']) for r in rows if r['n']), key=lambda p: p[0])
-    of = lambda n, name, bad: [r for r in rows if (r['n'], r['method'])==(n, name) and ('error' in r)==bad]
+    rows = [*map(Row.of, rows)]
+    pairs = sorted(dict.fromkeys((r.n, r.method) for r in rows if r.n), key=lambda p: p[0])
+    of = lambda n, name, bad: [r for r in rows if (r.n, r.method)==(n, name) and bool(r.error)==bad]
     return [Line(name, n, of(n, name, False), of(n, name, True)) for n,name in pairs]
 
 # %% ../nbs/23_compare.ipynb #a10ffad3
 def difference(a, b)->tuple: # (nats, low, high)
     "How much more line `a` loses than line `b` on the same pieces, over the seeds both have"
-    both = {r['seed'] for r in a.rows} & {r['seed'] for r in b.rows}
-    of = lambda l: np.mean([r['losses'] for r in l.rows if r['seed'] in both], 0)
+    both = {r.seed for r in a.rows} & {r.seed for r in b.rows}
+    of = lambda l: np.mean([r.losses for r in l.rows if r.seed in both], 0)
     return paired(of(a), of(b), kinds=len(a.kinds)) if both else (math.nan,)*3
 
 # %% ../nbs/23_compare.ipynb #f768f26f
@@ -474,24 +494,26 @@ def ahead_text(rows)->str:
 # %% ../nbs/23_compare.ipynb #3a3af899
 def task_differences(r, best)->dict: # {task: {metric: {'value', 'to_best'}}}
     "The accuracy on each task with its interval, and what it is above or below the best row's"
+    r, best = Row.of(r), Row.of(best)
     one = lambda v, w: dict(value=list(paired(v, np.zeros(len(v)))), to_best=list(paired(v, w)))
-    return {t: {m: one(v, best['right'][t][m]) for m,v in ms.items()} for t,ms in r['right'].items()}
+    return {t: {m: one(v, best.right[t][m]) for m,v in ms.items()} for t,ms in r.right.items()}
 
 # %% ../nbs/23_compare.ipynb #e9f90cea
 def with_differences(rows)->list:
     "The rows, each with its loss, its distance from the dense model and from the best row, and intervals"
-    dense, out = rows[0], []
+    rows, out = [*map(Row.of, rows)], []
+    dense = rows[0]
     for r in rows:
-        if 'error' in r: out.append(r); continue
-        peers = [x for x in rows if (x['n'], x['seed'])==(r['n'], r['seed']) and 'error' not in x]
-        best = min(peers, key=lambda x: np.mean(x['losses']))
-        K = len(r.get('kinds') or ['text'])
-        loss, low, high = paired(r['losses'], np.zeros(len(r['losses'])), kinds=K)
-        gap, above = [paired(r['losses'], x['losses'], kinds=K) for x in (best, dense)]
-        out.append({**r, 'loss': [loss, low, high], 'perplexity': [ppl(loss), ppl(low), ppl(high)],
-                    'above_dense': [*above], 'ratio_to_dense': [ppl(x) for x in above],
-                    'to_best': dict(method=best['method'], nats=list(gap), differs=gap[1]>0 or gap[2]<0),
-                    'tasks': task_differences(r, best)})
+        if r.error: out.append(r); continue
+        peers = [x for x in rows if (x.n, x.seed)==(r.n, r.seed) and not x.error]
+        best = min(peers, key=lambda x: np.mean(x.losses))
+        K = len(r.kinds) or 1
+        loss = paired(r.losses, np.zeros(len(r.losses)), kinds=K)
+        gap, above = [paired(r.losses, x.losses, kinds=K) for x in (best, dense)]
+        near = Nearest(method=best.method, nats=list(gap), differs=gap[1]>0 or gap[2]<0)
+        out.append(Row(r, loss=[*loss], perplexity=[ppl(x) for x in loss], above_dense=[*above],
+                       ratio_to_dense=[ppl(x) for x in above], to_best=near,
+                       tasks=task_differences(r, best)))
     return out
 
 # %% ../nbs/23_compare.ipynb #8dd73d82
@@ -501,6 +523,7 @@ class Comparison:
     about:dict # model, data, evaluation, versions
     rows:list # as from `with_differences`
 
+    def __post_init__(self): self.about, self.rows = About.of(self.about), [*map(Row.of, self.rows)]
     @property
     def dense(self): return Line('dense', 0, self.rows[:1], [])
     @property
@@ -508,7 +531,7 @@ class Comparison:
     @property
     def ok(self): return [l for l in self.lines[1:] if l.rows]
     @property
-    def failed(self): return [r for r in self.rows if 'error' in r]
+    def failed(self): return [r for r in self.rows if r.error]
 
 # %% ../nbs/23_compare.ipynb #f41e051e
 def _between(v, fmt='.2f'):
@@ -517,7 +540,7 @@ def _between(v, fmt='.2f'):
 
 def _over_tasks(line, get):
     "A mean over tasks and seeds, as text"
-    vals = [get(x) for r in line.rows for x in (r['stability'] if get is _stable else r['right']).values()]
+    vals = [get(x) for r in line.rows for x in (r.stability if get is _stable else r.right).values()]
     vals = [v for v in vals if v is not None]
     return f'{np.mean(vals):.3f}' if vals else '-'
 
@@ -546,7 +569,7 @@ def _columns(tasks, seeds)->dict: # {header: function of (Line, dense Line)}
 @patch
 def cells(self:Comparison)->tuple: # (rows of strings, headers)
     "The table, cell by cell; a line without any good row says `failed`"
-    cols = _columns(any(r.get('right') for r in self.rows), len(self.about.get('seeds', [0]))>1)
+    cols = _columns(any(r.right for r in self.rows), len(self.about.seeds)>1)
     d = self.dense
     def row(l):
         return [f(l, d) for f in cols.values()] if l.rows else [l.name, str(l.n), '-',
@@ -557,7 +580,7 @@ def cells(self:Comparison)->tuple: # (rows of strings, headers)
 @patch
 def failures(self:Comparison)->list:
     "What went wrong, a line each"
-    return [f"{r['method']}, {_layers(r['n'])}, seed {r['seed']}: {r['error']}" for r in self.failed]
+    return [f'{r.method}, {_layers(r.n)}, seed {r.seed}: {r.error}' for r in self.failed]
 
 # %% ../nbs/23_compare.ipynb #1bfb7651
 @patch
@@ -590,10 +613,10 @@ def tasks_table(self:Comparison)->str:
     "Accuracy on each task with its interval, and the stability by both formulas"
     out = []
     for r in self.rows:
-        for t,ms in r.get('tasks', {}).items():
-            s = r['stability'].get(t, {})
+        for t,ms in r.tasks.items():
+            s = r.stability.get(t, {})
             num = lambda k: f'{s[k]:.3f}' if k in s else '-'
-            out.append([r['method'], str(r['n']), '-' if r['seed'] is None else str(r['seed']), t,
+            out.append([r.method, str(r.n), '-' if r.seed is None else str(r.seed), t,
                         *(_between(ms[m]['value'], '.3f') if m in ms else '-' for m in ('acc', 'acc_norm')),
                         _between(ms['acc']['to_best'], '+.3f') if 'acc' in ms else '-', num('stability'),
                         num('literal')])
@@ -613,10 +636,10 @@ _HOW = (
 
 def _setup(a)->str:
     "What was compared, in a sentence or two"
-    text = (f"{a.get('n_layers')} layers, calibrated on {a.get('calibration')}, scored on {a.get('pieces')} "
-            f"pieces of {a.get('length')} tokens of {a.get('text')}")
-    return text + (f", tasks {', '.join(a['tasks'])}" if a.get('tasks')
-                   else '') + f"; seeds {', '.join(map(str, a.get('seeds', [0])))}."
+    text = (f"{a.n_layers} layers, calibrated on {a.calibration}, scored on {a.pieces} pieces of {a.length} "
+            f"tokens of {a.text}")
+    tasks = f", tasks {', '.join(a.tasks)}" if a.tasks else ''
+    return f"{text}{tasks}; seeds {', '.join(map(str, a.seeds or [0]))}."
 
 # %% ../nbs/23_compare.ipynb #847f56be
 @patch
@@ -632,7 +655,7 @@ def markdown(self:Comparison)->str:
                   "Stability weighs questions by the spread of their options' losses; the literal formula, "
                   "by that of their perplexities."]
     if self.failed: parts += ["## Failed", '\n'.join(f'- {f}' for f in self.failures())]
-    vs = ', '.join(f'{k} {v}' for k,v in (self.about.get('versions') or {}).items())
+    vs = ', '.join(f'{k} {v}' for k,v in self.about.versions.items())
     return '\n\n'.join([*parts, "## How it was measured", _HOW, *([vs] if vs else [])]) + '\n'
 
 # %% ../nbs/23_compare.ipynb #e84ddc4e
@@ -646,18 +669,18 @@ _TRIPLES = dict(perplexity='perplexity', loss='loss', above_dense='loss above de
 
 def csv_row(r)->dict: # {column: value}
     "One row, flat"
-    out = {k: r.get(k) for k in ('method', 'n',
-                                 'seed')} | dict(blocks=' '.join(f'{s}-{e}' for s,e in r.get('blocks', [])))
+    r, best = Row.of(r), Row.of(r).to_best
+    out = dict(method=r.method, n=r.n, seed=r.seed, blocks=' '.join(f'{s}-{e}' for s,e in r.blocks))
     for k,name in _TRIPLES.items():
-        out |= dict(zip((name, f'{name} low', f'{name} high'), r.get(k) or [None]*3))
-    if len(r.get('kinds') or [])>1 and r.get('losses'):
-        out |= {f'loss, {k}': float(np.mean(x)) for k,x in by_domain(r['losses'], r['kinds']).items()}
-    best = r.get('to_best') or {}
+        out |= dict(zip((name, f'{name} low', f'{name} high'), getattr(r, k) or [None]*3))
+    if len(r.kinds)>1 and r.losses:
+        out |= {f'loss, {k}': float(np.mean(x)) for k,x in by_domain(r.losses, r.kinds).items()}
     out |= dict(zip(('best', 'loss above best', 'loss above best low', 'loss above best high'),
-                    [best.get('method'), *best.get('nats', [None]*3)]))
-    for t,ms in r.get('tasks', {}).items(): out |= {f'{t} {m}': v['value'][0] for m,v in ms.items()}
-    for t,s in r.get('stability', {}).items(): out |= {f'{t} {k}': v for k,v in s.items()}
-    return out | {k: r.get(k) for k in ('trained_tokens', 'seconds', 'peak_memory', 'parameters', 'error')}
+                    [best.method, *(best.nats or [None]*3)]))
+    for t,ms in r.tasks.items(): out |= {f'{t} {m}': v['value'][0] for m,v in ms.items()}
+    for t,s in r.stability.items(): out |= {f'{t} {k}': v for k,v in s.items()}
+    last = ('trained_tokens', 'seconds', 'peak_memory', 'parameters', 'error')
+    return out | {k: getattr(r, k) for k in last}
 
 # %% ../nbs/23_compare.ipynb #56a56233
 @patch
@@ -865,7 +888,7 @@ def run_rows(bench, cfg)->list: # of rows, the dense model first
     rows = {str(p): row for p in todo if (row := bench.found(p))}
     left = [p for p in todo if str(p) not in rows]
     if left: text_losses(bench.model, bench.ids[:1]) # what scoring loads late is no row's
-    with heap_given_back(), tqdm(total=len(todo), initial=len(rows), unit='row') as bar:
+    with heap_given_back(), progress(None, len(todo), unit=' rows', initial=len(rows)) as bar:
         for p in left:
             bar.set_description(str(p))
             with locked(bench.path(p)): rows[str(p)] = bench.found(p) or bench.make(p)

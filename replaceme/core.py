@@ -6,15 +6,15 @@
 __all__ = ['help_page', 'ReplaceMeError', 'ReplaceMeWarning', 'nearest', 'said', 'spared', 'local_path', 'cache_dir', 'there',
            'real_path', 'prove_writable', 'left_over', 'in_use', 'put_in_place', 'disk_full', 'new_folder',
            'temporary_folder', 'check_output', 'write_whole', 'Stages', 'resident_memory', 'peak_memory',
-           'reset_peak_memory']
+           'reset_peak_memory', 'LogLine', 'progress']
 
 # %% ../nbs/00_core.ipynb #8278cb14
-import contextlib, errno, glob, os, re, shutil, sys, tempfile, time, uuid, warnings
+import contextlib, errno, glob, io, os, re, shutil, sys, tempfile, time, uuid, warnings
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
-import psutil, torch
+import psutil, torch, tqdm.auto, tqdm.std
 
 from ._modidx import d as _index
 
@@ -362,3 +362,29 @@ def reset_peak_memory():
     if torch.accelerator.is_available(): torch.accelerator.reset_peak_memory_stats()
     try: Path('/proc/self/clear_refs').write_text('5', encoding='utf-8')
     except OSError: pass
+
+# %% ../nbs/00_core.ipynb #9c3f5e02
+class LogLine(tqdm.std.tqdm):
+    "A progress bar for a log: a line of its own, `every` seconds at most, whichever bar says it"
+    every, monitor_interval, said_at = 60, 0, None # no thread watches it
+
+    def __init__(self, *args, **kw):
+        looks = '{desc}: {n_fmt}/{total_fmt}{unit} in {elapsed}, {remaining} left{postfix}'
+        if LogLine.said_at is None: LogLine.said_at = time.monotonic()
+        # what tqdm itself writes goes nowhere
+        super().__init__(*args, **kw, file=io.StringIO(), miniters=1, mininterval=1, bar_format=looks)
+
+    def display(self, msg=None, pos=None):
+        if (now := time.monotonic())-LogLine.said_at<self.every: return
+        LogLine.said_at = now
+        print(self, file=sys.stderr, flush=True)
+
+# %% ../nbs/00_core.ipynb #9c3f5e03
+def progress(items=None, # what is gone through, or None where `.update(n)` tells how far it is
+             total=None, # of `unit`; that of `items` where they have a length
+             desc='', unit='', # such as `' tokens'`, with its space
+             **kw): # of `tqdm`: `leave`, `initial`, `delay`, `disable`
+    "A progress bar with the time left, for a terminal, a notebook or a log; a context manager as well"
+    widget = tqdm.auto.tqdm.display is not tqdm.std.tqdm.display
+    bar = tqdm.auto.tqdm if widget or sys.stderr.isatty() else LogLine
+    return bar(items, desc=desc, total=total, unit=unit, unit_scale=unit==' tokens', **kw)

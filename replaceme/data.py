@@ -44,7 +44,6 @@ from datasets.packaged_modules import _EXTENSION_TO_MODULE
 from datasets.utils.file_utils import xopen
 from pyarrow import orc
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .core import *
@@ -900,7 +899,7 @@ def table_texts(rows, # iterable of dicts
             else:
                 if text.strip(): done.append(i); yield text
             if len(reasons)>=LOOK and not done: return
-    found = list(tqdm(islice(texts(), size), total=size, desc='texts', delay=2, leave=False))
+    found = list(progress(islice(texts(), size), size, 'texts', delay=2, leave=False))
     if reasons and not found:
         raise NoText(f"dataset {name}: none of {len(reasons)} rows gives a text; the first, {reasons[0]}")
     if reasons:
@@ -1167,8 +1166,7 @@ def sample_texts(model, tokenizer,
         raise ReplaceMeError(f"dataset self: max_length {max_length} exceeds the model's {positions} "
                              "positions.")
     rows, which, found = rows_at_once(model, size, max_length, batch_size), list(range(size)), {}
-    progress = dict(desc='the model writes', unit=' tokens', unit_scale=True)
-    with judging(model), tqdm(total=size*(max_length-1), **progress) as bar:
+    with judging(model), progress(None, size*(max_length-1), 'the model writes', ' tokens') as bar:
         for again in range(3): # a model that writes nothing else after that is taken as it is
             u = _draws(size, max_length, seed, again)
             found |= dict(zip(which, _written(model, tokenizer, which, u, rows, bar.update)))
@@ -1546,7 +1544,7 @@ def table_images(rows, # of `datasets`, or an iterable of dicts
     def read(i, c):
         path = isinstance(c, dict) and c['path'] or ''
         return open_image(c, f"{path} in row {i} of {name}".strip(), token)
-    return [read(i, c) for i,c in tqdm(islice(cells, size), total=size, desc='images', delay=2, leave=False)]
+    return [read(i, c) for i,c in progress(islice(cells, size), size, 'images', delay=2, leave=False)]
 
 # %% ../nbs/03_data.ipynb #1f2f07b3
 def _images_only(dataset):

@@ -11,7 +11,6 @@ import math, statistics
 from dataclasses import dataclass
 
 import torch, torch.nn.functional as F
-from tqdm.auto import tqdm
 
 from .core import *
 from .arch import *
@@ -43,7 +42,7 @@ def state_errors(dense, model, # that came out of `dense`
     ours = {l: i for i,l in enumerate([*kept, n]) if l>blocks[0].start}
     errs = {l: [] for l in ours}
     with judging(dense), judging(model):
-        for piece in tqdm(ids, desc='states', unit='piece', leave=False):
+        for piece in progress(ids, desc='states', unit=' pieces', leave=False):
             h, g = _read_states(dense, piece, ours.keys()), _read_states(model, piece, ours.values())
             for l,i in ours.items():
                 errs[l].append((g[i]-h[l]).norm(dim=-1)/h[l].norm(dim=-1).clamp(min=1e-12))
@@ -168,7 +167,7 @@ def divergence(dense, model, tokenizer,
         check_ids(m, ids)
     with judging(dense), judging(model):
         found = [piece_divergence(dense, model, p)
-                 for p in tqdm(ids, desc='divergence', unit='piece', leave=False)]
+                 for p in progress(ids, desc='divergence', unit=' pieces', leave=False)]
     kl, same, losses, others = map(list, zip(*found))
     for l in (losses, others): _check_finite(l)
     return Divergence(kl, same, losses, others, ids[:,1:].numel())

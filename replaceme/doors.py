@@ -12,6 +12,7 @@ from dataclasses import fields
 
 from .core import *
 from .plots import and_words
+from .result import Result
 from .report import text_table
 
 # %% ../nbs/25_doors.ipynb #0f24154c
@@ -94,26 +95,27 @@ _APART = ('load', 'texts', 'score', 'save', 'reload') # stages that are not the 
 
 def _row(name, result, when):
     "One model in numbers"
-    p, n = (result[k][when] for k in ('perplexity', 'parameters'))
-    spent = sum(v for k,v in result['seconds'].items() if k not in _APART)
-    loss = f"{p['loss']:.3f} ± {p['stderr']:.3f}"
-    return [name, result['n_layers'][when], f'{n/1e6:.1f}', f"{p['value']:.2f}", loss,
+    p, n, layers = (getattr(part, when) for part in (result.perplexity, result.parameters, result.n_layers))
+    spent = sum(v for k,v in result.seconds.items() if k not in _APART)
+    return [name, layers, f'{n/1e6:.1f}', f'{p.value:.2f}', f'{p.loss:.3f} ± {p.stderr:.3f}',
             f'{spent:.0f}' if when=='after' else '-']
 
-def _scored_on(r): return r['model'], r['perplexity']['text'], *r['perplexity']['before']['losses']
+def _scored_on(r): return r.model, r.perplexity.text, *r.perplexity.before.losses
 
 # %% ../nbs/25_doors.ipynb #7859bbcc
-def read_result(folder)->dict: # as `run` returns it
+def read_result(folder)->Result: # as `run` returns it
     "What a run wrote beside its model"
     path = local_path(folder)/'replaceme.json'
     try: d = json.loads(path.read_text(encoding='utf-8'))
     except OSError as e:
         raise ReplaceMeError(f"{folder} holds no result ({said(e)}): give the folder of a run.") from None
     except ValueError: d = None
-    if isinstance(d, dict) and d.get('parameters') and d.get('perplexity') is None:
+    d = Result(d if isinstance(d, dict) else {})
+    if d.parameters and d.get('perplexity') is None:
         raise ReplaceMeError(f"{folder} was not scored on a text: run with eval_dataset.")
-    try: d['method'], _scored_on(d), *(_row('', d, when) for when in ('before', 'after'))
-    except (KeyError, TypeError, ValueError, AttributeError):
+    try: found = [d.method, *_scored_on(d), *(x for when in ('before', 'after') for x in _row('', d, when))]
+    except (TypeError, ValueError, AttributeError): found = [None]
+    if None in found or not d.perplexity.before.losses:
         raise ReplaceMeError(f"{path} is damaged, or of another version: run again.") from None
     return d
 
@@ -132,11 +134,10 @@ def _same_text(results):
 # %% ../nbs/25_doors.ipynb #50d53a92
 def _answers(named, i, g):
     "What the dense model and each pruned one says to the prompt of `g`, the `i`th"
-    said = [('dense', g['before'])]
+    said = [('dense', g.before)]
     for name,r in named.items():
-        own = r.get('generations', [])[i:i+1]
-        if own and own[0]['prompt']==g['prompt']: said.append((name, own[0]['after']))
-    return '\n'.join([g['prompt'], *(f"  {n}: {' '.join(s.split())}" for n,s in said)])
+        said += [(name, own.after) for own in r.generations[i:i+1] if own.prompt==g.prompt]
+    return '\n'.join([g.prompt, *(f"  {n}: {' '.join(s.split())}" for n,s in said)])
 
 # %% ../nbs/25_doors.ipynb #31b3aadf
 def result_table(*folders)->str:
@@ -144,11 +145,11 @@ def result_table(*folders)->str:
     results = {str(f): read_result(f) for f in folders}
     _same_text(results)
     first = next(iter(results.values()))
-    named = {f"{r['method']} ({f})": r for f,r in results.items()}
+    named = {f'{r.method} ({f})': r for f,r in results.items()}
     rows = [_row('dense', first, 'before'), *(_row(n, r, 'after') for n,r in named.items())]
-    text = first['perplexity']['text']
-    head = ['', 'layers', 'parameters (M)', f'perplexity ({text})', 'loss', 'seconds to prune']
-    said = [_answers(named, i, g) for i,g in enumerate(first.get('generations', []))]
+    head = ['', 'layers', 'parameters (M)', f'perplexity ({first.perplexity.text})', 'loss',
+            'seconds to prune']
+    said = [_answers(named, i, g) for i,g in enumerate(first.generations)]
     return '\n\n'.join([text_table(rows, head), *said])
 
 # %% ../nbs/25_doors.ipynb #ee275325

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch, torch.nn.functional as F
-from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from .core import *
@@ -101,7 +100,7 @@ def batch_loss(model,
     "Mean loss over all predicted tokens of padded batches, text by text"
     rows = [ids[mask.bool()] for b in batches for ids,mask in zip(b['input_ids'], b['attention_mask'])]
     rows = [r for r in rows if len(r)>1]
-    bar = tqdm(rows, desc=desc, unit='text', leave=False)
+    bar = progress(rows, desc=desc, unit=' texts', leave=False)
     with judging(model): losses = [piece_losses(model, r[None])[0]*(len(r)-1) for r in bar]
     return sum(losses)/sum(len(r)-1 for r in rows)
 
@@ -144,7 +143,7 @@ def perplexity(model, tokenizer,
     ids = cut_pieces(tokenizer, text, length, pieces)
     check_length(model, ids.shape[1])
     check_ids(model, ids)
-    with judging(model), tqdm(total=len(ids), desc='perplexity', unit='piece', leave=False) as bar:
+    with judging(model), progress(None, len(ids), 'perplexity', ' pieces', leave=False) as bar:
         losses = []
         for b in ids.split(batch_size):
             losses += piece_losses(model, b)
@@ -339,6 +338,19 @@ def _padding(tokenizer, model):
     if good: res.pad_token = getattr(res, f'{good[0]}_token')
     return res
 
+# %% ../nbs/13_evaluate.ipynb #d8ea2231
+@contextmanager
+def _our_bars():
+    "Inside, lm-eval's progress bars are ours"
+    from lm_eval.api import model, task
+    from lm_eval.models import huggingface
+    rooms = model, task, huggingface
+    were = [room.tqdm for room in rooms]
+    for room in rooms: room.tqdm = progress
+    try: yield
+    finally:
+        for room,was in zip(rooms, were): room.tqdm = was
+
 # %% ../nbs/13_evaluate.ipynb #d8ea2232
 def _lm_eval(model, tokenizer, loaded, limit, batch_size, log_samples=False, chat=None):
     "What lm-eval finds, and how many tokens each continuation has"
@@ -346,7 +358,7 @@ def _lm_eval(model, tokenizer, loaded, limit, batch_size, log_samples=False, cha
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
     kw = dict(limit=limit, log_samples=log_samples, bootstrap_iters=1000, **(chat or {}))
-    with _quiet(), judging(model):
+    with _quiet(), _our_bars(), judging(model):
         lm = HFLM(pretrained=model, tokenizer=_padding(tokenizer, model), batch_size=batch_size)
         counts = _count_tokens(lm)
         return evaluate(lm, loaded, **kw), counts

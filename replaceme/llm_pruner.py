@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .core import *
 from .plots import *
@@ -114,7 +113,7 @@ def groups_of(model, stream:Stream, layers)->dict: # `{layer: list of Group}`
     all_, makes, found = layers_of(model), {}, {i: [] for i in layers}
     stack = next(n for n,m in model.named_modules() if m is all_)
     for step in stream.steps: makes.setdefault(_make(model, step, stack), []).append(step)
-    for first,*others in tqdm(makes.values(), desc='groups', unit='make', leave=False):
+    for first,*others in progress(makes.values(), desc='groups', unit=' makes', leave=False):
         was = f'{stack}.{first.layer}.' # the first layer of a make is the cheapest to ask
         gs = _asked(model, first) if found.keys() & {s.layer for s in (first, *others)} else []
         for step in (s for s in (first, *others) if s.layer in found):
@@ -164,7 +163,7 @@ def gradients(model, params, # `{name: parameter}`
     wide = lambda p: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
     total, n = {k: wide(p) for k,p in params.items()}, sum(len(t)-1 for t in texts)
     with judging(model), asking_gradients([*params.values()]):
-        for t in tqdm(texts, desc='gradients', unit='text'):
+        for t in progress(texts, desc='gradients', unit=' texts'):
             ids = t[None].to(input_device(model))
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0,:-1]
             loss = nn.functional.cross_entropy(logits.float(), ids[0,1:].to(logits.device), reduction='sum')/n

@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .core import *
 from .arch import *
@@ -72,10 +71,8 @@ def through_norm(dense, model, batches, block, at, # as in `fit_between`
     trial = with_normed(model, at-1, made)
     p = fold_points(trial, [at-1])[at-1]
     g = Gains(d, p.device)
-    with tqdm(total=n_tokens(batches), desc='norm behind', unit=' tokens', unit_scale=True) as bar:
-        for batch in batches:
-            U, S, Y = between(dense, trial, batch, [p], at, block.end, feats)
-            check_finite(dense, trial, batch, S, Y)
-            g.add(U, Y-S+U, feats.weigh(Y))
-            bar.update(n_tokens([batch]))
+    for batch in over_tokens(batches, 'norm behind'):
+        U, S, Y = between(dense, trial, batch, [p], at, block.end, feats)
+        check_finite(dense, trial, batch, S, Y)
+        g.add(U, Y-S+U, feats.weigh(Y))
     return replace(made, gamma=g.gamma, error=g.error)

@@ -15,7 +15,6 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
-from tqdm.auto import tqdm
 
 from .core import *
 from .plots import *
@@ -209,7 +208,7 @@ def adam_map(rows:Rows, loss='cosine', accurate=False, structure='full', rank=1,
     theta = theta.to(rows.work_dtype).clone().requires_grad_()
     opt = torch.optim.Adam([theta], lr=lr)
     _note(history, 0, _mean(rows, build(theta), loss), build(theta).detach(), held, accurate)
-    with tqdm(total=epochs*len(rows), desc='adam', unit=' tokens', unit_scale=True) as bar:
+    with progress(None, epochs*len(rows), 'adam', ' tokens') as bar:
         for epoch in range(1, epochs+1):
             mean = _epoch(rows, theta, build, opt, loss, batch, gen, bar)
             _note(history, epoch, mean, build(theta).detach(), held, accurate)
@@ -298,7 +297,7 @@ def minimise_map(rows:Rows, solver='l-bfgs', # or 'cg', 'trust-ncg'
     size = _grad_size(f, build, theta)
     def note(t): _note(history, len(history), _mean(rows, build(t), loss, chunk), build(t), held, accurate)
     note(theta)
-    with tqdm(total=max_iter, desc=solver, unit=' steps') as bar:
+    with progress(None, max_iter, solver, ' steps') as bar:
         def step(t): note(t); bar.set_postfix(loss=f"{history[-1]['loss']:.4f}", refresh=False); bar.update()
         scaled, options = lambda t: f(build(t))/size, dict(gtol=tol, **_OPTIONS[solver])
         if size: theta = minimize(scaled, theta, solver, max_iter=max_iter, callback=step, options=options).x
@@ -379,7 +378,7 @@ def irls_map(rows:Rows,
     "The map with the largest mean cosine, by weighted least squares in sweeps; the best one seen is returned"
     _check_irls(rows, loss, structure, sweeps=(sweeps, 1), ridge=(ridge, 0), chunk=(chunk, 1))
     diag, history, best = structure=='diag', [], (-torch.inf, None, 0)
-    with tqdm(total=sweeps+2, desc='irls', unit=' passes') as bar:
+    with progress(None, sweeps+2, 'irls', ' passes') as bar:
         V = V0 = _irls_start(rows, accurate, structure, ridge, start, chunk)
         for k in range(sweeps+1):
             cos, G, B, used = _sweep(rows, V, accurate, diag, chunk)

@@ -9,11 +9,11 @@ __all__ = ['recipe_of', 'feed_of', 'n_removed', 'job_of', 'check_pictures', 'che
            'EvaluateConfig', 'evaluate', 'load_pair', 'evaluate_pair', 'scores_table', 'PRUNE', 'READ', 'LOAD', 'SCORE',
            'EVERY', 'RECORD', 'key', 'asks', 'Loading', 'Texts', 'Choosing', 'Iterating', 'Training', 'Saving',
            'Config', 'MapConfig', 'AnalyseConfig', 'PruneConfig', 'read_yaml', 'idle', 'read_by', 'settled',
-           'make_config', 'read_as', 'check_hub_name', 'structure_of', 'check_together', 'given_blocks', 'need',
-           'read_config', 'Result', 'versions', 'n_parameters', 'calibration_texts', 'calibration_batches',
-           'training_size', 'training_batches', 'load_pictures', 'picture_batches', 'check_blocks', 'ways_out',
-           'license_of', 'base_of', 'short_name', 'check_apart', 'check_own', 'eval_text', 'save_transform',
-           'write_record', 'write_provenance', 'reload', 'made_of', 'check_hub', 'push_folder', 'for_others']
+           'make_config', 'read_as', 'check_hub_name', 'check_together', 'given_blocks', 'need', 'read_config',
+           'Result', 'versions', 'n_parameters', 'calibration_texts', 'calibration_batches', 'training_size',
+           'training_batches', 'load_pictures', 'picture_batches', 'check_blocks', 'ways_out', 'license_of', 'base_of',
+           'short_name', 'check_apart', 'check_own', 'eval_text', 'save_transform', 'write_record', 'write_provenance',
+           'reload', 'made_of', 'check_hub', 'push_folder', 'for_others']
 
 # %% ../nbs/22_pipeline.ipynb #07f461fe
 import contextlib, dataclasses, gc, io, warnings
@@ -145,9 +145,9 @@ def climb_rungs(model, job, rungs, trainer, done, result):
         done.model, climbed = recover(model, done.model, done.blocks, learn, rungs, job.share*len(rungs),
                                       held,
                                       job.seed, folder, **trainer)
-    before = result.get('training') or {}
-    tokens = before.get('tokens', 0)+sum(r.trained for r in climbed)
-    result.update(recovery=[dataclasses.asdict(r) for r in climbed], training={**before, 'tokens': tokens})
+    tokens = (result.training.tokens or 0)+sum(r.trained for r in climbed)
+    result.update(recovery=[dataclasses.asdict(r) for r in climbed],
+                  training={**result.training, 'tokens': tokens})
 
 # %% ../nbs/22_pipeline.ipynb #dbbb7cc0
 def calibrate(model, tokenizer, cfg, stages,
@@ -269,9 +269,9 @@ def _add_scores(result, k, before, after):
 # %% ../nbs/22_pipeline.ipynb #e6ad5aab
 def _add_errors(result, dense, pruned, tokenizer, text, pieces=8, length=128):
     "How far the states behind the cut are off, on a little of the evaluation text"
-    if sees(dense) or text is None or not result['blocks']: return
+    if sees(dense) or text is None or not result.blocks: return
     ids = text[:pieces,:length]
-    result['errors'] = error_picture(state_errors(dense, pruned, result['blocks'], ids), ids, tokenizer)
+    result['errors'] = error_picture(state_errors(dense, pruned, result.blocks, ids), ids, tokenizer)
 
 # %% ../nbs/22_pipeline.ipynb #99829eab
 def prove_places(cfg):
@@ -604,7 +604,8 @@ def _score_rows(scores):
 
 # %% ../nbs/22_pipeline.ipynb #4d31a052
 _MOVED = dict(PEERS=peers, CHOICES=lambda: {f.name: choices_of(f) for f in fields(Config) if choices_of(f)},
-              FIELDS=lambda: dict(Config.__dataclass_fields__), where=lambda: measured_at)
+              FIELDS=lambda: dict(Config.__dataclass_fields__), where=lambda: measured_at,
+              structure_of=lambda: lambda k: (k.structure or 'full', k.rank))
 
 def __getattr__(name):
     "The old names of what has moved"
@@ -615,7 +616,7 @@ def __getattr__(name):
 _all_ = ['PRUNE', 'READ', 'LOAD', 'SCORE', 'EVERY', 'RECORD', 'key', 'asks', 'Loading', 'Texts',
          'Choosing', 'Iterating', 'Training', 'Saving', 'Config', 'MapConfig', 'AnalyseConfig',
          'PruneConfig', 'read_yaml', 'idle', 'read_by', 'settled', 'make_config', 'read_as',
-         'check_hub_name', 'structure_of', 'check_together', 'given_blocks', 'need', 'read_config',
+         'check_hub_name', 'check_together', 'given_blocks', 'need', 'read_config',
          'Result', 'versions', 'n_parameters', 'calibration_texts', 'calibration_batches', 'training_size',
          'training_batches', 'load_pictures', 'picture_batches', 'check_blocks', 'ways_out', 'license_of',
          'base_of', 'short_name', 'check_apart', 'check_own', 'eval_text', 'save_transform',

@@ -15,7 +15,6 @@ from statistics import fmean
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .core import *
 from .plots import *
@@ -213,11 +212,9 @@ def states_at_cut(dense, model, batches, at, end, fit:Fit, folder)->Cut:
     points = [] if feats.state else [*fold_points(model, [at-1]).values()]
     E = writes(points[0]) if feats.wide else torch.eye(d)
     D = fit.T - (torch.cat([E, E[:1]*0]) if feats.affine else E).to(fit.T) if fit.kind!='normed' else None
-    with tqdm(total=n_tokens(batches), desc='states at the cut', unit=' tokens', unit_scale=True) as bar:
-        for k,batch in enumerate(batches):
-            X, S, Y = between(dense, model, batch, points, at, end, feats)
-            cut.ours[k], cut.target[k] = S if D is None else S+X@D.to(X), Y
-            bar.update(n_tokens([batch]))
+    for k,batch in enumerate(over_tokens(batches, 'states at the cut')):
+        X, S, Y = between(dense, model, batch, points, at, end, feats)
+        cut.ours[k], cut.target[k] = S if D is None else S+X@D.to(X), Y
     return cut
 
 # %% ../nbs/14_search.ipynb #e4f31edc
@@ -342,7 +339,7 @@ def _refit_behind(dense, before, model, batches, at, b, n, fit, r):
     done = []
     with temporary_folder() as folder:
         cut = states_at_cut(dense, before, batches, at, b.end, fit, folder)
-        for j in tqdm(range(n), desc='layers behind the cut', unit='layer'):
+        for j in progress(range(n), desc='layers behind the cut', unit=' layers'):
             done += refit_layer(dense, model, at+j, b.end+j, cut, r.weights)
         del cut
     return done

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from fastcore.basics import patch
-from tqdm.auto import tqdm
 
 from .core import *
 from .kept import *
@@ -205,8 +204,7 @@ def _run(dense, model, batches, folder, head, done, point, E, desc):
     block, dtype = Block(*head['block']), DTYPES[head['dtype']]
     with ExitStack() as stack:
         files = _open_at(folder, head, done['rows'], stack)
-        bar = stack.enter_context(tqdm(total=head['tokens'], initial=done['rows'], desc=desc,
-                                       unit=' tokens', unit_scale=True))
+        bar = stack.enter_context(progress(None, head['tokens'], desc, ' tokens', initial=done['rows']))
         for batch in _after(batches, done['texts']):
             new = batch_rows(model, batch, block, point, E, dense, head['at'], done['texts'])
             for f,x in zip(files.values(), new): _append(f, x, dtype); f.flush()

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 
 import scipy.linalg, torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .core import *
 from .plots import *
@@ -76,13 +75,13 @@ def stream_sums(model, stream:Stream, batches,
         if stream.centred: x = x - x.mean(1, keepdim=True)
         x = normalised(x) if normed else x
         H[i] += x.T@x
-    with judging(model), tqdm(total=n_tokens(batches), desc='components', unit=' tokens') as bar:
-        for batch in batches:
+    with judging(model):
+        for batch in over_tokens(batches, 'components'):
             watch = lambda i: lambda m, a: add(i, a[0], batch['attention_mask'])
             hs = [o.module.register_forward_pre_hook(watch(i)) for i,o in enumerate(norms)]
             with hooks(*hs): run(model, batch)
             if not all(h.isfinite().all() for h in H): blame_nonfinite(model, batch, n)
-            n += len(batch['input_ids']); bar.update(n_tokens([batch]))
+            n += len(batch['input_ids'])
     return H
 
 # %% ../nbs/16_slicegpt.ipynb #be04b172

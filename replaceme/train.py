@@ -20,7 +20,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch.func import functional_call
 from fastcore.basics import patch
-from tqdm.auto import tqdm
 
 from .core import *
 from .kept import *
@@ -128,7 +127,7 @@ def _write_kept(tmp, targets, parts, batch_size):
     "Write what the dense model says about all texts, a file for each name; returns `{name: (dtype, width)}`"
     rows, head = [r for p in parts for r in p], {}
     total = sum(p.tokens for p in parts)
-    bar = tqdm(total=total, desc='dense model', unit=' tokens', unit_scale=True)
+    bar = progress(None, total, 'dense model', ' tokens')
     with contextlib.ExitStack() as stack, bar:
         for i in range(0, len(rows), batch_size):
             batch = pad_rows(rows[i:i+batch_size], False)
@@ -393,8 +392,8 @@ def _bar(desc, tokens, per_step):
     class Bar(TrainerCallback):
         def on_train_begin(self, args, state, control, **kw):
             done = min(tokens, round(state.global_step*per_step))
-            hidden = {} if state.is_world_process_zero else dict(disable=True)
-            self.bar = tqdm(total=tokens, initial=done, desc=desc, unit=' tokens', unit_scale=True, **hidden)
+            self.bar = progress(None, tokens, desc, ' tokens', initial=done,
+                                disable=not state.is_world_process_zero)
         def on_step_end(self, args, state, control, **kw):
             self.bar.update(min(round(per_step), tokens-self.bar.n))
             if state.global_step>=state.max_steps:

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -53,6 +54,20 @@ def call(place, command, *args, ok=True):
     p = subprocess.run([BIN / command, *map(str, args)], cwd=place, capture_output=True, text=True)
     assert (p.returncode == 0) == ok, p.stderr[-3000:]
     return p
+
+
+def test_a_log_gets_lines_and_no_bars(place):
+    "One a minute at most, so that a quick command leaves none; each says how far it is and what is left. No room but `core` makes a bar"
+    args = ["--config", "c.yaml", "--save_path", "logged", "--prompt", "null"]
+    assert all(line.startswith("warning: ") for line in call(place, "run_replaceme", *args).stderr.split("\n")[:-1])
+    code = f"from replaceme import core; core.LogLine.every = 0\nfrom replaceme.cli import run_replaceme; run_replaceme({args})"
+    said = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True).stderr.decode()
+    lines = [line for line in said.splitlines() if not line.startswith("warning: ")]
+    assert "\r" not in said and {"profile and sums", "perplexity"} <= {line.split(":")[0] for line in lines}
+    for line in lines:
+        assert re.fullmatch(r"[^:]+: [\d.]+k?/[\d.]+k? [a-z]+ in [\d:]+, [\d:?]+ left(, \w+=.*)?", line), line
+    rooms = [p.stem for p in (ROOT / "replaceme").glob("*.py") if "import tqdm" in (text := p.read_text()) or "from tqdm" in text or "tqdm." in text]
+    assert rooms == ["core"]
 
 
 def test_run_replaceme(place):

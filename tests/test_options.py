@@ -80,6 +80,56 @@ def test_values_that_ask_for_nothing_are_allowed_everywhere():
         assert make_config(**{**spelled, "eval_dataset": None, "prompt": None}).eval_size == 24
 
 
+# the public release's words: one table, applied before anything is checked
+
+WORDS = dict(diag=dict(structure="diag"), two_vectors=dict(structure="rank", rank=1), thri=dict(structure="lower"))
+
+
+@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize("method", ["lstsq", "cosine"])
+def test_a_word_of_the_release_is_ours_from_a_file_a_flag_and_python(tmp_path, word, method):
+    ours = make_config(method=method, layers_to_skip=2, **WORDS[word])
+    (tmp_path / "c.yaml").write_text(f"method: {method}\nlayers_to_skip: 2\n{word}: true\n")
+    read = cli.parse("x", "", ["--config", str(tmp_path / "c.yaml")], {})[0]
+    flag = cli.parse("x", "", ["--method", method, "--layers_to_skip", "2", f"--{word}", "true"], {})[0]
+    assert make_config(method=method, layers_to_skip=2, **{word: True}) == read == flag == ours
+    assert make_config(method=method, **{word: False}) == make_config(method=method)
+    off = cli.parse("x", "", ["--config", str(tmp_path / "c.yaml"), f"--{word}", "false"], {})[0]
+    assert off.structure is None and off.rank is None  # a flag wins over the file's word
+    assert word not in FIELDS and make_config(**dataclasses.asdict(ours)) == ours
+
+
+@pytest.mark.parametrize("keys, words", [
+    (dict(diag=True, thri=True), "diag and thri name two structures of one map: keep one"),
+    (dict(thri=True, structure="lower"), "thri and structure name two structures of one map: keep one"),
+    (dict(two_vectors=True, rank=4), "two_vectors and rank name two structures of one map: keep one"),
+    (dict(thri=True, map="wide"), "thri is True, but it is for a narrow map"),
+    (dict(diag=True, method="uidl"), "diag is True, but method uidl fits no map"),
+    (dict(diag=1), "diag is 1: it must be true or false")])
+def test_a_word_of_the_release_is_refused_by_its_own_name(keys, words):
+    with pytest.raises(ReplaceMeError) as e:
+        make_config(**{"method": "lstsq", **keys})
+    assert words in str(e.value)
+
+
+def test_a_word_of_the_release_that_another_door_does_not_read_is_named(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("model_path: m\ntwo_vectors: true\nthri: true\n")
+    with pytest.warns(ReplaceMeWarning, match="two_vectors and thri are left alone: evaluate_model does not read them here"):
+        read_config(tmp_path / "c.yaml", cls=EvaluateConfig)
+    with pytest.raises(SystemExit):
+        cli.evaluate_model(["--thri", "true"])
+    assert "unknown argument '--thri': it belongs to run_replaceme, get_lt_with_lstsq and get_lt_with_solvers" in capsys.readouterr().err.replace("run_uidl, run_streamline, ", "")
+
+
+def test_help_lists_our_keys_and_names_the_words_of_the_release_below(capsys):
+    with pytest.raises(SystemExit):
+        cli.run_replaceme(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for word, ours in WORDS.items():
+        assert f"--{word} VALUE" not in said
+        assert f"--{word} true: the public release's word for " + ", ".join(f"{k}: {v}" for k, v in ours.items()) in said
+
+
 @pytest.mark.parametrize("path", sorted(p for p in (ROOT / "examples").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_key_of_the_examples_is_read(path):
     "Nothing in them is dropped, and nothing said about them"

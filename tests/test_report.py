@@ -12,6 +12,9 @@ import pytest
 import yaml
 
 from replaceme.plots import plot_heatmap, plot_profile, plot_ridge
+from replaceme.models import tiny_model, tiny_tokenizer
+from replaceme.pipeline import make_config, run
+from replaceme.result import Facts, Record, Result
 from replaceme.report import (choice_rows, front_matter, model_card, passed_over, report_html, result_rows, results_table, save_plots, sink_notes, story,
                               suggestions, text_table, training_rows, write_report)
 
@@ -415,3 +418,37 @@ def test_fits_a_phone(tmp_path, width):
     dom = subprocess.run(cmd, capture_output=True, text=True, timeout=120).stdout
     got = re.search(r"<title>(\d+)/(\d+)</title>", dom)
     assert got and int(got[1]) <= int(got[2]), dom[:300]
+
+
+def undeclared(record, at=()):
+    "Where a record holds a key that it does not declare"
+    for k in record:
+        if not hasattr(record, k):
+            yield (*at, k)
+        elif not isinstance(part := getattr(record, k), Facts):  # each method has its own
+            for x in part if isinstance(part, list) else [part]:
+                yield from undeclared(x, (*at, k)) if isinstance(x, Record) else ()
+
+
+@pytest.mark.parametrize("method, more", [("auto", dict(recover="cut", train_size=4, select="fit", layers_to_skip=1, eval_dataset=["b.txt", "a.txt"])), ("laco", dict(threshold=-.9)),
+                                          ("streamline", {})])
+def test_all_that_a_run_writes_down_has_a_name_and_is_read_back(tmp_path, monkeypatch, method, more):
+    monkeypatch.chdir(tmp_path)
+    tiny_model("llama", layers=6).save_pretrained("tiny"), tiny_tokenizer().save_pretrained("tiny")
+    for name, text in dict(a="The map stands in for the layers that went. ", b="What is left computes nearly the same. ").items():
+        Path(f"{name}.txt").write_text(text * 60)
+    more = more if method == "laco" else dict(train_tokens=64, **more)
+    keys = dict(model_path="./tiny", dataset="a.txt", dataset_size=12, max_length=32, layers_to_skip=2, eval_dataset="b.txt", eval_size=2, eval_length=32, save_path="out")
+    result, path = run(make_config(method=method, **{**keys, **more}))
+    kept = json.loads((path / "replaceme.json").read_text())
+    assert list(kept) == list(result) and [*undeclared(Result(kept))] == [*undeclared(result)] == []
+    assert results_table(kept) == results_table(result) and report_html(kept) == (path / "report.html").read_text()
+    assert [*undeclared(Result(kept, blokcs=[], perplexity=dict(before=dict(vlaue=1.))))] == [("perplexity", "before", "vlaue"), ("blokcs",)]
+
+
+def test_a_part_that_is_not_there_is_empty_and_a_misspelt_one_an_error():
+    assert Result().perplexity.after.value is None and Result(choice=[{}]).choice[0].loss is None and Result().n_layers.both == [None, None]
+    with pytest.raises(AttributeError, match="Perplexities has no 'vlaue'"):
+        _ = Result().perplexity.vlaue
+    with pytest.raises(AttributeError, match="attributes are for reading"):
+        Result().seed = 3
