@@ -91,15 +91,12 @@ def task_rows(records, shares, stability):
     for t,metrics in shares['tasks'].items():
         shots = records[0][t]['scores'].get('shots', 0)
         for m,s in metrics.items():
-            yield _row(f'{t} {m} ({shots}-shot)', s['before'], s['after'], '.3f',
-                       s['percent'], s['low'], s['high'])
+            yield _row(f'{t} {m} ({shots}-shot)', *s.both, '.3f', s.percent, s.low, s.high)
         s = next(iter(metrics.values()))
-        if s['above'] is not None:
-            yield [f'{t} above chance', '', '', s['above'], s['above_low'], s['above_high']]
+        if s.above is not None: yield [f'{t} above chance', '', '', s.above, s.above_low, s.above_high]
         if t in stability: yield [f'{t} stability', '1', f"{stability[t]['stability']:.3f}", None, None, None]
     if (s := shares['mean']):
-        yield _row(f"mean of {s['tasks']} task{'s'*(s['tasks']>1)}", s['before'], s['after'], '.3f',
-                   s['percent'], s['low'], s['high'])
+        yield _row(f"mean of {s.tasks} task{'s'*(s.tasks>1)}", *s.both, '.3f', s.percent, s.low, s.high)
 
 # %% ../nbs/21_sidebyside.ipynb #495a700c
 def speed_rows(speeds):

@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 
+from replaceme.config import WORDS
 from replaceme.models import tiny_model, tiny_tokenizer, tiny_vision
 from replaceme.keys import choices_of
 from replaceme.pipeline import Config
@@ -159,7 +160,7 @@ VALUES = dict(dataset_size=[1, 3, 8], eval_size=[1, 2], eval_length=[2, 16, 33],
               activations_save_path=["rows", "in/texts/plain.txt"], distances_path=["distances.json", "in/texts/plain.txt", "nowhere.json"],
               revision=["main", "nobody"], max_memory=[{"cpu": "1GB"}])
 CHOICES = {f.name: choices_of(f) for f in fields(Config) if choices_of(f)}
-TYPES = {f.name: get_args(f.type) or (f.type,) for f in fields(Config)}
+TYPES = {f.name: get_args(f.type) or (f.type,) for f in [*fields(Config), *WORDS.values()]}
 PLACES = ("model_path", "dataset", "eval_dataset", "save_path", "method")
 
 
