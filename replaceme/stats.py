@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from .core import *
+from .group import *
 from .plots import *
 from .arch import *
 from .activations import *
@@ -26,6 +27,7 @@ from .blocks import *
 # %% ../nbs/07_stats.ipynb #3ad0aa68
 class Gram:
     "Sums over tokens of one fit: `X'wX`, `X'wR`, the sum of `w|R|^2`, and the number of tokens"
+    totals = 'XtX', 'XtR', 'RtR', 'n' # what adds up over texts
     def __init__(self, p, # columns of `X`
                  d=None, # columns of `R`; as many as `X` by default
                  device=None,
@@ -184,6 +186,29 @@ def _gently(batches, profile, n):
     yield from batches[alone:]
 
 # %% ../nbs/07_stats.ipynb #b7ad8fbe
+def _stream(model, batches, blocks, points, profile, feats, stay, desc, turn=0)->dict: # as for `collect`
+    "The sums of this process's share of the batches; `turn` is the process that the largest one falls to"
+    d, n = width(model), 0
+    sums = {b: feats.sums([] if feats.state else [points[b.start-1]], d, input_device(model)) for b in blocks}
+    mine = my_batches([*_gently(batches, profile, len(blocks))], turn)
+    with tqdm(total=n_tokens(b for _,b in mine), desc=desc, unit=' tokens', unit_scale=True) as bar:
+        for before,batch in mine:
+            add_batch(model, batch, sums, points, profile, feats, before)
+            n += len(batch['attention_mask'])
+            if n>=8 and stay is not None and len(sums)>1:
+                sums = {b: sums[b] for b in set(stay(profile)) & set(sums)}
+            bar.update(n_tokens([batch]))
+    return sums
+
+def _of_all(profile, parts)->list: # of `{Block: Gram}`, those of this process
+    "The same added up over all processes: the profile, and the sums of blocks that none has dropped"
+    both = [profile] if profile is not None else []
+    stayed = [sorted(set.intersection(*map(set, found))) for found in zip(*everybody([list(s) for s in parts]))]
+    parts = [{b: s[b] for b in blocks} for s,blocks in zip(parts, stayed)]
+    add_up([*both, *(g for s in parts for g in s.values())])
+    return parts
+
+# %% ../nbs/07_stats.ipynb #9c0a0102
 def collect(model, batches, # as from `data.batches`
             blocks, # candidates to keep sums for
             points, # {layer: FoldPoint}, proved beforehand
@@ -192,16 +217,9 @@ def collect(model, batches, # as from `data.batches`
             stay=None, # with a profile: which of the blocks are still in the race, called as `stay(profile)`
             desc='calibrate'):
     "Stream the batches once; returns the sums of the candidates that stayed in the race, `{Block: Gram}`"
-    d, n = width(model), 0
-    sums = {b: feats.sums([] if feats.state else [points[b.start-1]], d, input_device(model)) for b in blocks}
-    with tqdm(total=n_tokens(batches), desc=desc, unit=' tokens', unit_scale=True) as bar:
-        for batch in _gently(batches, profile, len(blocks)):
-            add_batch(model, batch, sums, points, profile, feats, n)
-            n += len(batch['attention_mask'])
-            if n>=8 and stay is not None and len(sums)>1:
-                sums = {b: sums[b] for b in set(stay(profile)) & set(sums)}
-            bar.update(n_tokens([batch]))
-    return sums
+    if profile is not None: count_once([profile])
+    with together(): sums = _stream(model, batches, blocks, points, profile, feats, stay, desc)
+    return _of_all(profile, [sums])[0]
 
 # %% ../nbs/07_stats.ipynb #8a30b8de
 def free_memory(device)->int: # bytes
@@ -314,13 +332,16 @@ class _Candidates:
 
     def profiled(self, profile, parts, budget)->list: # the sums of those still in the race, for each part
         "Fill the profile"
-        sums, fits = [], self._fit(parts, budget)
+        sums, fits = [], from_first(self._fit, parts, budget)
         stay = lambda pr: _in_race(pr, self.blocks, self.k, self.avoid)
-        for bs in parts:
-            blocks = (list(sums[0]) if sums else self.blocks) if fits else []
-            sums.append(collect(self.model, bs, blocks, self.points, profile, self.feats, stay,
-                                'profile and sums' if fits else 'profile'))
-        return sums
+        count_once([profile])
+        with together():
+            for i,bs in enumerate(parts):
+                blocks = (list(sums[0]) if sums else self.blocks) if fits else []
+                # the parts take turns, so that no process has the larger share of all
+                sums.append(_stream(self.model, bs, blocks, self.points, profile, self.feats, stay,
+                                    'profile and sums' if fits else 'profile', i))
+        return _of_all(profile, sums)
 
 # %% ../nbs/07_stats.ipynb #ea535d74
 @patch
@@ -328,9 +349,11 @@ def _completed(self:_Candidates, best, sums, parts, budget)->list: # of `{Block:
     "The sums of the best, those that are missing from a pass of their own"
     missing = [b for b in best if any(b not in s for s in sums)] if sums else best
     room = None if budget is None else 2*budget
-    if missing: _room(self.feats, self.one, self.d, len(best)*len(parts), room, self.device)
-    def take(bs): return collect(self.model, bs, missing, self.points, feats=self.feats, desc='sums')
-    more = [take(bs) if missing else {} for bs in parts]
+    with together():
+        if missing: _room(self.feats, self.one, self.d, len(best)*len(parts), room, self.device)
+        more = [_stream(self.model, bs, missing, self.points, None, self.feats, None, 'sums', i)
+                if missing else {} for i,bs in enumerate(parts)]
+    more = _of_all(None, more)
     return [{b: (m.get(b) or s[b]) for b in best} for m,s in zip(more, sums or [{}]*len(parts))]
 
 # %% ../nbs/07_stats.ipynb #e8806ac9
@@ -388,15 +411,15 @@ def check_finite(dense, model, batch, S, Y, offset=0):
 # %% ../nbs/07_stats.ipynb #497715c5
 def collect_between(dense, model, batches, points, at, end, feats=Features(), desc='sums'):
     "The sums of `between` over all batches, as a `Gram`"
-    d, n = width(model), 0
-    device = points[0].device if points else input_device(model)
-    _room(feats, points, d, SOLVING, None, device)
-    g = feats.sums(points, d, device)
-    with tqdm(total=n_tokens(batches), desc=desc, unit=' tokens', unit_scale=True) as bar:
-        for batch in batches:
-            X, S, Y = between(dense, model, batch, points, at, end, feats)
-            check_finite(dense, model, batch, S, Y, n)
-            g.add(X, Y-S, feats.weigh(Y))
-            n += len(batch['attention_mask'])
-            bar.update(n_tokens([batch]))
+    d, device = width(model), points[0].device if points else input_device(model)
+    with together():
+        _room(feats, points, d, SOLVING, None, device)
+        g, mine = feats.sums(points, d, device), my_batches(batches)
+        with tqdm(total=n_tokens(b for _,b in mine), desc=desc, unit=' tokens', unit_scale=True) as bar:
+            for n,batch in mine:
+                X, S, Y = between(dense, model, batch, points, at, end, feats)
+                check_finite(dense, model, batch, S, Y, n)
+                g.add(X, Y-S, feats.weigh(Y))
+                bar.update(n_tokens([batch]))
+    add_up([g])
     return g
