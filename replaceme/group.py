@@ -40,8 +40,9 @@ def _talking():
     try: yield
     except RuntimeError as e:
         rank, n = world()
+        why = '' if 'onnection' in str(e) else f' ({said(e)[:120]})' # broken, reset or refused
         raise Parted(f"process {rank} of {n} has lost another one, which has ended or cannot be reached: all "
-                     f"end. Start the command again ({said(e)[:120]}).") from e
+                     f"end{why}. Start the command again.") from e
 
 # %% ../nbs/00_group.ipynb #9c0a0013
 _STORE = [] # the launcher's, once this process has come to it
