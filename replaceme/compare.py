@@ -24,7 +24,6 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFor
 from tqdm.auto import tqdm
 
 from .core import *
-from .group import *
 from .kept import *
 from .models import *
 from .arch import *
@@ -41,6 +40,9 @@ from .feed import *
 from .save import *
 from .config import *
 from .pipeline import *
+
+# %% ../nbs/23_compare.ipynb #9c0a0162
+from .group import *
 
 # %% ../nbs/23_compare.ipynb #7bc1905c
 def paired(a, b, # (N,) losses of two models on the same pieces, or rights and wrongs on the same questions

@@ -274,14 +274,16 @@ class Streamed:
                                  "nearer to the identity.")
         return value.to(V), grad
 
-    def hvp(self, V, u):
-        "Hessian times `u`, from one pass"
-        out = torch.zeros_like(V)
-        for part, v in self._parts(V):
-            with torch.enable_grad(): g = torch.autograd.grad(part, v, create_graph=True)[0]
-            out += torch.autograd.grad(g, v, u.to(v))[0]
-        all_sum([out])
-        return out
+# %% ../nbs/10_optimize.ipynb #9c0a0151
+@patch
+def hvp(self:Streamed, V, u):
+    "Hessian times `u`, from one pass"
+    out = torch.zeros_like(V)
+    for part, v in self._parts(V):
+        with torch.enable_grad(): g = torch.autograd.grad(part, v, create_graph=True)[0]
+        out += torch.autograd.grad(g, v, u.to(v))[0]
+    all_sum([out])
+    return out
 
 # %% ../nbs/10_optimize.ipynb #901f03b5
 _OPTIONS = {'cg': dict(normp=2), 'l-bfgs': dict(normp=2, xtol=0., gtd_tol=0., history_size=10),

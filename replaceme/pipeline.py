@@ -23,7 +23,6 @@ from pathlib import Path
 import torch, transformers
 from matplotlib.figure import Figure
 from .core import *
-from .group import *
 from .kept import *
 from .keys import *
 from .plots import *
@@ -47,6 +46,9 @@ from .save import *
 from .sidebyside import *
 from .domains import *
 from .config import *
+
+# %% ../nbs/22_pipeline.ipynb #9c0a0161
+from .group import *
 
 # %% ../nbs/22_pipeline.ipynb #ca674d9a
 def recipe_of(cfg)->Recipe:

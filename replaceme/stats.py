@@ -27,7 +27,6 @@ from .blocks import *
 # %% ../nbs/07_stats.ipynb #3ad0aa68
 class Gram:
     "Sums over tokens of one fit: `X'wX`, `X'wR`, the sum of `w|R|^2`, and the number of tokens"
-    totals = 'XtX', 'XtR', 'RtR', 'n' # what adds up over texts
     def __init__(self, p, # columns of `X`
                  d=None, # columns of `R`; as many as `X` by default
                  device=None,
@@ -56,6 +55,9 @@ class Gram:
         return new
 
     def __repr__(self): return f'Gram({self.XtX.shape[0]}x{self.XtR.shape[1]}, {self.n} tokens)'
+
+# %% ../nbs/07_stats.ipynb #9c0a0103
+Gram.totals = 'XtX', 'XtR', 'RtR', 'n' # what `add_up` adds up over processes
 
 # %% ../nbs/07_stats.ipynb #2149d1d6
 WEIGHTS = dict(none=0, inv_norm=-1, inv_sq_norm=-2) # powers of the norm of the target state
@@ -203,7 +205,8 @@ def _stream(model, batches, blocks, points, profile, feats, stay, desc, turn=0)-
 def _of_all(profile, parts)->list: # of `{Block: Gram}`, those of this process
     "The same added up over all processes: the profile, and the sums of blocks that none has dropped"
     both = [profile] if profile is not None else []
-    stayed = [sorted(set.intersection(*map(set, found))) for found in zip(*everybody([list(s) for s in parts]))]
+    found = zip(*everybody([list(s) for s in parts])) # for each part what each process still has
+    stayed = [sorted(set.intersection(*map(set, f))) for f in found]
     parts = [{b: s[b] for b in blocks} for s,blocks in zip(parts, stayed)]
     add_up([*both, *(g for s in parts for g in s.values())])
     return parts
