@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BASELINES', 'checked_cut', 'distances', 'nearest_block', 'OneBlock', 'uidl', 'influences', 'Influences', 'lowest',
-           'shortgpt', 'collapsed', 'matching', 'check_plain', 'collapse', 'states_cosine', 'Merges', 'laco',
-           'rotation', 'magnitudes', 'patch_of', 'Patch', 'linearpatch', 'UIDLKeys', 'UIDL', 'ShortGPT', 'LaCoKeys',
-           'LaCo', 'LinearPatch']
+           'shortgpt', 'collapsed', 'matching', 'check_plain', 'collapse', 'text_cosines', 'states_cosine', 'Merges',
+           'laco', 'rotation', 'magnitudes', 'patch_of', 'Patch', 'linearpatch', 'UIDLKeys', 'UIDL', 'ShortGPT',
+           'LaCoKeys', 'LaCo', 'LinearPatch']
 
 # %% ../nbs/16_baselines.ipynb #5ba6ec04
 import math, warnings
@@ -16,6 +16,7 @@ import scipy.linalg, torch
 from torch import Tensor
 
 from .core import *
+from .group import *
 from .plots import *
 from .arch import *
 from .activations import *
@@ -105,9 +106,9 @@ def uidl(model, batches,
 @torch.no_grad()
 def influences(model, batches)->Tensor: # `(L,)`, float64
     "How much each layer turns its input, the mean over all tokens (ShortGPT, arXiv 2403.03853, eq. 1)"
-    cos, n = torch.zeros(len(layers_of(model)), dtype=torch.float64), 0
-    with judging(model):
-        for batch in over_tokens(batches, 'influence'):
+    cos = torch.zeros(len(layers_of(model)), dtype=torch.float64)
+    with together(), judging(model):
+        for n,batch in over_mine(batches, 'influence'):
             mask, x = batch['attention_mask'], None
             def hidden(l, y):
                 nonlocal x
@@ -116,7 +117,7 @@ def influences(model, batches)->Tensor: # `(L,)`, float64
                 x = y
             tap(model, batch, hidden)
             if not cos.isfinite().all(): blame_nonfinite(model, batch, n)
-            n += len(mask)
+    all_sum([cos])
     return 1-cos/n_tokens(batches)
 
 # %% ../nbs/16_baselines.ipynb #ee32c2ed
@@ -201,14 +202,20 @@ def collapse(model,
         _assign(mod, {k: collapsed(t[0], t[1:]) for k,t in theta.items()})
     return new
 
+# %% ../nbs/16_baselines.ipynb #9c0a0141
+def text_cosines(X, Y, batches)->list: # as for `states_cosine`
+    "Cosine between all states of each text"
+    texts = [(x[m], y[m]) for xs,ys,b in zip(X, Y, batches)
+             for x,y,m in zip(xs, ys, b['attention_mask'].bool())]
+    return [torch.cosine_similarity(x.flatten().double(), y.flatten().double(), dim=0).item()
+            for x,y in texts]
+
 # %% ../nbs/16_baselines.ipynb #dc1c3874
 def states_cosine(X, Y, # what two models make of each batch, `(B,S,d)`, as from `last_states`
                   batches)->float:
     "Cosine between all states of a text, the mean over texts"
-    texts = [(x[m], y[m]) for xs,ys,b in zip(X, Y, batches)
-             for x,y,m in zip(xs, ys, b['attention_mask'].bool())]
-    return sum(torch.cosine_similarity(x.flatten().double(), y.flatten().double(), dim=0).item()
-               for x,y in texts)/len(texts)
+    cosines = text_cosines(X, Y, batches)
+    return sum(cosines)/len(cosines)
 
 # %% ../nbs/16_baselines.ipynb #7f4c8c05
 @dataclass
@@ -232,8 +239,11 @@ class Merges(Removed):
 # %% ../nbs/16_baselines.ipynb #4cf5d155
 def _try(model, l, m, refs, batches):
     "A collapse and its cosine"
-    new = collapse(model, l, m)
-    return new, states_cosine(refs, last_states(new, batches), batches)
+    new, mine = collapse(model, l, m), my_share([b['attention_mask'].numel() for b in batches])
+    with together():
+        cosines = {i: text_cosines([refs[i]], last_states(new, [batches[i]]), [batches[i]]) for i in mine}
+    cosines = [c for found in gathered(cosines) for c in found]
+    return new, sum(cosines)/len(cosines)
 
 def _too_few(n, gone, threshold, tries):
     "Raise with what the threshold let go"
@@ -326,15 +336,14 @@ def rotation(d)->tuple: # (`(d,d)` orthonormal, float64; was it Hadamard?)
 def magnitudes(model, batches, block, H)->tuple: # `(d,)` before and after, float64
     "Mean absolute activation in the basis `H` where a block begins and where it ends"
     sums = {i: torch.zeros(len(H), dtype=torch.float64) for i in block}
-    n = 0
-    with judging(model):
-        for batch in over_tokens(batches, 'magnitudes'):
+    with together(), judging(model):
+        for n,batch in over_mine(batches, 'magnitudes'):
             mask = batch['attention_mask']
             def hidden(i, x):
                 if i in sums: x = _precise(masked(x, mask)); sums[i] += (x@H.to(x.device)).abs().sum(0).cpu()
             tap(model, batch, hidden, until=block.end)
             if not all(s.isfinite().all() for s in sums.values()): blame_nonfinite(model, batch, n)
-            n += len(mask)
+    all_sum(sums.values())
     return tuple(sums[i]/n_tokens(batches) for i in block)
 
 # %% ../nbs/16_baselines.ipynb #a9f5c8db

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch, yaml
 
 from .core import *
+from .group import *
 from .plots import and_words
 from .data import exists, is_part
 from .train import main_process
@@ -173,15 +174,21 @@ def command(aliases=None, # extra flags: {alias: key}
         def main(argv=None):
             with warnings.catch_warnings(), _printable():
                 _hush()
-                try: f(*parse(f.__name__, f.__doc__, argv, aliases or {}, defaults, cls, replaces))
-                except ReplaceMeError as e: sys.exit(_fail(f.__name__, e))
+                try:
+                    with grouped():
+                        f(*parse(f.__name__, f.__doc__, argv, aliases or {}, defaults, cls, replaces))
+                except (ReplaceMeError, Parted) as e: sys.exit(_fail(f.__name__, e))
                 except (torch.OutOfMemoryError, MemoryError): sys.exit(_fail(f.__name__, _NO_MEMORY))
                 except KeyboardInterrupt: sys.exit(130)
+                except Exception:
+                    speaks() # its traceback is what is told
+                    raise
         return main
     return deco
 
 # %% ../nbs/24_cli.ipynb #8aa0c20f
 def _fail(name, e):
+    if not speaks(): return 2 # another process has told of it
     print(f'{name}: error: {e}', file=sys.stderr)
     if (page := getattr(e, 'page', None)): print(f'help: {page}', file=sys.stderr)
     return 2

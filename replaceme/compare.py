@@ -41,6 +41,9 @@ from .save import *
 from .config import *
 from .pipeline import *
 
+# %% ../nbs/23_compare.ipynb #9c0a0162
+from .group import *
+
 # %% ../nbs/23_compare.ipynb #7bc1905c
 def paired(a, b, # (N,) losses of two models on the same pieces, or rights and wrongs on the same questions
            seed=0, # of the draws
@@ -163,9 +166,7 @@ class CompareConfig(Config):
 def text_losses(model, ids, # (pieces, length)
                 desc='perplexity')->list: # nats per token, one number for each piece
     "The loss of a model on each piece of the evaluation text"
-    with judging(model):
-        bar = progress(ids, desc=desc, unit=' pieces', leave=False)
-        losses = [piece_losses(model, p[None])[0] for p in bar]
+    losses = all_losses(model, ids.split(1), desc)
     _check_finite(losses)
     return losses
 
@@ -292,7 +293,7 @@ def asked(self:Bench, plan=None)->list: # None is the dense model
 @patch
 def found(self:Bench, plan=None):
     "The finished row of a plan under its present name, or None"
-    row = read_kept(self.path(plan))
+    row = from_first(read_kept, self.path(plan))
     return row and {**row, **dict(method=plan.name if plan else 'dense', kinds=self.kinds)}
 
 # %% ../nbs/23_compare.ipynb #6d1c0b0c
@@ -301,7 +302,8 @@ def keep(self:Bench, row, plan=None):
     "Write a row, now"
     path = self.path(plan)
     row = dict(hash=path.stem, **row, kinds=self.kinds, versions=self.versions)
-    spared(f"the file of {plan or 'the dense model'}", write_kept, path, 'row', self.asked(plan), row)
+    asked = self.asked(plan)
+    if is_first(): spared(f"the file of {plan or 'the dense model'}", write_kept, path, 'row', asked, row)
     return row
 
 # %% ../nbs/23_compare.ipynb #1a16aaec
@@ -309,8 +311,8 @@ def keep(self:Bench, row, plan=None):
 def answers(self:Bench, model)->dict:
     "How a model answers the questions, if there are any"
     if self.cfg.tasks is None: return {}
-    return task_samples(model, self.tokenizer, self.cfg.tasks, self.cfg.limit, None, self.cfg.batch_size,
-                        self.cfg.chat)
+    return from_first(task_samples, model, self.tokenizer, self.cfg.tasks, self.cfg.limit, None,
+                      self.cfg.batch_size, self.cfg.chat)
 
 # %% ../nbs/23_compare.ipynb #d1bdad89
 @patch
@@ -328,7 +330,7 @@ def dense_row(self:Bench)->dict:
 @patch
 def dense(self:Bench)->dict:
     "The row of the dense model, found or made"
-    with locked(self.path()): row = self.found() or self.dense_row()
+    with only_first(locked(self.path())): row = self.found() or self.dense_row()
     self.loss0 = row['losses'][0]
     self.said = {t: {int(i): Answer(**a) for i,a in qs.items()} for t,qs in row['answers'].items()}
     return {k: v for k,v in row.items() if k!='answers'}
@@ -396,6 +398,7 @@ def make(self:Bench, plan)->dict:
     try: row.update(self.measured(plan, row))
     except ReplaceMeError as e: row['error'] = str(e)
     except (torch.OutOfMemoryError, MemoryError):
+        if world()[1]>1: raise # the others may be waiting for it
         row.update(error="out of memory: lower batch_size or max_length", again=True)
     after = held_now()
     if 'peak_memory' in row: row['peak_memory'] = max(0, row['peak_memory'] - max(0, after-self.held))
@@ -891,7 +894,7 @@ def run_rows(bench, cfg)->list: # of rows, the dense model first
     with heap_given_back(), progress(None, len(todo), unit=' rows', initial=len(rows)) as bar:
         for p in left:
             bar.set_description(str(p))
-            with locked(bench.path(p)): rows[str(p)] = bench.found(p) or bench.make(p)
+            with only_first(locked(bench.path(p))): rows[str(p)] = bench.found(p) or bench.make(p)
             bar.update()
     return [dense, *(rows[str(p)] for p in todo)]
 
@@ -908,5 +911,5 @@ def compare(cfg)->tuple: # (Comparison, Path of the folder)
     for n in cfg.layers: candidates(len(layers_of(model)), n)
     bench = Bench(model, tokenizer, cfg, path)
     comparison = Comparison(about(bench, cfg), with_differences(run_rows(bench, cfg)))
-    write_comparison(comparison, path)
+    from_first(write_comparison, comparison, path)
     return comparison, path

@@ -26,7 +26,7 @@ _TUTORIALS = dict(
     your_data='data',
     which_method='baselines streamline recover compare',
     evaluate_and_publish='evaluate divergence intervals speed tasks scores sidebyside report',
-    many_machines='models train')
+    many_machines='models train group')
 
 # %% ../nbs/00_core.ipynb #571a8557
 def help_page(module # such as `arch`

@@ -47,6 +47,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .core import *
+from .group import *
 from .kept import *
 from .models import *
 from .arch import judging, stack_config
@@ -1151,8 +1152,11 @@ def _written(model, tokenizer, which, u, rows, step):
     "The texts with these numbers, as lists of ids"
     most = max(1, u.shape[1]//2)
     starts = [first_ids(i, model, tokenizer, min(64, most)) for i in which]
+    rows = min(rows, math.ceil(len(which)/world()[1])) # each process writes some
     parts = [(u[which][j:j+rows], starts[j:j+rows]) for j in range(0, len(which), rows)]
-    return [r for part,start in parts for r in sample_ids(model, part, start, step).tolist()]
+    with together():
+        mine = {i: sample_ids(model, *parts[i], step).tolist() for i in my_share([len(p) for p,_ in parts])}
+    return [r for part in gathered(mine) for r in part]
 
 # %% ../nbs/03_data.ipynb #1a32cd91
 def sample_texts(model, tokenizer,
@@ -1166,7 +1170,8 @@ def sample_texts(model, tokenizer,
         raise ReplaceMeError(f"dataset self: max_length {max_length} exceeds the model's {positions} "
                              "positions.")
     rows, which, found = rows_at_once(model, size, max_length, batch_size), list(range(size)), {}
-    with judging(model), progress(None, size*(max_length-1), 'the model writes', ' tokens') as bar:
+    mine = math.ceil(size/world()[1]) # each process writes some
+    with judging(model), progress(None, mine*(max_length-1), 'the model writes', ' tokens') as bar:
         for again in range(3): # a model that writes nothing else after that is taken as it is
             u = _draws(size, max_length, seed, again)
             found |= dict(zip(which, _written(model, tokenizer, which, u, rows, bar.update)))
@@ -1181,14 +1186,17 @@ def own_texts(model, tokenizer, size=64, max_length=512, batch_size=8, seed=0)->
     if model is None or size is None:
         raise ReplaceMeError("dataset self is what the model writes: give the model, and a size.")
     if not keepable(model): return sample_texts(model, tokenizer, size, max_length, batch_size, seed)
-    def write(folder):
-        texts = sample_texts(model, tokenizer, size, max_length, batch_size, seed)
-        lines = [json.dumps(dict(text=t, ids=t.ids))+'\n' for t in texts]
+    made = []
+    def write(): made.extend(sample_texts(model, tokenizer, size, max_length, batch_size, seed))
+    def save(folder):
+        if not made: write()
+        lines = [json.dumps(dict(text=t, ids=t.ids))+'\n' for t in made]
         write_whole(folder/'texts.jsonl', ''.join(lines))
     key = digest_of([RECIPE, identity(model, tokenizer), first_id(model, tokenizer), size, max_length, seed])
-    folder = kept_folder(cache_dir()/'self'/key, write)
-    lines = (folder/'texts.jsonl').read_text(encoding='utf-8').splitlines()
-    return [Piece(**json.loads(line)) for line in lines]
+    folder = cache_dir()/'self'/key
+    if world()[1]>1 and not from_first(is_whole, folder): write() # all of them, and the first one saves
+    def read(): return (kept_folder(folder, save)/'texts.jsonl').read_text(encoding='utf-8').splitlines()
+    return [Piece(**json.loads(line)) for line in from_first(read)]
 
 # %% ../nbs/03_data.ipynb #7674ac0b
 def is_path(dataset)->bool:

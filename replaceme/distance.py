@@ -99,6 +99,7 @@ def pair_distances(H:Tensor, # states `(L+1,B,d)`: what enters each layer, and w
 # %% ../nbs/05_distance.ipynb #4ca21e1f
 class Profile:
     "Mean distance of every pair of depths, and the norms that betray a sink, as running sums"
+    totals = 'sum sq cross norms texts rows rows_sq norm_texts'.split() # what adds up over texts
     def __init__(self, n_layers, # decoder layers `L`
                  metric='angular',
                  tokens='last'): # what whoever fills it shall add: the `last` token of each text, or `all`

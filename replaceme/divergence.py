@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch, torch.nn.functional as F
 
 from .core import *
+from .group import *
 from .arch import *
 from .data import check_ids
 from .activations import *
@@ -165,9 +166,9 @@ def divergence(dense, model, tokenizer,
     for m in (dense, model):
         check_length(m, ids.shape[1])
         check_ids(m, ids)
-    with judging(dense), judging(model):
-        found = [piece_divergence(dense, model, p)
-                 for p in progress(ids, desc='divergence', unit=' pieces', leave=False)]
-    kl, same, losses, others = map(list, zip(*found))
+    bar = progress(my_share([ids.shape[1]]*len(ids)), desc='divergence', unit=' pieces', leave=False)
+    with together(), judging(dense), judging(model):
+        found = {i: piece_divergence(dense, model, ids[i]) for i in bar}
+    kl, same, losses, others = map(list, zip(*gathered(found)))
     for l in (losses, others): _check_finite(l)
     return Divergence(kl, same, losses, others, ids[:,1:].numel())

@@ -11,6 +11,7 @@ from importlib.resources import files
 from dataclasses import fields
 
 from .core import *
+from .group import *
 from .plots import and_words
 from .result import Result
 from .report import text_table
@@ -48,19 +49,19 @@ def run(config=None, # a YAML file, a mapping or a configuration; see `config_of
     from replaceme.cli import check_config_stays
     cfg, text = config_of(Config, config, **keys)
     if text is not None: check_config_stays(cfg, config)
-    return run_config(cfg, text)
+    with grouped(): return run_config(cfg, text)
 
 # %% ../nbs/25_doors.ipynb #3e1ccd07
 def compare(config=None, **keys)->tuple: # (Comparison, Path of the folder)
     "Compare methods on one model, one calibration, one evaluation, as `compare_methods` does"
     from replaceme.compare import CompareConfig, compare as compare_config
-    return compare_config(config_of(CompareConfig, config, **keys)[0])
+    with grouped(): return compare_config(config_of(CompareConfig, config, **keys)[0])
 
 # %% ../nbs/25_doors.ipynb #fadc69ec
 def evaluate(config=None, **keys)->dict: # of scores, or a `SideBySide`
     "Score a model, or two side by side (`compare=[DENSE, PRUNED]`), as `evaluate_model` does"
     from replaceme.pipeline import EvaluateConfig, evaluate as evaluate_config
-    return evaluate_config(config_of(EvaluateConfig, config, **keys)[0])
+    with grouped(): return evaluate_config(config_of(EvaluateConfig, config, **keys)[0])
 
 # %% ../nbs/25_doors.ipynb #d888a5f0
 def example_files()->list: # in the order of their names

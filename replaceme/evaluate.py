@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_TASKS', 'CHAT', 'SCORES', 'Perplexity', 'cut_pieces', 'piece_losses', 'check_length', 'batch_loss',
-           'first_output', 'last_states', 'outputs', 'state_cosines', 'agreement', 'perplexity', 'read_tasks',
-           'load_tasks', 'check_chat', 'eval_tasks', 'Answer', 'task_samples', 'option_scores', 'item_weights',
-           'task_stability', 'stability', 'prompt_ids', 'continuation', 'Asking']
+           'first_output', 'last_states', 'outputs', 'state_cosines', 'agreement', 'all_losses', 'perplexity',
+           'read_tasks', 'load_tasks', 'check_chat', 'eval_tasks', 'Answer', 'task_samples', 'option_scores',
+           'item_weights', 'task_stability', 'stability', 'prompt_ids', 'continuation', 'Asking']
 
 # %% ../nbs/13_evaluate.ipynb #11e343d8
 import contextlib, copy, functools, io, logging, math, os, random, statistics
@@ -20,6 +20,7 @@ import torch, torch.nn.functional as F
 from transformers import GenerationConfig
 
 from .core import *
+from .group import *
 from .plots import *
 from .arch import judging, stack_config, run, input_device, sees
 from .data import bare_ids, check_ids, n_embedded, special_ids
@@ -100,9 +101,10 @@ def batch_loss(model,
     "Mean loss over all predicted tokens of padded batches, text by text"
     rows = [ids[mask.bool()] for b in batches for ids,mask in zip(b['input_ids'], b['attention_mask'])]
     rows = [r for r in rows if len(r)>1]
-    bar = progress(rows, desc=desc, unit=' texts', leave=False)
-    with judging(model): losses = [piece_losses(model, r[None])[0]*(len(r)-1) for r in bar]
-    return sum(losses)/sum(len(r)-1 for r in rows)
+    bar = progress(my_share([*map(len, rows)]), desc=desc, unit=' texts', leave=False)
+    with together(), judging(model):
+        losses = {i: piece_losses(model, rows[i][None])[0]*(len(rows[i])-1) for i in bar}
+    return sum(gathered(losses))/sum(len(r)-1 for r in rows)
 
 # %% ../nbs/13_evaluate.ipynb #f2fb56dd
 def first_output(out): return out.last_hidden_state if hasattr(out, 'last_hidden_state') else out[0]
@@ -129,8 +131,24 @@ def state_cosines(xs, ys)->torch.Tensor: # lists of `(B,S,d)` -> `(N,)`
 def agreement(dense, # a model, or its `last_states`
               model, batches)->float: # 1 is perfect
     "Mean cosine between the last states of two models"
-    refs = dense if isinstance(dense, list) else last_states(dense, batches)
-    return state_cosines(last_states(model, batches), refs).mean().item()
+    mine = my_share([len(next(iter(b.values()))) for b in batches])
+    def states(m): return last_states(m, [batches[i] for i in mine])
+    with together():
+        refs = [dense[i] for i in mine] if isinstance(dense, list) else states(dense)
+        cosines = {i: state_cosines([x], [y]) for i,x,y in zip(mine, states(model), refs)}
+    return torch.cat(gathered(cosines)).mean().item()
+
+# %% ../nbs/13_evaluate.ipynb #9c0a0131
+def all_losses(model, batches, # of pieces, `(B,S)` token ids
+               desc='perplexity')->list: # of floats, one for each piece
+    "The loss of each piece, in the order of the text, whichever process took it"
+    mine = my_share([b.numel() for b in batches])
+    bar, found = progress(None, sum(len(batches[i]) for i in mine), desc, ' pieces', leave=False), {}
+    with together(), judging(model), bar:
+        for i in mine:
+            found[i] = piece_losses(model, batches[i])
+            bar.update(len(batches[i]))
+    return [l for losses in gathered(found) for l in losses]
 
 # %% ../nbs/13_evaluate.ipynb #487d6957
 def perplexity(model, tokenizer,
@@ -143,11 +161,7 @@ def perplexity(model, tokenizer,
     ids = cut_pieces(tokenizer, text, length, pieces)
     check_length(model, ids.shape[1])
     check_ids(model, ids)
-    with judging(model), progress(None, len(ids), 'perplexity', ' pieces', leave=False) as bar:
-        losses = []
-        for b in ids.split(batch_size):
-            losses += piece_losses(model, b)
-            bar.update(len(b))
+    losses = all_losses(model, ids.split(batch_size))
     _check_finite(losses)
     loss = statistics.fmean(losses)
     stderr = statistics.stdev(losses)/math.sqrt(len(losses)) if len(losses)>1 else None

@@ -17,6 +17,7 @@ try: import fcntl
 except ImportError: fcntl = None # Windows
 
 from .core import *
+from .group import *
 
 # %% ../nbs/00_kept.ipynb #8508bc66
 def _canon(o):
@@ -226,11 +227,11 @@ def write_kept(path, what, facts, result):
 def kept(folder, what, facts, make): # `make()` computes it: plain data
     "A result that was kept, or a new one; if it cannot be written, it is still good"
     path = kept_path(folder, what, facts)
-    if (found := read_kept(path)) is not None: return found
-    with locked(path):
-        if (found := read_kept(path)) is not None: return found # who held the lock has made it
+    if (found := from_first(read_kept, path)) is not None: return found
+    with only_first(locked(path)):
+        if (found := from_first(read_kept, path)) is not None: return found # who held the lock has made it
         found = json.loads(json.dumps(make())) # the same as if it had been read
-        try: write_kept(path, what, facts, found)
+        try: is_first() and write_kept(path, what, facts, found)
         except (OSError, ReplaceMeError) as e:
             why = getattr(e, 'strerror', None) or e
             warnings.warn(f"the {what} could not be kept in {path.parent} ({why}): "

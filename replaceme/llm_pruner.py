@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .core import *
+from .group import *
 from .plots import *
 from .arch import *
 from .arch import _Stop
@@ -162,12 +163,13 @@ def gradients(model, params, # `{name: parameter}`
     "The gradient of the mean loss of all predicted tokens"
     wide = lambda p: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
     total, n = {k: wide(p) for k,p in params.items()}, sum(len(t)-1 for t in texts)
-    with judging(model), asking_gradients([*params.values()]):
-        for t in progress(texts, desc='gradients', unit=' texts'):
-            ids = t[None].to(input_device(model))
+    with together(), judging(model), asking_gradients([*params.values()]):
+        for i in progress(my_share([*map(len, texts)]), desc='gradients', unit=' texts'):
+            ids = texts[i][None].to(input_device(model))
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0,:-1]
             loss = nn.functional.cross_entropy(logits.float(), ids[0,1:].to(logits.device), reduction='sum')/n
             for k,g in zip(params, torch.autograd.grad(loss, [*params.values()])): total[k] += g
+    all_sum(total.values())
     bad = next((k for k,g in total.items() if not g.isfinite().all()), None)
     if bad:
         raise ReplaceMeError(f"the gradient of {bad} is not finite in {model.dtype}: load the model with "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .core import *
+from .group import *
 from .arch import *
 from .stats import *
 from .solve import *
@@ -20,6 +21,7 @@ from .merge import *
 # %% ../nbs/12_norms.ipynb #062ce8f7
 class Gains:
     "Sums over tokens from which `γ` follows: of `w û R` and `w û²`, channel by channel, and of `w |R|²`"
+    totals = 'uR', 'uu', 'RR', 'n' # what several processes add up
     def __init__(self, d, device=None):
         if torch.device(device or 'cpu').type=='mps': device = 'cpu' # no float64 there
         self.uR, self.uu = torch.zeros(2, d, dtype=torch.float64, device=device)
@@ -71,8 +73,10 @@ def through_norm(dense, model, batches, block, at, # as in `fit_between`
     trial = with_normed(model, at-1, made)
     p = fold_points(trial, [at-1])[at-1]
     g = Gains(d, p.device)
-    for batch in over_tokens(batches, 'norm behind'):
-        U, S, Y = between(dense, trial, batch, [p], at, block.end, feats)
-        check_finite(dense, trial, batch, S, Y)
-        g.add(U, Y-S+U, feats.weigh(Y))
+    with together():
+        for n,batch in over_mine(batches, 'norm behind'):
+            U, S, Y = between(dense, trial, batch, [p], at, block.end, feats)
+            check_finite(dense, trial, batch, S, Y, n)
+            g.add(U, Y-S+U, feats.weigh(Y))
+    add_up([g])
     return replace(made, gamma=g.gamma, error=g.error)

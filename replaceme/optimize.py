@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from .core import *
+from .group import *
 from .plots import *
 from .data import *
 from .shards import *
@@ -76,8 +77,9 @@ def penalty(self:Loss, V):
 def _mean(rows, V, loss, chunk=2048):
     "Mean over the tokens of a Loss, with its penalty, without gradients"
     with torch.no_grad():
-        total = sum(loss.tokens(V.to(X), X, A, Y).double().sum() for X,A,Y in rows.chunks(chunk))
-        return (total/len(rows) + loss.penalty(V)).item()
+        total = sum(loss.tokens(V.to(X), X, A, Y).double().sum().item() for X,A,Y in rows.chunks(chunk))
+        total, n = summed(total, len(rows))
+        return total/n + float(loss.penalty(V))
 
 # %% ../nbs/10_optimize.ipynb #315136a3
 def mean_loss(rows:Rows, V:Tensor, loss='cosine', accurate=False, l1=0., l2=0.)->float:
@@ -179,18 +181,28 @@ def _note(history, step, loss, V, held, accurate):
     history.append(new if held is None else dict(new, held=mean_cosine(held, V, accurate)))
 
 # %% ../nbs/10_optimize.ipynb #7f90cff1
+def _of_all(theta):
+    "Add the gradient of all processes up"
+    if world()[1]==1: return
+    g = theta.grad.double()
+    all_sum([g])
+    theta.grad.copy_(g)
+
 def _epoch(rows, theta, build, opt, loss, batch, gen, bar):
     "One pass over the rows in random order; the mean loss on the way"
-    total = 0.
-    for X,A,Y in rows.chunks(batch, torch.randperm(len(rows), generator=gen)):
+    total, n = 0., rows.total
+    for at in torch.randperm(n, generator=gen).split(batch):
+        X, A, Y = rows.picked(at)
         V = build(theta)
-        value = loss.tokens(V, X, A, Y).mean() + loss.penalty(V)
-        opt.zero_grad(); value.backward(); opt.step()
-        total += value.item()*len(X)
-        bar.set_postfix(loss=f'{value.item():.4f}', refresh=False); bar.update(len(X))
+        value = loss.tokens(V, X, A, Y).sum()/len(at)
+        if is_first(): value = value + loss.penalty(V)
+        opt.zero_grad(); value.backward(); _of_all(theta); opt.step()
+        total += value.item()*len(at)
+        bar.set_postfix(loss=f'{value.item():.4f}', refresh=False); bar.update(len(at))
+    total, = summed(total)
     if not total-total==0.:
         raise ReplaceMeError("the loss became NaN or infinite: use a smaller lr, or look at the rows.")
-    return total/len(rows)
+    return total/n
 
 # %% ../nbs/10_optimize.ipynb #4b69b5c6
 @torch.enable_grad() # whoever calls it may have them off
@@ -208,7 +220,7 @@ def adam_map(rows:Rows, loss='cosine', accurate=False, structure='full', rank=1,
     theta = theta.to(rows.work_dtype).clone().requires_grad_()
     opt = torch.optim.Adam([theta], lr=lr)
     _note(history, 0, _mean(rows, build(theta), loss), build(theta).detach(), held, accurate)
-    with progress(None, epochs*len(rows), 'adam', ' tokens') as bar:
+    with progress(None, epochs*rows.total, 'adam', ' tokens') as bar:
         for epoch in range(1, epochs+1):
             mean = _epoch(rows, theta, build, opt, loss, batch, gen, bar)
             _note(history, epoch, mean, build(theta).detach(), held, accurate)
@@ -238,7 +250,9 @@ class _Value(torch.autograd.Function):
 # %% ../nbs/10_optimize.ipynb #bb94eb71
 class Streamed:
     "The loss of a map over all rows, twice differentiable, computed in chunks: `Streamed(rows, Loss())(V)`"
-    def __init__(self, rows:Rows, loss:Loss, chunk=2048): self.rows, self.loss, self.chunk = rows, loss, chunk
+    def __init__(self, rows:Rows, loss:Loss, chunk=2048):
+        self.rows, self.loss, self.chunk = rows, loss, chunk
+        self.n, = summed(len(rows))
     def __call__(self, V): return _Value.apply(V, self) + self.loss.penalty(V)
 
     def _parts(self, V):
@@ -246,25 +260,29 @@ class Streamed:
         for X,A,Y in self.rows.chunks(self.chunk):
             with torch.enable_grad():
                 v = V.detach().to(X).requires_grad_()
-                yield self.loss.tokens(v, X, A, Y).double().sum()/len(self.rows), v
+                yield self.loss.tokens(v, X, A, Y).double().sum()/self.n, v
 
     def value_grad(self, V):
         "Loss without penalty and its gradient, from one pass"
-        value, grad = 0., torch.zeros_like(V)
+        value, grad = torch.zeros((), dtype=torch.float64, device=V.device), torch.zeros_like(V)
         for part, v in self._parts(V):
             value += part.detach(); grad += torch.autograd.grad(part, v)[0]
+        all_sum([value, grad])
         if not (value.isfinite() and grad.isfinite().all()):
             raise ReplaceMeError("the loss or its gradient is NaN or infinite: look at the rows, or start "
                                  "nearer to the identity.")
         return value.to(V), grad
 
-    def hvp(self, V, u):
-        "Hessian times `u`, from one pass"
-        out = torch.zeros_like(V)
-        for part, v in self._parts(V):
-            with torch.enable_grad(): g = torch.autograd.grad(part, v, create_graph=True)[0]
-            out += torch.autograd.grad(g, v, u.to(v))[0]
-        return out
+# %% ../nbs/10_optimize.ipynb #9c0a0151
+@patch
+def hvp(self:Streamed, V, u):
+    "Hessian times `u`, from one pass"
+    out = torch.zeros_like(V)
+    for part, v in self._parts(V):
+        with torch.enable_grad(): g = torch.autograd.grad(part, v, create_graph=True)[0]
+        out += torch.autograd.grad(g, v, u.to(v))[0]
+    all_sum([out])
+    return out
 
 # %% ../nbs/10_optimize.ipynb #901f03b5
 _OPTIONS = {'cg': dict(normp=2), 'l-bfgs': dict(normp=2, xtol=0., gtd_tol=0., history_size=10),
@@ -326,7 +344,9 @@ def _sweep(rows, V, accurate, diag, chunk):
         if diag: G += (c[:,None]*X*X).sum(0); B += (X*W).sum(0)
         else: G.addmm_(X.T, c[:,None]*X); B.addmm_(X.T, W)
         total += cos.sum().item(); used += int((c>0).sum())
-    return total/len(rows), G, B, used
+    all_sum([G, B])
+    total, used, n = summed(total, used, len(rows))
+    return total/n, G, B, round(used)
 
 # %% ../nbs/10_optimize.ipynb #2233e15f
 def _solve(G, B, ridge, V0, n):
@@ -360,8 +380,8 @@ def _irls_start(rows, accurate, structure, ridge, start, chunk):
     if start is not None:
         theta, build = parametrise(rows, structure, start=start)
         return build(theta)
-    _, G, B, _ = _sweep(rows, None, accurate, structure=='diag', chunk)
-    return _solve(G, B, ridge, rows.E.double(), len(rows))
+    _, G, B, n = _sweep(rows, None, accurate, structure=='diag', chunk)
+    return _solve(G, B, ridge, rows.E.double(), n)
 
 # %% ../nbs/10_optimize.ipynb #9a0621f1
 def irls_map(rows:Rows,

@@ -47,6 +47,9 @@ from .sidebyside import *
 from .domains import *
 from .config import *
 
+# %% ../nbs/22_pipeline.ipynb #9c0a0161
+from .group import *
+
 # %% ../nbs/22_pipeline.ipynb #ca674d9a
 def recipe_of(cfg)->Recipe:
     "What one of our methods fits, by a configuration"
@@ -226,8 +229,8 @@ def score(model, tokenizer, k, text)->dict: # keys of `Judged` and `Asking`
     if text is not None:
         res['perplexity'] = dataclasses.asdict(perplexity(model, tokenizer, text, k.eval_length, k.eval_size))
     if k.tasks is not None:
-        res['tasks'] = eval_tasks(model, tokenizer, k.tasks, k.limit, None, k.batch_size, k.chat)
-    if k.prompt is not None: res['answer'] = continuation(model, tokenizer, k.prompt)
+        res['tasks'] = from_first(eval_tasks, model, tokenizer, k.tasks, k.limit, None, k.batch_size, k.chat)
+    if k.prompt is not None: res['answer'] = from_first(continuation, model, tokenizer, k.prompt)
     return res
 
 # %% ../nbs/22_pipeline.ipynb #9a4476b9
@@ -381,6 +384,7 @@ def _prune(cfg, path, stages)->tuple: # (dense model, tokenizer, text to score o
 def _write(tmp, cfg, done, tokenizer, stages):
     "Save the map or the model; returns the model to score, of which there is only one at a time"
     pruned, done.model = done.model, None
+    if tmp is None: return pruned # the first process saves, the others keep theirs for the scores
     with stages('save'):
         if cfg.alone: save_transform(tmp, done); return pruned
         save_checkpoint(pruned, tmp, inputs=tokenizer)
@@ -404,13 +408,16 @@ def _run(cfg, yaml_text, path, tmp, stages)->Result:
     model, tokenizer, text, done, result = _prune(cfg, path, stages)
     with stages('score'): before, stop = _score_before(model, done.model, tokenizer, cfg, text, result)
     del model; gc.collect()
-    pruned = _write(tmp, cfg, done, tokenizer, stages)
-    plots = _describe(tmp, cfg, result, yaml_text, stages)
-    put_in_place(tmp, path, RECORD)
+    with together():
+        pruned = _write(tmp, cfg, done, tokenizer, stages)
+        if tmp is not None:
+            plots = _describe(tmp, cfg, result, yaml_text, stages)
+            put_in_place(tmp, path, RECORD)
     if stop: raise stop
     if before:
         with stages('score'): _score_after(pruned, tokenizer, cfg, text, before, result)
-        spared('the record with the scores', _describe, path, cfg, result, yaml_text, stages, plots)
+        if tmp is not None:
+            spared('the record with the scores', _describe, path, cfg, result, yaml_text, stages, plots)
     return result
 
 # %% ../nbs/22_pipeline.ipynb #9f9e26ff
@@ -419,16 +426,16 @@ def run(cfg, yaml_text=None)->tuple: # (Result, Path of the folder)
     need(cfg, 'model_path', *(['layers_to_skip'] if cfg.blocks is None else []))
     path, stages = output_path(cfg), Stages()
     check_run(cfg, path)
-    if not main_process():
-        return _prune(cfg, path, stages)[-1], path # of several that train together, the first one saves
-    with new_folder(path, RECORD, alone=True) as tmp:
+    if not main_process() and world()[1]==1: # of processes that are not `grouped`, and train together
+        return _prune(cfg, path, stages)[-1], path # the first one saves
+    with only_first(new_folder(path, RECORD, alone=True)) as tmp:
         try: result = _run(cfg, yaml_text, path, tmp, stages)
         except KeyboardInterrupt:
-            if not tmp.exists() or (tmp/RECORD).exists():
+            if tmp is not None and (not tmp.exists() or (tmp/RECORD).exists()):
                 warnings.warn(f"interrupted: the pruned model is complete in {path}, without all scores.",
                               ReplaceMeWarning)
             raise
-        if cfg.push_to_hub: result['pushed'] = push_folder(path, cfg)
+        if cfg.push_to_hub and is_first(): result['pushed'] = push_folder(path, cfg)
     return result, path
 
 # %% ../nbs/22_pipeline.ipynb #9475a41b
@@ -504,7 +511,7 @@ def analyse(cfg): # -> (Profile, files written)
                     if k in ('model', 'mask')})
     collect(model, mask_tokens(bs, cfg.mask, cfg.seed) if cfg.mask else bs, [], {}, profile, desc='profile')
     more = cfg.layers_to_skip, cfg.min_distance_layer, cfg.sinks=='avoid'
-    return profile, write_profile(profile, out, *more, **facts)
+    return profile, from_first(write_profile, profile, out, *more, **facts)
 
 # %% ../nbs/22_pipeline.ipynb #6e5069e7
 def _one_model(cfg):

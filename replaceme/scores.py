@@ -11,6 +11,7 @@ from importlib.metadata import version, PackageNotFoundError
 from pathlib import Path
 
 from .core import *
+from .group import *
 from .kept import *
 from .arch import *
 from .evaluate import *
@@ -88,7 +89,8 @@ def kept_perplexity(model, tokenizer, text, length=512, pieces=24, cache=True)->
 def kept_tasks(model, tokenizer, tasks, limit=None, include_path=None, batch_size=8, cache=True,
                chat=None)->dict: # as `task_records`
     "Tasks of a model, kept by content"
-    make = lambda: task_records(model, tokenizer, tasks, limit, include_path, batch_size, chat)
+    def make(): # lm-eval asks in one process
+        return from_first(task_records, model, tokenizer, tasks, limit, include_path, batch_size, chat)
     if not (cache and keepable(model)): return make()
     _check_limit(limit)
     facts = dict(model=model_key(model), tokenizer=tokenizer_key(tokenizer),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .core import *
+from .group import *
 from .plots import *
 from .arch import *
 from .kept import identity
@@ -126,6 +127,7 @@ def solve_rows(rows, r:Recipe)->Fit:
     solved = SOLVERS[r.solver](rows, **keys)
     g = Gram(*rows.E.shape, rows.device, rows.E)
     for X,A,Y in rows.chunks(4096): g.add(X, Y-A-X@rows.E.to(X))
+    add_up([g])
     V = solved.T.to(g.XtX)
     return Fit(V, fit_error(g, V), fit_error(g, g.E), g.n, kind='wide' if rows.wide else 'narrow',
                structure=r.structure, rank=r.rank,
@@ -143,7 +145,7 @@ def _linear_fit(dense, model, batches, held, block, at, r, points):
         if r.rows_path: folder = local_path(r.rows_path)/f'{block.start}-{block.end}'
         else: folder = stack.enter_context(temporary_folder())/'rows'
         belongs = dict(model=identity(model), **({} if dense is model else dict(dense=identity(dense))))
-        rows = write_rows(model, [*batches, *held], block, points, folder, wide=r.map=='wide',
+        rows = share_rows(model, [*batches, *held], block, points, folder, wide=r.map=='wide',
                           belongs=belongs,
                           dense=dense, at=at, desc=f'rows {block}')
         return solve_rows(rows, r)
@@ -171,8 +173,9 @@ class States:
     def __init__(self, path, batches, d, dtype):
         counts = [n_tokens([b]) for b in batches]
         n = sum(counts)
-        self.rows, self.parts = torch.from_file(str(path), shared=True, size=n*d,
-                                                dtype=dtype).view(n, d).split(counts), counts
+        if n: rows = torch.from_file(str(path), shared=True, size=n*d, dtype=dtype).view(n, d)
+        else: rows = torch.empty(0, d, dtype=dtype) # no file is as long as that
+        self.rows, self.parts = rows.split(counts), counts
     def __getitem__(self, k): return self.rows[k]
     def __setitem__(self, k, x): self.rows[k].copy_(x)
 
@@ -224,10 +227,12 @@ RIDGE = 2
 def _sums_behind(one, cut, point, feats, d):
     "The sums that bring the output of a layer to the target"
     g = feats.sums([point], d)
-    for k,batch in enumerate(cut.batches):
-        (h,), S = through(one, batch, cut.ours[k], [point])
-        Y = cut.target[k].to(S.device)
-        g.add(feats.rows(None, [h]), Y-S, feats.weigh(Y))
+    with together():
+        for k,batch in enumerate(cut.batches):
+            (h,), S = through(one, batch, cut.ours[k], [point])
+            Y = cut.target[k].to(S.device)
+            g.add(feats.rows(None, [h]), Y-S, feats.weigh(Y))
+    add_up([g])
     return g
 
 # %% ../nbs/14_search.ipynb #ccd04136
@@ -252,10 +257,12 @@ def _gain_behind(one, cut, point, fit, feats)->Fit: # `point` is of `one`, and t
     W = in_front(point, replace(fit, kind='wide'))
     fold_through(point, W, torch.ones(W.shape[1]).to(W))
     E, g = writes(point), Gains(W.shape[1], point.device)
-    for k,batch in enumerate(cut.batches):
-        (h,), S = through(one, batch, cut.ours[k], [point])
-        U, Y = h@E.to(h), cut.target[k].to(S.device)
-        g.add(U, Y-S+U, feats.weigh(Y))
+    with together():
+        for k,batch in enumerate(cut.batches): # of this process
+            (h,), S = through(one, batch, cut.ours[k], [point])
+            U, Y = h@E.to(h), cut.target[k].to(S.device)
+            g.add(U, Y-S+U, feats.weigh(Y))
+    add_up([g])
     return replace(fit, T=W, kind='normed', gamma=g.gamma, error=g.error)
 
 # %% ../nbs/14_search.ipynb #39e26191
@@ -338,7 +345,8 @@ def _refit_behind(dense, before, model, batches, at, b, n, fit, r):
     "Refit the first `n` layers behind block `b` of `model`, in place"
     done = []
     with temporary_folder() as folder:
-        cut = states_at_cut(dense, before, batches, at, b.end, fit, folder)
+        mine = [x for _,x in my_batches(batches)]
+        with together(): cut = states_at_cut(dense, before, mine, at, b.end, fit, folder)
         for j in progress(range(n), desc='layers behind the cut', unit=' layers'):
             done += refit_layer(dense, model, at+j, b.end+j, cut, r.weights)
         del cut

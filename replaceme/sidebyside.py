@@ -20,6 +20,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .core import *
+from .group import *
 from .kept import *
 from .arch import *
 from .evaluate import *
@@ -248,7 +249,7 @@ def side_by_side(dense, model, tokenizer, # of both
                             for m in both)
         res.retained, res.stability = retained(*res.records, seed), record_stability(*res.records)
     if speed or isinstance(speed, dict):
-        res.speeds = side_by_side_latency(dense, model, tokenizer,
-                                          **(speed if isinstance(speed, dict) else {}))
-    res.answers = [_answered(dense, model, tokenizer, p) for p in prompts]
+        res.speeds = from_first(side_by_side_latency, dense, model, tokenizer,
+                                **(speed if isinstance(speed, dict) else {}))
+    res.answers = [from_first(_answered, dense, model, tokenizer, p) for p in prompts]
     return res

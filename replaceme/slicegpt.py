@@ -16,6 +16,7 @@ import scipy.linalg, torch
 from torch import Tensor
 
 from .core import *
+from .group import *
 from .plots import *
 from .arch import *
 from .stream import *
@@ -68,20 +69,20 @@ def stream_sums(model, stream:Stream, batches,
                 normed=True, # rows over their root mean square, so that all tokens count alike
                )->list: # of `(d,d)`, float64: for every step, and for the last norm
     "Sums of squares of what the norms of a stream read"
-    norms, n = [s.norms[0] for s in stream.steps]+[stream.norm], 0
+    norms = [s.norms[0] for s in stream.steps]+[stream.norm]
     H = [torch.zeros(stream.d, stream.d, dtype=torch.float64) for _ in norms]
     def add(i, x, mask):
         x = masked(x, mask).cpu().double()
         if stream.centred: x = x - x.mean(1, keepdim=True)
         x = normalised(x) if normed else x
         H[i] += x.T@x
-    with judging(model):
-        for batch in over_tokens(batches, 'components'):
+    with together(), judging(model):
+        for n,batch in over_mine(batches, 'components'):
             watch = lambda i: lambda m, a: add(i, a[0], batch['attention_mask'])
             hs = [o.module.register_forward_pre_hook(watch(i)) for i,o in enumerate(norms)]
             with hooks(*hs): run(model, batch)
             if not all(h.isfinite().all() for h in H): blame_nonfinite(model, batch, n)
-            n += len(batch['input_ids'])
+    all_sum(H)
     return H
 
 # %% ../nbs/16_slicegpt.ipynb #be04b172
