@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Budget', 'read_budget', 'Budgeted', 'Shares', 'byte_shares', 'time_shares', 'least_that_meets', 'most_left',
            'numbers', 'entered', 'pieces_of', 'worth', 'candidate_losses', 'Point', 'knee', 'Curve', 'Calibration',
-           'Reread', 'take_maps', 'shares_of', 'find_number']
+           'Reread', 'blocks_of_all', 'take_maps', 'shares_of', 'find_number']
 
 # %% ../nbs/17_curve.ipynb #7c0e0004
 import contextlib, math, time
@@ -69,12 +69,8 @@ def read_budget(text)->Budget:
 
 # %% ../nbs/17_curve.ipynb #7c0e000c
 @patch
-def no_curve(self:Method)->str|None:
-    "Why the method finds no number of layers; None where it does"
-    return "its rule is for a number that is given"
-
-@patch
 def no_curve(self:Mapped)->str|None:
+    "Why an estimator finds no number of layers; None where it does"
     return "its solver reads the data anew for each block" if self.iterates else None
 
 # %% ../nbs/17_curve.ipynb #7c0e000e
@@ -83,9 +79,6 @@ def _not_auto(k):
 
 def _check_auto(k):
     "What must hold where the number of layers is to be found"
-    if k.door=='analyse':
-        raise ReplaceMeError("layers_to_skip is auto, but a profile has all lengths: give a number, or leave "
-                             "it out.")
     if k.budget is None:
         raise ReplaceMeError(f"layers_to_skip is auto, and budget is missing: {_BUDGETS}.")
     m = METHODS.get(k.method)
@@ -107,7 +100,7 @@ class Budgeted:
 
     def together(self):
         "A number that is to be found needs a budget, and a method that can"
-        if self.layers_to_skip=='auto': _check_auto(self)
+        if self.layers_to_skip=='auto' and self.door!='analyse': _check_auto(self)
 
 # %% ../nbs/17_curve.ipynb #7c0e0012
 @dataclass
@@ -415,17 +408,17 @@ class Reread:
     def calibration(self): return self.batches
 
 # %% ../nbs/17_curve.ipynb #7c0e0036
-@patch
-def blocks_of_all(self:Mapped, model, job, ns)->dict: # {layers: [Block]}
+def blocks_of_all(model, ns, # numbers of layers
+                  first=None)->dict: # the earliest layer -> {layers: [Block]}
     "The candidates of every number of layers; a number that has none is left out"
     found, why = {}, None
     for n in ns:
-        try: found[n] = self.candidates(model, replace(job, n=n))
+        try: found[n] = lasting(model, candidates(len(layers_of(model)), n, first))
         except ReplaceMeError as e: why = why or e
     if not found: raise why
     return found
 
-def take_maps(model, blocks)->tuple: # {layers: [Block]} -> (those before which a map can be folded, fold points)
+def take_maps(model, blocks)->tuple: # {layers: [Block]} -> (those that a map can replace, {layer: FoldPoint})
     "Leave out what no weight could stand in for"
     found = find_points(model, {b.start-1 for bs in blocks.values() for b in bs})
     points = {i: p for i,p in found.items() if isinstance(p, FoldPoint)}
@@ -461,13 +454,14 @@ def shares_of(model, r)->dict:
     more = d*d/one if r.map=='state' and one else 0. # as a part of a layer
     return dict(bytes=byte_shares(model, more), speed=time_shares(model, more))
 
+# %% ../nbs/17_curve.ipynb #7c0e005a
 def _asked_of(method, model, job, budget,
               prove)->tuple: # (Recipe, shares, {layers: [Block]}, {layer: FoldPoint})
     "What is known before any text is read"
     check_model(model)
     shares = shares_of(model, method.recipe(job.keys, not job.writable, job.alone))
     ns = numbers(budget, shares, len(layers_of(model)))
-    blocks, points = method.blocks_of_all(model, job, ns), {}
+    blocks, points = blocks_of_all(model, ns, job.keys.min_distance_layer), {}
     _, r = prove(replace(job, n=min(blocks)))
     if not r.trial.features.state: blocks, points = take_maps(model, blocks)
     return r, shares, blocks, points
@@ -490,7 +484,7 @@ def _made(cal, budget, blocks, shares, job, known)->tuple: # (Curve, {layers: wh
 # %% ../nbs/17_curve.ipynb #7c0e003c
 def find_number(method, model, job,
                 budget, # its words
-                prove)->tuple: # function of a job -> (Job for the number that was found, Curve)
+                prove)->tuple: # function of a Job that has a number -> (Job for the one found, Curve)
     "The curve over the number of layers out of one calibration, and the number that meets a budget"
     budget, k = read_budget(budget), job.keys
     with job.stages('prove'):

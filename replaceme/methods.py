@@ -70,6 +70,12 @@ def reads(self:Method, k)->bool:
 def check(self:Method, k):
     "Refuse keys of the method that contradict each other"
 
+# %% ../nbs/15_methods.ipynb #5c1e0a05
+@patch
+def no_curve(self:Method)->str|None:
+    "Why the method finds no number of layers; None where it does"
+    return "its rule is for a number that is given"
+
 # %% ../nbs/15_methods.ipynb #acf61104
 @patch
 def places(self:Method, k)->dict: # {key: path}
@@ -177,6 +183,9 @@ def _as_number(v):
     if v is None or isinstance(v, int) and not isinstance(v, bool): return v
     raise ReplaceMeError(f"layers_to_skip is {v!r}: it must be a whole number, or auto.")
 
+def _all_lengths(k):
+    if k.door=='analyse' and k.layers_to_skip=='auto': return "a profile has all lengths"
+
 def _check_number(v):
     if v!='auto' and v<1: raise ReplaceMeError(f"layers_to_skip is {v}: it must be at least 1.")
 
@@ -187,8 +196,8 @@ class Asked:
     method:str = key('auto', "{choices}; auto is the best known, lstsq and cosine are the paper's "
         "estimators, remove fits no map at all; the others are peers", choices=METHODS)
     layers_to_skip:int|str|None = key(None, "number of layers to remove, or auto, which finds the number "
-        "that meets the budget", f'{PRUNE} analyse', (given,), check=_check_number, read=_as_number,
-        missing="the number of layers to remove")
+        "that meets the budget", f'{PRUNE} analyse', (given, _all_lengths), check=_check_number,
+        read=_as_number, missing="the number of layers to remove")
 
 # %% ../nbs/15_methods.ipynb #870aec3a
 @dataclass

@@ -39,7 +39,6 @@ from .search import *
 from .feed import *
 from .methods import *
 from .ours import *
-from .curve import find_number
 from .train import main_process
 from .recover import *
 from .report import *
@@ -47,6 +46,9 @@ from .save import *
 from .sidebyside import *
 from .domains import *
 from .config import *
+
+# %% ../nbs/22_pipeline.ipynb #22c0e001
+from .curve import find_number
 
 # %% ../nbs/22_pipeline.ipynb #ca674d9a
 def recipe_of(cfg)->Recipe:
