@@ -9,6 +9,7 @@ __all__ = ['Budget', 'read_budget', 'Budgeted', 'Shares', 'byte_shares', 'time_s
 
 # %% ../nbs/17_curve.ipynb #7c0e0004
 import contextlib, math, time
+from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean, median
 
@@ -116,19 +117,18 @@ class Shares:
         return (self.total-gone+self.more*mean)/self.total
 
 # %% ../nbs/17_curve.ipynb #7c0e0013
-def _saved(p)->int:
-    "Bytes of a weight as it will be saved"
+def _saved(p, like)->int:
+    "Bytes of a weight as it will be saved; of one in few bits with elements of `like` bytes"
     shape = getattr(getattr(p, 'quant_state', None), 'shape', None)
-    n = p.numel() if shape is None else math.prod(shape)
-    return n*(p.element_size() if p.is_floating_point() and shape is None else 2)
+    if shape is None and p.is_floating_point(): return p.numel()*p.element_size()
+    return (p.numel() if shape is None else math.prod(shape))*like
 
 def byte_shares(model, more=0.)->Shares:
     "The bytes of the weights; what layers share goes with none of them"
-    own = [{id(p): _saved(p) for p in layer.parameters()} for layer in layers_of(model)]
-    users = {}
-    for ps in own:
-        for i in ps: users[i] = users.get(i, 0)+1
-    total = sum(_saved(p) for p in model.parameters())
+    like = next(p.element_size() for p in model.parameters() if p.is_floating_point())
+    own = [{id(p): _saved(p, like) for p in layer.parameters()} for layer in layers_of(model)]
+    users = Counter(i for ps in own for i in ps)
+    total = sum(_saved(p, like) for p in model.parameters())
     return Shares(total, [sum(v for i,v in ps.items() if users[i]==1) for ps in own], more)
 
 # %% ../nbs/17_curve.ipynb #7c0e0016

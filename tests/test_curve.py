@@ -170,6 +170,19 @@ def test_a_profile_that_was_kept_is_read(tmp_path, save_tiny, monkeypatch):
     assert [p["block"] for p in fresh["curve"]["points"]] == [p["block"] for p in kept["curve"]["points"]] and fresh["blocks"] == kept["blocks"]
 
 
+def test_a_model_in_few_bits_measures_and_what_is_saved_is_counted(tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.chdir(tmp_path)
+    tiny_model("llama", layers=6, d=64).save_pretrained("tiny")
+    TOKENIZER.save_pretrained("tiny")
+    (tmp_path / "texts.txt").write_text("\n\n".join(TEXTS))
+    keys = dict(model_path="./tiny", dataset="texts.txt", dataset_size=8, max_length=48, eval_dataset=None, prompt=None, use_4bit=True)
+    result, one = run(make_config(layers_to_skip="auto", budget="bytes 80%", save_path="a", **keys))[0], run(make_config(layers_to_skip=2, save_path="b", **keys))[0]
+    n = result["curve"]["chosen"]
+    assert n == 2 and result["blocks"] == one["blocks"]
+    assert result["curve"]["points"][n - 1]["bytes"] == pytest.approx(result["parameters"]["after"] / result["parameters"]["before"])
+
+
 def test_images_have_a_curve_too():
     model = tiny_vision("vit", layers=6)
     pixels = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
