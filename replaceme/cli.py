@@ -86,7 +86,8 @@ def _value(name, s, cls):
     f = WORDS.get(name) or cls.__dataclass_fields__[name]
     if s.lower() in ('null', 'none', '~') and s not in choices_of(f): return None
     kinds = {*kinds_of(f)} - {type(None)}
-    if kinds=={str} or str in kinds and exists(s): return s
+    # a file that is called 3 makes no text of a number
+    if kinds=={str} or str in kinds and int not in kinds and exists(s): return s
     try: v = yaml.safe_load(s)
     except yaml.YAMLError:
         if str in kinds and not s.startswith(('[', '{')): return s
@@ -207,6 +208,7 @@ def _run(cfg, yaml_text):
     result, path = run(cfg, yaml_text)
     if not main_process(): return
     tell(results_table(result))
+    if result.curve: tell(text_table(*curve_rows(result)), '\n')
     for g in result.generations:
         tell(f'{g.prompt}\n  before: {_oneline(g.before)}\n  after:  {_oneline(g.after)}\n')
     if cfg.save_transform_only: tell('map     ', path/'transform.safetensors')

@@ -21,12 +21,14 @@ from .data import is_part
 from .evaluate import Asking, CHAT
 from .feed import Texts, Judged
 from .methods import *
+from .curve import Budgeted
 from .registry import METHODS
 from .recover import Training, check_rungs
 from .save import Saving
 
 # %% ../nbs/22_config.ipynb #9d9d964c
-BASES = (Asked, Loading, Texts, Training, Saving, Judged, Asking, Common) # besides those of the methods
+# besides those of the methods
+BASES = (Asked, Loading, Texts, Budgeted, Training, Saving, Judged, Asking, Common)
 
 def method_of(cfg)->Method|None:
     "The method of a configuration"

@@ -36,6 +36,7 @@ class Job:
     share:int|None = None # tokens that a training within the method has
     folder:Path|None = None # for its checkpoints; None is a temporary one
     trainer:dict = field(default_factory=dict) # arguments of transformers' TrainingArguments
+    measured:Measured|None = None # what was measured already, where a curve over numbers of layers was made
 
 # %% ../nbs/15_methods.ipynb #3a94b795
 class Method:
@@ -68,6 +69,12 @@ def reads(self:Method, k)->bool:
 @patch
 def check(self:Method, k):
     "Refuse keys of the method that contradict each other"
+
+# %% ../nbs/15_methods.ipynb #5c1e0a05
+@patch
+def no_curve(self:Method)->str|None:
+    "Why the method finds no number of layers; None where it does"
+    return "its rule is for a number that is given"
 
 # %% ../nbs/15_methods.ipynb #acf61104
 @patch
@@ -169,14 +176,28 @@ def given(k):
     "For keys that mean nothing where the blocks are given"
     if k.blocks is not None: return "the blocks are given"
 
+# %% ../nbs/15_methods.ipynb #5c1e0a02
+def _as_number(v):
+    "The word `auto`, however it is written; other text is no number"
+    if isinstance(v, str) and v.strip().lower()=='auto': return 'auto'
+    if v is None or isinstance(v, int) and not isinstance(v, bool): return v
+    raise ReplaceMeError(f"layers_to_skip is {v!r}: it must be a whole number, or auto.")
+
+def _all_lengths(k):
+    if k.door=='analyse' and k.layers_to_skip=='auto': return "a profile has all lengths"
+
+def _check_number(v):
+    if v!='auto' and v<1: raise ReplaceMeError(f"layers_to_skip is {v}: it must be at least 1.")
+
 # %% ../nbs/15_methods.ipynb #eff6188e
 @dataclass
 class Asked:
     "Which method, and how many layers"
     method:str = key('auto', "{choices}; auto is the best known, lstsq and cosine are the paper's "
         "estimators, remove fits no map at all; the others are peers", choices=METHODS)
-    layers_to_skip:int|None = key(None, "number of layers to remove", f'{PRUNE} analyse', (given,), least=1,
-        missing="the number of layers to remove")
+    layers_to_skip:int|str|None = key(None, "number of layers to remove, or auto, which finds the number "
+        "that meets the budget", f'{PRUNE} analyse', (given, _all_lengths), check=_check_number,
+        read=_as_number, missing="the number of layers to remove")
 
 # %% ../nbs/15_methods.ipynb #870aec3a
 @dataclass

@@ -482,7 +482,8 @@ def _one(model, fit, held, job, r, blocks, known):
         profile = Profile(len(layers_of(model)), k.metric, at) if known is None else known.distances
         sinks = None if known is None else load_sinks(known.path)
         top = r.top_k if r.select!='distance' else int(r.solver=='closed' and r.map!='wide')
-        found = measure(model, fit, blocks, profile, r.trial.features, top, held, k.sinks=='avoid', sinks)
+        found = job.measured or measure(model, fit, blocks, profile, r.trial.features, top, held,
+                                        k.sinks=='avoid', sinks)
     with job.stages('fit'):
         if job.writable: done = prune_one(model, fit, held, found, r)
         elif top:

@@ -47,6 +47,9 @@ from .sidebyside import *
 from .domains import *
 from .config import *
 
+# %% ../nbs/22_pipeline.ipynb #22c0e001
+from .curve import find_number
+
 # %% ../nbs/22_pipeline.ipynb #9c0a0161
 from .group import *
 
@@ -159,9 +162,13 @@ def calibrate(model, tokenizer, cfg, stages,
     "Everything up to the pruned model: the dense model is only looked at"
     with judging(model):
         job = job_of(model, tokenizer, cfg, stages, writable)
+        m, auto = method_of(cfg), job.n=='auto'
+        if auto: job, curve = find_number(m, model, job, cfg.budget, lambda job: prove(model, cfg, job))
         with stages('prove'): plan = prove(model, cfg, job)
-        done = method_of(cfg).prune(model, job, plan)
+        done = m.prune(model, job, plan)
+        if auto: done.choice = curve[job.n].rows
         result = make_result(model, cfg, done)
+        if auto: result['curve'] = curve.record()
         if cfg.rungs: climb_rungs(model, job, cfg.rungs, cfg.trainer or {}, done, result)
     return done, result
 
@@ -182,7 +189,7 @@ def _finish(result, cfg, stages, loaded, model, pruned):
 
 # %% ../nbs/22_pipeline.ipynb #5f3c6205
 def prune(model, tokenizer, # as loaded by `load_model` or by transformers
-          layers_to_skip=None, # layers to remove
+          layers_to_skip=None, # layers to remove, or 'auto' with a `budget`
           **keys): # any other key of `Config`, such as `dataset`, `dataset_size`, `alpha`
     "Prune a model in memory: returns the pruned model, sharing its weights with `model`, and the `Result`"
     cfg = make_config(PruneConfig, layers_to_skip=layers_to_skip, **keys)
@@ -317,9 +324,9 @@ def check_run(cfg, path):
 # %% ../nbs/22_pipeline.ipynb #5a6b7390
 def check_loaded(cfg, path, model, tokenizer):
     "What can be said once it is loaded"
-    n, drops = len(layers_of(model)), method_of(cfg).drops
-    if drops and cfg.blocks is None: candidates(n, cfg.layers_to_skip, cfg.min_distance_layer)
-    check_output(path, 0 if cfg.alone else _bytes(model, n_removed(cfg)))
+    n, drops, auto = len(layers_of(model)), method_of(cfg).drops, cfg.layers_to_skip=='auto'
+    if drops and cfg.blocks is None: candidates(n, 1 if auto else cfg.layers_to_skip, cfg.min_distance_layer)
+    check_output(path, 0 if cfg.alone else _bytes(model, 1 if auto else n_removed(cfg)))
     if sees(model): return check_pictures(cfg)
     check_chat(tokenizer, cfg.chat)
     if cfg.eval_dataset is not None: check_length(model, cfg.eval_length)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INK', 'LINE', 'ACCENT', 'MARK', 'UNITS', 'styled_axes', 'styled_legend', 'as_blocks', 'as_sinks', 'and_words',
            'spans', 'sink_label', 'holds', 'by_length', 'plot_profile', 'plot_heatmap', 'plot_influence', 'ridge_rows',
-           'plot_ridge', 'plot_choice', 'plot_errors', 'plot_history', 'plot_bars', 'plot_pieces']
+           'plot_ridge', 'plot_choice', 'plot_errors', 'plot_history', 'plot_bars', 'plot_pieces', 'plot_curve']
 
 # %% ../nbs/00_plots.ipynb #21ca1840
 import math
@@ -296,4 +296,29 @@ def plot_pieces(values, # {label: one number for each piece}
         ax.plot(range(1, len(xs)+1), xs, ls='none', marker=marker, mfc='none', mec=colour, label=said)
         ax.axhline(mean, color=colour, lw=1)
     styled_legend(ax)
+    return ax
+
+# %% ../nbs/00_plots.ipynb #5ab30c02
+def _budget_line(ax, curve):
+    "The budget: a loss lies across, bytes and speed stand where they are met"
+    kind, value = (curve.get('budget') or ' ').split(' ', 1)
+    look = dict(color=INK, lw=1, ls='--', zorder=1, label=f'budget: {kind} {value}')
+    if kind=='loss': ax.axhline(float(value), **look)
+    elif curve.get('chosen'): ax.axvline(curve['chosen'], **look)
+
+# %% ../nbs/00_plots.ipynb #5ab30c03
+def plot_curve(curve, # `points` with `n` and `above`, and what is known of `budget`, `chosen`, `knee`
+               ax=None):
+    "The held-out loss over the number of layers, with the budget, what was chosen, and the knee"
+    ax = styled_axes(ax, (6.4,3.2), 'layers removed', 'loss above the dense model (nats/token)')
+    rows = [(p['n'], p['above']) for p in curve['points'] if p.get('above') is not None]
+    ax.plot([n for n,_ in rows], [y for _,y in rows], color=ACCENT, lw=1.5, marker='.', ms=7, zorder=2)
+    _budget_line(ax, curve)
+    looks = dict(knee=dict(marker='s', ms=10, mfc='none', mec=ACCENT),
+                 chosen=dict(marker='o', ms=8, mfc=MARK, mec=MARK))
+    for what,n,y in ((what, n, y) for what in looks for n,y in rows if n==curve.get(what)):
+        said = f'{what}: {n} layer{"s"*(n>1)}, {y:+.3f}'
+        ax.plot(n, y, ls='none', mew=1.5, zorder=3, label=said, **looks[what])
+    _gridded(ax, 'both')
+    if ax.get_legend_handles_labels()[1]: styled_legend(ax, loc='best')
     return ax

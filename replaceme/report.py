@@ -6,7 +6,7 @@
 __all__ = ['of_result', 'no_path', 'blocks_of', 'model_name', 'text_table', 'markdown_table', 'result_rows', 'passed_over',
            'sink_notes', 'choice_rows', 'choice_note', 'was_trained', 'training_rows', 'training_words',
            'results_table', 'method_of_result', 'is_peer', 'collapses', 'try_rows', 'peer_words', 'suggestions',
-           'shown_config', 'hub_id', 'eval_results', 'front_matter', 'story', 'model_card', 'domain_rows',
+           'shown_config', 'hub_id', 'eval_results', 'front_matter', 'story', 'model_card', 'domain_rows', 'curve_rows',
            'report_html', 'write_report', 'save_plots']
 
 # %% ../nbs/20_report.ipynb #58eeab71
@@ -393,7 +393,7 @@ def _advise_depth(result):
     "More layers or fewer?"
     before, after = [p.value for p in result.perplexity.both]
     n = sum(e-s for s,e in blocks_of(result))
-    if not before or not after or not n: return
+    if not before or not after or not n or result.curve: return # the curve says it better
     change = f'Perplexity went from {before:.2f} to {after:.2f}.'
     if after > 1.5*before and n>1:
         yield f'{change} Half as many layers usually cost less than half of that: try layers_to_skip: {n//2}.'
@@ -1060,6 +1060,34 @@ def _kinds(result):
                        f"on {result.calibration.dataset or 'no text'}.")
     return _section('By kind of text', drawing, _html_table(rows, headers))
 
+# %% ../nbs/20_report.ipynb #20c0e002
+def curve_rows(result)->tuple: # (rows, headers)
+    "Each number of layers with its best block and what it costs"
+    curve = result.curve
+    marks = {curve.knee: ' (knee)', curve.chosen: ' (chosen)'}
+    def cell(x, fmt): return '-' if _no_number(x) else format(x, fmt)
+    rows = [[f"{p.n}{marks.get(p.n, '')}", '[{},{})'.format(*p.block), cell(p.above, '+.4f'),
+             cell(p.bytes, '.1%'), cell(p.speed, '.2f')+'x'] for p in curve.points]
+    return rows, ['layers', 'block', 'nats/token above dense', 'bytes left', 'speed-up']
+
+# %% ../nbs/20_report.ipynb #20c0e003
+_JUDGED = ('Judged on {texts} held-out texts with {map}, fitted to the others: what is refitted or trained '
+           'afterwards is not in it. The speed-up follows from the share of the layers in the seconds of a '
+           'step; no pruned model was timed. The knee lies furthest below the '
+           'line from no layer to the last.')
+
+def _curve(result):
+    "What each number of layers costs, and what the budget chose"
+    rows, headers = curve_rows(result)
+    if not rows: return
+    curve = result.curve
+    names = dict(none='no map', state='a map of the hidden state')
+    words = _JUDGED.format(texts=curve.fit.texts, map=names.get(curve.fit.map, 'a narrow map'))
+    picture = _picture(lambda ax: plot_curve(curve, ax), (4.8,3), 'Loss by number of layers',
+                       'Held-out loss above the dense model by the number of layers that go.')
+    intro = P(f"The budget was {curve.budget}: {curve.chosen} layers went.")
+    return _section('How many layers', intro, picture, _html_table(rows, headers), P(words, cls='soft small'))
+
 # %% ../nbs/20_report.ipynb #7e2daa4a
 def _lead(result):
     "The sentence under the title"
@@ -1078,8 +1106,8 @@ def report_html(result)->str:
     "The whole page as text"
     n = result.n_layers.both
     title = model_name(result) + (f': {n[0]} → {n[1]} layers' if all(n) else '')
-    parts = (_cards, _scores, _kinds, _where, _choice, _fit_section, _errors, _training, _generations, _tips,
-             _cost, _record)
+    parts = (_cards, _scores, _kinds, _curve, _where, _choice, _fit_section, _errors, _training,
+             _generations, _tips, _cost, _record)
     body = [H1(title), P(_lead(result), cls='soft'), *(f(result) for f in parts)]
     phone = Meta(name='viewport', content='width=device-width, initial-scale=1')
     head = Head(Meta(charset='utf-8'), phone, Title(title), Style(Safe(_CSS)))
@@ -1111,6 +1139,7 @@ def _card_plots(result): # {name of the file: function of the axes}
         draw['profile.png'] = lambda ax: plot_influence(bi, kw['block'], ax)
     if ridge_rows(ridge): draw['ridge.png'] = lambda ax: plot_ridge(ridge, ax)
     if (kinds := result.domains): draw['domains.png'] = lambda ax: plot_domains(kinds, ax)
+    if (c := result.curve): draw['curve.png'] = lambda ax: plot_curve(c, ax)
     if errors: draw['errors.png'] = lambda ax: plot_errors(errors, ax)
     return draw
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Record', 'Change', 'Scored', 'Perplexities', 'Kind', 'Tasks', 'Answers', 'Images', 'Errors', 'Distance', 'Candidate',
-           'Standing', 'Calibration', 'Try', 'Facts', 'Learnt', 'Climbed', 'Base', 'Result']
+           'Standing', 'Calibration', 'Try', 'Facts', 'Learnt', 'Climbed', 'Base', 'Number', 'Judged', 'Numbers',
+           'Result']
 
 # %% ../nbs/14_result.ipynb #7b1e0a03
 from functools import cache
@@ -114,6 +115,19 @@ class Base(Record):
     "What the card of the dense model says of it"
     id:str; task:str; license:str; license_name:str; license_link:str
 
+# %% ../nbs/14_result.ipynb #7b1e0c18
+class Number(Record):
+    "One number of layers: its best block, the held-out loss, that above the dense model, and what is left"
+    n:int; block:list; distance:float; loss:float; above:float; bytes:float; speed:float
+
+class Judged(Record):
+    "What the numbers were judged with"
+    map:str; texts:int
+
+class Numbers(Record):
+    "The loss over the number of layers, and the number that a budget chose"
+    budget:str; chosen:int; dense:float; knee:int; fit:Judged; points:list[Number]
+
 # %% ../nbs/14_result.ipynb #7b1e0a20
 class Result(Record):
     "What a run did and what it cost, as saved in `replaceme.json`; `.plot()` shows the profile"
@@ -121,7 +135,7 @@ class Result(Record):
     blocks:list; n_layers:Change; parameters:Change
     calibration:Calibration; distance:Distance; choice:list[Candidate]
     fit:Standing; refits:list; ridge:dict; history:list; peer:Facts; training:Learnt; recovery:list[Climbed]
-    perplexity:Perplexities; domains:list[Kind]; tasks:Tasks; features:Images; errors:Errors
+    curve:Numbers; perplexity:Perplexities; domains:list[Kind]; tasks:Tasks; features:Images; errors:Errors
     generations:list[Answers]; scoring_failed:str; pushed:str
     seconds:dict; peak_memory:int; loaded_memory:int
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RIDGE', 'Recipe', 'last_of', 'hold_out', 'solve_sums', 'solve_trial', 'solve_rows', 'norm_at', 'fit_between',
            'States', 'through', 'Cut', 'states_at_cut', 'put_wide', 'refit_layer', 'stand_in', 'outcome', 'Distances',
-           'Pruned', 'fit_blocks', 'beside', 'fit_beside', 'stand_ins', 'choose', 'prune_one', 'prune_several']
+           'Pruned', 'fit_blocks', 'beside', 'fit_beside', 'stand_ins', 'winner', 'choose', 'prune_one',
+           'prune_several']
 
 # %% ../nbs/14_search.ipynb #7a04d8c7
 import contextlib, math, tempfile
@@ -405,7 +406,8 @@ def stand_ins(model, blocks, fits): # -> the pruned model
     return model
 
 # %% ../nbs/14_search.ipynb #97390e4b
-def _winner(rows, select):
+def winner(rows, # candidates with what they were judged by, `fit_error` or `loss`
+           select)->int:
     "The number of the best candidate, which is marked; what is not finite never wins"
     value = [row['loss' if select=='loss' else 'fit_error'] for row in rows]
     if not any(map(math.isfinite, value)):
@@ -433,7 +435,7 @@ def choose(model, found, # Measured
                        f'held-out loss of {b}') if r.select=='loss' else None
         rows.append(dict(blocks=[list(b)], distance=d, fit_error=fit_error(found.held[b], linear.T),
                          loss=loss))
-    return ranked[_winner(rows, r.select)][1], rows
+    return ranked[winner(rows, r.select)][1], rows
 
 # %% ../nbs/14_search.ipynb #050c50a5
 def prune_one(model, batches, held, found, # Measured, with the features of `r.trial`
@@ -456,6 +458,6 @@ def prune_several(model, batches, held,
     for d,blocks in ways if len(ways)>1 else []:
         loss = outcome(model, fit_blocks(model, batches, [], blocks, trial).model, held, 'held-out loss')
         rows.append(dict(blocks=[list(b) for b in blocks], distance=d, loss=loss))
-    done = fit_blocks(model, batches, held, ways[_winner(rows, 'loss') if rows else 0][1], r)
+    done = fit_blocks(model, batches, held, ways[winner(rows, 'loss') if rows else 0][1], r)
     done.choice = rows
     return done

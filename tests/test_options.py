@@ -240,7 +240,7 @@ def test_a_flag_that_a_command_does_not_read_is_refused_whatever_its_value(comma
 
 # the construction itself: what is accepted is read
 
-VALUES = dict(model_path="./tiny", merge=False, layers_to_skip=2, use_4bit=True, use_8bit=True, dtype="float32", device_map="auto", revision="main", max_memory={"cpu": "8GB"}, token="hf_x",
+VALUES = dict(model_path="./tiny", budget="loss 9", merge=False, layers_to_skip=2, use_4bit=True, use_8bit=True, dtype="float32", device_map="auto", revision="main", max_memory={"cpu": "8GB"}, token="hf_x",
               trust_remote_code=True, dataset="texts.txt", dataset_shares=[1.], dataset_column="text", dataset_subset="train", dataset_split="train", dataset_size=8,
               batch_size=4, max_length=48, mask=.1, min_distance_layer=2, metric="cosine", distance_tokens="all", sinks="allow", distances_path="p.json",
               select="loss", top_k=2, num_A=2, merge_consecutive=False, max_blocks=2, blocks=[[2, 3]], map="wide", affine=True, weights="inv_norm",
@@ -412,7 +412,7 @@ def noting(cfg):
 
 BASE = dict(model_path="./tiny", dataset="texts.txt", dataset_size=12, max_length=32, batch_size=4, layers_to_skip=2, eval_dataset="texts.txt", eval_size=2,
             eval_length=32, tasks="say", prompt="Hello?")
-GOES_WITH = dict(rank=dict(structure="rank"), top_k=dict(select="loss"), private=dict(push_to_hub="me/x"), merge_consecutive=dict(num_A=2, layers_to_skip=1),
+GOES_WITH = dict(rank=dict(structure="rank"), budget=dict(layers_to_skip="auto"), top_k=dict(select="loss"), private=dict(push_to_hub="me/x"), merge_consecutive=dict(num_A=2, layers_to_skip=1),
                  num_A=dict(layers_to_skip=1), fewshot_as_multiturn=dict(apply_chat_template=True), blocks=dict(layers_to_skip=None), max_memory=dict(device_map="auto"), dataset_subset=dict(dataset_split=None), eval_subset=dict(eval_split=None), lr=dict(solver="adam"),
                  simple=dict.fromkeys(("dataset", "dataset_size", "max_length")), **{t: dict(recover="fold") for t in ("train_tokens", "train_size", "train_path", "trainer")})
 
