@@ -15,9 +15,9 @@ from statistics import fmean, median
 
 import torch
 from fastcore.basics import patch
-from tqdm.auto import tqdm
 
 from .core import *
+from .group import *
 from .keys import *
 from .kept import text_digests
 from .plots import *
@@ -243,18 +243,19 @@ def candidate_losses(model, held, # held-out batches
     L, changes, ends = len(layers_of(model)), _changes(fits, width(model)), {b.end for b in fits}
     small = {e: keep_layers(model, range(min(e, L-1), L)) for e in ends}
     parts = [list(held)] if sees(model) else parts_held(held)
-    sums, n = {b: [0.]*len(parts) for b in fits}, [0]*len(parts)
+    sums, n = [torch.zeros(*rows, len(parts), dtype=torch.float64) for rows in ([len(fits)], [])]
     todo = [(j,piece) for j,part in enumerate(parts) for piece in pieces_of(part)]
-    with judging(model):
-        for j,piece in tqdm(todo, desc='candidates', unit='text'):
+    with together(), judging(model):
+        for j,piece in progress([todo[i] for i in my_share([1]*len(todo))], desc='candidates', unit=' texts'):
             ref = last_states(model, [piece]) if sees(model) else None
             S, X = _before_cuts(model, piece, fits, points, feats)
-            for b,D in changes.items():
+            for i,(b,D) in enumerate(changes.items()):
                 x = S[b.start] if D is None else S[b.start]+X[b.start]@D.to(X[b.start])
                 with entered(small[b.end], x, b.end==L) as m: total, count = worth(m, piece, ref)
-                sums[b][j] += total
+                sums[i,j] += total
             n[j] += count
-    return {b: fmean(x/c for x,c in zip(s, n)) for b,s in sums.items()}
+    all_sum([sums, n])
+    return dict(zip(changes, (sums/n).mean(1).tolist()))
 
 # %% ../nbs/17_curve.ipynb #7c0e0025
 @dataclass
@@ -384,7 +385,7 @@ def judge(self:Calibration, blocks, room=None)->dict: # {Block: (held-out error 
     for group in groups:
         sums = self.gather(group)
         said = {b: equal_say(held) for b,(_,*held) in sums.items()}
-        fits = {b: solve_trial(sums[b][0], said[b], r) for b in tqdm(group, desc='maps', unit='map')}
+        fits = {b: solve_trial(sums[b][0], said[b], r) for b in progress(group, desc='maps', unit=' maps')}
         if len(groups)==1: self.sums = sums
         losses = candidate_losses(self.model, self.held, fits, self.points, self.feats)
         found.update((b, (fit_error(said[b], fits[b].T), losses[b])) for b in group)
@@ -459,11 +460,14 @@ def _asked_of(method, model, job, budget,
               prove)->tuple: # (Recipe, shares, {layers: [Block]}, {layer: FoldPoint})
     "What is known before any text is read"
     check_model(model)
-    shares = shares_of(model, method.recipe(job.keys, not job.writable, job.alone))
+    shares = from_first(shares_of, model, method.recipe(job.keys, not job.writable, job.alone))
     ns = numbers(budget, shares, len(layers_of(model)))
     blocks, points = blocks_of_all(model, ns, job.keys.min_distance_layer), {}
     _, r = prove(replace(job, n=min(blocks)))
     if not r.trial.features.state: blocks, points = take_maps(model, blocks)
+    if name := next((p.name for p in points.values() if p.norm), None):
+        raise ReplaceMeError("layers_to_skip auto judges maps as they will be folded, and a norm follows "
+                             f"{name}: give a number of layers, or take method: remove or merge: false.")
     return r, shares, blocks, points
 
 # %% ../nbs/17_curve.ipynb #7c0e003b
