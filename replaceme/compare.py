@@ -195,7 +195,7 @@ def costs(result)->dict:
 def tasks_digest(cfg)->str|None:
     "A hash of the questions that are asked, and the check that all are multiple choice"
     if cfg.tasks is None: return None
-    loaded = load_tasks(cfg.tasks)
+    loaded = load_tasks(cfg.tasks, None, cfg.chat)
     _check_choices(loaded)
     words = lambda t: {k: v for k,v in t.dump_config().items() if isinstance(v, (str, int, float, list))
                        and 'path' not in k}
@@ -807,7 +807,7 @@ def compare_path(cfg)->Path:
 # %% ../nbs/23_compare.ipynb #7e8f714a
 def about(bench, cfg)->dict:
     "What the rows have in common, as plain data"
-    tasks = None if cfg.tasks is None else list(load_tasks(cfg.tasks)['tasks'])
+    tasks = None if cfg.tasks is None else list(load_tasks(cfg.tasks, None, cfg.chat)['tasks'])
     conf = {k: v for k,v in dataclasses.asdict(cfg).items() if k in (*SHARED, 'methods', 'layers', 'seeds')
             and k!='token'}
     return dict(model=str(cfg.model_path), fingerprint=bench.facts['model']['weights'],
@@ -853,7 +853,7 @@ def check_compare(cfg, path):
     check_there(cfg)
     check_place(path)
     check_own(cfg.model_path, path, made_of(path/'comparison.json'), cfg.save_path)
-    if cfg.tasks is not None: _check_choices(load_tasks(cfg.tasks))
+    if cfg.tasks is not None: _check_choices(load_tasks(cfg.tasks, None, cfg.chat))
     if (same := scored_and_fitted(cfg)):
         warnings.warn(f"all methods are scored on {and_words(same)}, which they are calibrated on: those "
                       "that fit more will look too good; set eval_dataset.", ReplaceMeWarning)
