@@ -6,8 +6,8 @@
 __all__ = ['SHARED', 'paired', 'entry', 'Plan', 'row_config', 'plans', 'CompareConfig', 'text_losses', 'rights', 'stabilities',
            'costs', 'tasks_digest', 'data_digest', 'plain_config', 'check_place', 'eval_pieces', 'Bench', 'held_now',
            'heap_given_back', 'write_texts', 'ppl', 'Line', 'lines', 'difference', 'ahead', 'ahead_text',
-           'task_differences', 'with_differences', 'Comparison', 'csv_row', 'front', 'compare_path', 'about',
-           'read_comparison', 'write_comparison', 'check_compare', 'run_rows', 'compare']
+           'task_differences', 'with_differences', 'Comparison', 'writing_columns', 'csv_row', 'front', 'compare_path',
+           'about', 'read_comparison', 'write_comparison', 'check_compare', 'run_rows', 'compare']
 
 # %% ../nbs/23_compare.ipynb #2e25b001
 import ctypes, dataclasses, functools, gc, io, json, math, os, re, warnings
@@ -34,6 +34,7 @@ from .evaluate import _check_choices, _check_finite
 from .plots import *
 from .report import *
 from .domains import *
+from .writing import *
 from .sidebyside import *
 from .keys import *
 from .feed import *
@@ -280,7 +281,9 @@ class Bench:
 def asked(self:Bench, plan=None)->list: # None is the dense model
     "All that a row depends on"
     if plan is None:
-        return [self.facts, 'dense', no_path([self.cfg.tasks, self.cfg.limit]), self.cfg.batch_size]
+        k = self.cfg
+        wrote = [k.writing, k.writing_prompts, k.writing_tokens] if k.writing else []
+        return [self.facts, 'dense', no_path([k.tasks, k.limit]), k.batch_size, *wrote]
     cfg = row_config(self.cfg, plan)
     at = str([*(getattr(cfg, k) for k in _DATA), plan.seed, cfg.trains and training_size(cfg)])
     if at not in self.data: self.data[at] = data_digest(self.model, self.tokenizer, cfg)
@@ -310,17 +313,27 @@ def answers(self:Bench, model)->dict:
     return task_samples(model, self.tokenizer, self.cfg.tasks, self.cfg.limit, None, self.cfg.batch_size,
                         self.cfg.chat)
 
+# %% ../nbs/23_compare.ipynb #8a41c002
+@patch
+def wrote(self:Bench, model, dense=None)->dict: # `Written` of the dense model -> {} or {'writing': ...}
+    "What a model writes, against what the dense one wrote; `self.written` is the latter"
+    if not self.cfg.writing: return {}
+    w = written_as(self.cfg, model, self.tokenizer, self.ids, dense, self.cfg.batch_size)
+    if dense is None: self.written = dense = w
+    return dict(writing=dataclasses.asdict(compare_writing(dense, w, 0)))
+
 # %% ../nbs/23_compare.ipynb #d1bdad89
 @patch
 def dense_row(self:Bench)->dict:
     "The row of the dense model, made"
-    said = self.answers(self.model)
+    said, wrote = self.answers(self.model), self.wrote(self.model)
+    if wrote: wrote['written'] = dataclasses.asdict(self.written)
     return self.keep(dict(method='dense', n=0, seed=None, blocks=[], parameters=n_parameters(self.model),
                           trained_tokens=0,
                           seconds=None, peak_memory=None, losses=text_losses(self.model, self.ids),
                           right=rights(said),
                           stability={}, answers={t: {i: dataclasses.asdict(a) for i,a in qs.items()}
-                                                 for t,qs in said.items()}))
+                                                 for t,qs in said.items()}, **wrote))
 
 # %% ../nbs/23_compare.ipynb #e44954a9
 @patch
@@ -329,7 +342,8 @@ def dense(self:Bench)->dict:
     with locked(self.path()): row = self.found() or self.dense_row()
     self.loss0 = row['losses'][0]
     self.said = {t: {int(i): Answer(**a) for i,a in qs.items()} for t,qs in row['answers'].items()}
-    return {k: v for k,v in row.items() if k!='answers'}
+    self.written = Written(**row['written']) if 'written' in row else None
+    return {k: v for k,v in row.items() if k not in ('answers', 'written')}
 
 # %% ../nbs/23_compare.ipynb #6d1c0a58
 def _glibc():
@@ -374,7 +388,7 @@ def measured(self:Bench, plan, row)->dict:
     row.update(costs(result))
     said = self.answers(small)
     return dict(losses=text_losses(small, self.ids), right=rights(said),
-                stability=stabilities(self.said, said))
+                stability=stabilities(self.said, said), **self.wrote(small, self.written))
 
 # %% ../nbs/23_compare.ipynb #6d1c0b03
 @patch
@@ -525,7 +539,7 @@ def _over_tasks(line, get):
 def _stable(x): return x['stability']
 def _acc(x): return np.mean(x['acc']) if 'acc' in x else None
 
-def _columns(tasks, seeds)->dict: # {header: function of (Line, dense Line)}
+def _columns(tasks, seeds, wrote={})->dict: # {header: function of (Line, dense Line)}
     "The columns of the table"
     def over(l, other): return paired(l.losses, other, kinds=len(l.kinds))
     zeros = lambda l: np.zeros(len(l.losses))
@@ -537,16 +551,33 @@ def _columns(tasks, seeds)->dict: # {header: function of (Line, dense Line)}
             'loss above dense (nats)': lambda l,d: _between(over(l, d.losses), '.3f') if l.n else '-',
             **({'accuracy': lambda l,d: _over_tasks(l, _acc),
                 'stability': lambda l,d: _over_tasks(l, _stable)} if tasks else {}),
-            'trained tokens': lambda l,d: f"{l.mean('trained_tokens'):.0f}",
+            **wrote, 'trained tokens': lambda l,d: f"{l.mean('trained_tokens'):.0f}",
             'seconds': lambda l,d: f"{l.mean('seconds'):.1f}" if l.n else '-',
             'memory (MB)': lambda l,d: f"{l.mean('peak_memory')/1e6:.0f}" if l.n else '-',
             'parameters (M)': lambda l,d: f"{l.mean('parameters')/1e6:.4g}"}
+
+# %% ../nbs/23_compare.ipynb #8a41c003
+def _writes(l, get, fmt):
+    "A number of what was written, over the seeds, as text"
+    found = [get(r['writing']) for r in l.rows if r.get('writing')]
+    return format(np.mean(found), fmt) if found else '-'
+
+def writing_columns(rows)->dict: # {header: function of (Line, dense Line)}; empty where nothing was written
+    "What the methods leave of writing"
+    w = next((r['writing'] for r in rows if r.get('writing')), None)
+    if not w: return {}
+    i = min(1, len(w['same'])-1) # 32 tokens, if there are so many
+    return {'repeated 4-grams': lambda l,d: _writes(l, lambda w: w['repeats'][1], '.1%'),
+            f"first {w['same'][i][0]} tokens the same":
+                lambda l,d: _writes(l, lambda w: w['same'][i][1], '.0%'),
+            "loss on dense's texts (nats)": lambda l,d: _writes(l, lambda w: w['loss'][1], '.3f')}
 
 # %% ../nbs/23_compare.ipynb #8c6ac0cd
 @patch
 def cells(self:Comparison)->tuple: # (rows of strings, headers)
     "The table, cell by cell; a line without any good row says `failed`"
-    cols = _columns(any(r.get('right') for r in self.rows), len(self.about.get('seeds', [0]))>1)
+    cols = _columns(any(r.get('right') for r in self.rows), len(self.about.get('seeds', [0]))>1,
+                    writing_columns(self.rows))
     d = self.dense
     def row(l):
         return [f(l, d) for f in cols.values()] if l.rows else [l.name, str(l.n), '-',
@@ -652,6 +683,9 @@ def csv_row(r)->dict: # {column: value}
         out |= dict(zip((name, f'{name} low', f'{name} high'), r.get(k) or [None]*3))
     if len(r.get('kinds') or [])>1 and r.get('losses'):
         out |= {f'loss, {k}': float(np.mean(x)) for k,x in by_domain(r['losses'], r['kinds']).items()}
+    if (w := r.get('writing')):
+        out |= {'repeated 4-grams': w['repeats'][1], "loss on dense's texts": w['loss'][1],
+                **{f'first {s[0]} tokens the same': s[1] for s in w['same']}}
     best = r.get('to_best') or {}
     out |= dict(zip(('best', 'loss above best', 'loss above best low', 'loss above best high'),
                     [best.get('method'), *best.get('nats', [None]*3)]))
@@ -883,6 +917,7 @@ def compare(cfg)->tuple: # (Comparison, Path of the folder)
         raise ReplaceMeError(f"model_path {cfg.model_path} is an image encoder, which has no loss on a text: "
                              "compare language models.")
     for n in cfg.layers: candidates(len(layers_of(model)), n)
+    check_writes(cfg, model, tokenizer)
     bench = Bench(model, tokenizer, cfg, path)
     comparison = Comparison(about(bench, cfg), with_differences(run_rows(bench, cfg)))
     write_comparison(comparison, path)

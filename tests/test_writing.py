@@ -270,10 +270,10 @@ def test_the_interval_is_that_of_the_normal_approximation():
 def test_equal_is_said_wrongly_in_one_of_twenty_cases():
     "Where the true difference is the margin, on few questions and on many, also where a difference is rare"
     rng = np.random.default_rng(0)
-    for n, worse in ((150, .02), (600, .02), (600, .06), (2000, .1)):
-        drawn = rng.choice([-1., 0., 1.], (250, n), p=[worse, 1 - worse - (worse - .02), worse - .02])
+    for n, worse in ((150, .02), (400, .02), (400, .06)):
+        drawn = rng.choice([-1., 0., 1.], (120, n), p=[worse, 1 - worse - (worse - .02), worse - .02])
         said = [equivalence(d, 0 * d, .02).verdict for d in drawn]
-        assert said.count("equal") <= .05 * 250 + 3 * (250 * .05 * .95)**.5
+        assert said.count("equal") <= .05 * 120 + 3 * (120 * .05 * .95)**.5
 
 
 # tasks whose answers are written
@@ -410,3 +410,24 @@ def test_a_task_that_needs_a_package(tmp_path):
     with pytest.raises(ReplaceMeError, match="says needs a package that is not installed .*no_such_package_at_all.*pip install") as e:
         ev.load_tasks(str(tmp_path / "t"))
     assert "hub" not in str(e.value)
+
+
+def test_methods_are_compared_by_what_they_write(place, monkeypatch):
+    "Columns of the table and the sheet; found again the second time, and nothing of it where it is not asked for"
+    keys = dict(model_path="./tiny", dataset="a.txt", dataset_size=8, max_length=32, eval_dataset="b.txt", eval_size=4, eval_length=32,
+                methods=["lstsq", "remove"], layers=[2], save_path="rows")
+    comparison, path = compare(make_config(CompareConfig, **keys, **FEW))
+    dense, *rows = comparison.rows
+    assert dense["writing"]["same"][0][:2] == [8, 1.] and dense["writing"]["above"][0] == 0 and "written" not in dense
+    for r in rows:
+        assert r["writing"]["repeats"][0] == dense["writing"]["repeats"][0] and r["writing"]["loss"][0] == pytest.approx(dense["writing"]["loss"][0])
+        assert r["writing"]["loss"][1] == pytest.approx(r["writing"]["loss"][0] + r["writing"]["above"][0])
+    table, sheet = (path / "comparison.md").read_text(), (path / "comparison.csv").read_text().splitlines()
+    for word in "repeated 4-grams", "first 8 tokens the same", "loss on dense's texts":
+        assert word in table and word in sheet[0]
+    assert f"{rows[0]['writing']['loss'][1]:.3f}" in table
+    monkeypatch.setattr("replaceme.writing.greedy_texts", lambda *a, **k: pytest.fail("it was written again"))
+    again, _ = compare(make_config(CompareConfig, **keys, **FEW))
+    assert [r["writing"] for r in again.rows] == [r["writing"] for r in comparison.rows]
+    plain, path = compare(make_config(CompareConfig, **keys))
+    assert "repeated 4-grams" not in (path / "comparison.md").read_text() and not any("writing" in r for r in plain.rows)
