@@ -539,7 +539,7 @@ def _over_tasks(line, get):
 def _stable(x): return x['stability']
 def _acc(x): return np.mean(x['acc']) if 'acc' in x else None
 
-def _columns(tasks, seeds, wrote={})->dict: # {header: function of (Line, dense Line)}
+def _columns(tasks, seeds, wrote)->dict: # {header: function of (Line, dense Line)}
     "The columns of the table"
     def over(l, other): return paired(l.losses, other, kinds=len(l.kinds))
     zeros = lambda l: np.zeros(len(l.losses))

@@ -20,7 +20,7 @@ from replaceme.merge import cut
 from replaceme.models import tiny_model, tiny_tokenizer
 from replaceme.pipeline import EvaluateConfig, evaluate, make_config, run, scores_table
 from replaceme.tasks import equivalences, task_records
-from replaceme.writing import (Written, Writes, answer_losses, beginnings, compare_writing, greedy_texts, let_write, prompts_of, same_start, same_until,
+from replaceme.writing import (Written, answer_losses, beginnings, compare_writing, greedy_texts, let_write, prompts_of, same_start, same_until,
                                until_end, writing_rows)
 
 WORDS = ["Once upon a time", "a", "the river runs", "Once upon a tide", "b", "layers of a model", "zzzz"]
