@@ -6,8 +6,8 @@
 __all__ = ['SHARED', 'paired', 'entry', 'Plan', 'row_config', 'plans', 'CompareConfig', 'text_losses', 'rights', 'stabilities',
            'costs', 'tasks_digest', 'data_digest', 'plain_config', 'check_place', 'eval_pieces', 'Bench', 'held_now',
            'heap_given_back', 'write_texts', 'ppl', 'Nearest', 'Row', 'About', 'Line', 'lines', 'difference', 'ahead',
-           'ahead_text', 'task_differences', 'with_differences', 'Comparison', 'csv_row', 'front', 'compare_path',
-           'about', 'read_comparison', 'write_comparison', 'check_compare', 'run_rows', 'compare']
+           'ahead_text', 'task_differences', 'with_differences', 'Comparison', 'writing_columns', 'csv_row', 'front',
+           'compare_path', 'about', 'read_comparison', 'write_comparison', 'check_compare', 'run_rows', 'compare']
 
 # %% ../nbs/23_compare.ipynb #2e25b001
 import ctypes, dataclasses, functools, gc, io, json, math, os, re, warnings
@@ -34,6 +34,7 @@ from .plots import *
 from .result import *
 from .report import *
 from .domains import *
+from .writing import *
 from .sidebyside import *
 from .keys import *
 from .feed import *
@@ -198,7 +199,7 @@ def costs(result)->dict:
 def tasks_digest(cfg)->str|None:
     "A hash of the questions that are asked, and the check that all are multiple choice"
     if cfg.tasks is None: return None
-    loaded = load_tasks(cfg.tasks)
+    loaded = load_tasks(cfg.tasks, None, cfg.chat)
     _check_choices(loaded)
     words = lambda t: {k: v for k,v in t.dump_config().items() if isinstance(v, (str, int, float, list))
                        and 'path' not in k}
@@ -283,7 +284,9 @@ class Bench:
 def asked(self:Bench, plan=None)->list: # None is the dense model
     "All that a row depends on"
     if plan is None:
-        return [self.facts, 'dense', no_path([self.cfg.tasks, self.cfg.limit]), self.cfg.batch_size]
+        k = self.cfg
+        wrote = [k.writing, k.writing_prompts, k.writing_tokens] if k.writing else []
+        return [self.facts, 'dense', no_path([k.tasks, k.limit]), k.batch_size, *wrote]
     cfg = row_config(self.cfg, plan)
     at = str([*(getattr(cfg, k) for k in _DATA), plan.seed, cfg.trains and training_size(cfg)])
     if at not in self.data: self.data[at] = data_digest(self.model, self.tokenizer, cfg)
@@ -314,17 +317,27 @@ def answers(self:Bench, model)->dict:
     return from_first(task_samples, model, self.tokenizer, self.cfg.tasks, self.cfg.limit, None,
                       self.cfg.batch_size, self.cfg.chat)
 
+# %% ../nbs/23_compare.ipynb #8a41c002
+@patch
+def wrote(self:Bench, model, dense=None)->dict: # `Written` of the dense model -> {} or {'writing': ...}
+    "What a model writes, against what the dense one wrote; `self.written` is the latter"
+    if not self.cfg.writing: return {}
+    w = written_as(self.cfg, model, self.tokenizer, self.ids, dense, self.cfg.batch_size)
+    if dense is None: self.written = dense = w
+    return dict(writing=dataclasses.asdict(compare_writing(dense, w, 0)))
+
 # %% ../nbs/23_compare.ipynb #d1bdad89
 @patch
 def dense_row(self:Bench)->dict:
     "The row of the dense model, made"
-    said = self.answers(self.model)
+    said, wrote = self.answers(self.model), self.wrote(self.model)
+    if wrote: wrote['written'] = dataclasses.asdict(self.written)
     return self.keep(dict(method='dense', n=0, seed=None, blocks=[], parameters=n_parameters(self.model),
                           trained_tokens=0,
                           seconds=None, peak_memory=None, losses=text_losses(self.model, self.ids),
                           right=rights(said),
                           stability={}, answers={t: {i: dataclasses.asdict(a) for i,a in qs.items()}
-                                                 for t,qs in said.items()}))
+                                                 for t,qs in said.items()}, **wrote))
 
 # %% ../nbs/23_compare.ipynb #e44954a9
 @patch
@@ -333,7 +346,8 @@ def dense(self:Bench)->dict:
     with only_first(locked(self.path())): row = self.found() or self.dense_row()
     self.loss0 = row['losses'][0]
     self.said = {t: {int(i): Answer(**a) for i,a in qs.items()} for t,qs in row['answers'].items()}
-    return {k: v for k,v in row.items() if k!='answers'}
+    self.written = Written(**row['written']) if 'written' in row else None
+    return {k: v for k,v in row.items() if k not in ('answers', 'written')}
 
 # %% ../nbs/23_compare.ipynb #6d1c0a58
 def _glibc():
@@ -378,7 +392,7 @@ def measured(self:Bench, plan, row)->dict:
     row.update(costs(result))
     said = self.answers(small)
     return dict(losses=text_losses(small, self.ids), right=rights(said),
-                stability=stabilities(self.said, said))
+                stability=stabilities(self.said, said), **self.wrote(small, self.written))
 
 # %% ../nbs/23_compare.ipynb #6d1c0b03
 @patch
@@ -417,7 +431,7 @@ class Row(Record):
     "One method at one number of layers and one seed, as it is kept; one that failed has little but `error`"
     method:str; n:int; seed:int; error:str; losses:list; kinds:list; right:dict; stability:dict; tasks:dict
     blocks:list; parameters:int; trained_tokens:int; seconds:float; peak_memory:int
-    loss:list; perplexity:list; above_dense:list; ratio_to_dense:list; to_best:Nearest
+    writing:Wrote; loss:list; perplexity:list; above_dense:list; ratio_to_dense:list; to_best:Nearest
 
 class About(Record):
     "What the rows have in common"
@@ -551,7 +565,7 @@ def _over_tasks(line, get):
 def _stable(x): return x['stability']
 def _acc(x): return np.mean(x['acc']) if 'acc' in x else None
 
-def _columns(tasks, seeds)->dict: # {header: function of (Line, dense Line)}
+def _columns(tasks, seeds, wrote)->dict: # {header: function of (Line, dense Line)}
     "The columns of the table"
     def over(l, other): return paired(l.losses, other, kinds=len(l.kinds))
     zeros = lambda l: np.zeros(len(l.losses))
@@ -563,16 +577,32 @@ def _columns(tasks, seeds)->dict: # {header: function of (Line, dense Line)}
             'loss above dense (nats)': lambda l,d: _between(over(l, d.losses), '.3f') if l.n else '-',
             **({'accuracy': lambda l,d: _over_tasks(l, _acc),
                 'stability': lambda l,d: _over_tasks(l, _stable)} if tasks else {}),
-            'trained tokens': lambda l,d: f"{l.mean('trained_tokens'):.0f}",
+            **wrote, 'trained tokens': lambda l,d: f"{l.mean('trained_tokens'):.0f}",
             'seconds': lambda l,d: f"{l.mean('seconds'):.1f}" if l.n else '-',
             'memory (MB)': lambda l,d: f"{l.mean('peak_memory')/1e6:.0f}" if l.n else '-',
             'parameters (M)': lambda l,d: f"{l.mean('parameters')/1e6:.4g}"}
+
+# %% ../nbs/23_compare.ipynb #8a41c003
+def _writes(l, get, fmt):
+    "A number of what was written, over the seeds, as text"
+    found = [get(r.writing) for r in l.rows if r.writing]
+    return format(np.mean(found), fmt) if found else '-'
+
+def writing_columns(rows)->dict: # {header: function of (Line, dense Line)}; empty where nothing was written
+    "What the methods leave of writing"
+    w = next((r.writing for r in map(Row.of, rows) if r.writing), None)
+    if not w: return {}
+    i = min(1, len(w.same)-1) # 32 tokens, if there are so many
+    return {'repeated 4-grams': lambda l,d: _writes(l, lambda w: w.repeats[1], '.1%'),
+            f"first {w.same[i][0]} tokens the same":
+                lambda l,d: _writes(l, lambda w: w.same[i][1], '.0%'),
+            "loss on dense's texts (nats)": lambda l,d: _writes(l, lambda w: w.loss[1], '.3f')}
 
 # %% ../nbs/23_compare.ipynb #8c6ac0cd
 @patch
 def cells(self:Comparison)->tuple: # (rows of strings, headers)
     "The table, cell by cell; a line without any good row says `failed`"
-    cols = _columns(any(r.right for r in self.rows), len(self.about.seeds)>1)
+    cols = _columns(any(r.right for r in self.rows), len(self.about.seeds)>1, writing_columns(self.rows))
     d = self.dense
     def row(l):
         return [f(l, d) for f in cols.values()] if l.rows else [l.name, str(l.n), '-',
@@ -678,6 +708,9 @@ def csv_row(r)->dict: # {column: value}
         out |= dict(zip((name, f'{name} low', f'{name} high'), getattr(r, k) or [None]*3))
     if len(r.kinds)>1 and r.losses:
         out |= {f'loss, {k}': float(np.mean(x)) for k,x in by_domain(r.losses, r.kinds).items()}
+    if (w := r.writing):
+        out |= {'repeated 4-grams': w.repeats[1], "loss on dense's texts": w.loss[1],
+                **{f'first {s[0]} tokens the same': s[1] for s in w.same}}
     out |= dict(zip(('best', 'loss above best', 'loss above best low', 'loss above best high'),
                     [best.method, *(best.nats or [None]*3)]))
     for t,ms in r.tasks.items(): out |= {f'{t} {m}': v['value'][0] for m,v in ms.items()}
@@ -833,7 +866,7 @@ def compare_path(cfg)->Path:
 # %% ../nbs/23_compare.ipynb #7e8f714a
 def about(bench, cfg)->dict:
     "What the rows have in common, as plain data"
-    tasks = None if cfg.tasks is None else list(load_tasks(cfg.tasks)['tasks'])
+    tasks = None if cfg.tasks is None else list(load_tasks(cfg.tasks, None, cfg.chat)['tasks'])
     conf = {k: v for k,v in dataclasses.asdict(cfg).items() if k in (*SHARED, 'methods', 'layers', 'seeds')
             and k!='token'}
     return dict(model=str(cfg.model_path), fingerprint=bench.facts['model']['weights'],
@@ -879,7 +912,7 @@ def check_compare(cfg, path):
     check_there(cfg)
     check_place(path)
     check_own(cfg.model_path, path, made_of(path/'comparison.json'), cfg.save_path)
-    if cfg.tasks is not None: _check_choices(load_tasks(cfg.tasks))
+    if cfg.tasks is not None: _check_choices(load_tasks(cfg.tasks, None, cfg.chat))
     if (same := scored_and_fitted(cfg)):
         warnings.warn(f"all methods are scored on {and_words(same)}, which they are calibrated on: those "
                       "that fit more will look too good; set eval_dataset.", ReplaceMeWarning)
@@ -909,6 +942,7 @@ def compare(cfg)->tuple: # (Comparison, Path of the folder)
         raise ReplaceMeError(f"model_path {cfg.model_path} is an image encoder, which has no loss on a text: "
                              "compare language models.")
     for n in cfg.layers: candidates(len(layers_of(model)), n)
+    check_writes(cfg, model, tokenizer)
     bench = Bench(model, tokenizer, cfg, path)
     comparison = Comparison(about(bench, cfg), with_differences(run_rows(bench, cfg)))
     from_first(write_comparison, comparison, path)

@@ -18,17 +18,18 @@ from .keys import *
 from .plots import and_words
 from .models import Loading
 from .data import is_part
-from .evaluate import Asking, CHAT
+from .evaluate import Asking, ASK_KEYS
 from .feed import Texts, Judged
 from .methods import *
 from .curve import Budgeted
 from .registry import METHODS
 from .recover import Training, check_rungs
 from .save import Saving
+from .writing import Writes
 
 # %% ../nbs/22_config.ipynb #9d9d964c
 # besides those of the methods
-BASES = (Asked, Loading, Texts, Budgeted, Training, Saving, Judged, Asking, Common)
+BASES = (Asked, Loading, Texts, Budgeted, Training, Saving, Judged, Asking, Writes, Common)
 
 def method_of(cfg)->Method|None:
     "The method of a configuration"
@@ -48,7 +49,7 @@ class Config(*reversed((*BASES[:3], *GROUPS, *BASES[3:]))):
     @property
     def quantised(self): return self.use_4bit or self.use_8bit
     @property
-    def chat(self): return {k: v for k in CHAT if (v := getattr(self, k))}
+    def chat(self): return {k: v for k in ASK_KEYS if (v := getattr(self, k))} # how tasks are asked
     @property
     def rungs(self): return check_rungs(self.recover)
     @property
@@ -110,7 +111,7 @@ class PruneConfig(Config):
     door, command = 'prune', 'prune'
     @classmethod
     def unread(cls, name, value):
-        scored = any(name in g.__dataclass_fields__ for g in (Judged, Asking))
+        scored = any(name in g.__dataclass_fields__ for g in (Judged, Asking, Writes))
         if scored: why = "score the two models with replaceme.evaluate"
         elif name in Saving.__dataclass_fields__ or name=='save_transform_only':
             why = "save it with save_checkpoint"

@@ -45,6 +45,7 @@ from .report import *
 from .save import *
 from .sidebyside import *
 from .domains import *
+from .writing import *
 from .config import *
 
 # %% ../nbs/22_pipeline.ipynb #22c0e001
@@ -228,16 +229,19 @@ def load(cfg, quantised=True, # in 4 or 8 bit, if the config says so?
     return model, inputs
 
 # %% ../nbs/22_pipeline.ipynb #617f7e33
-def score(model, tokenizer, k, text)->dict: # keys of `Judged` and `Asking`
-    "What a model is worth: perplexity, tasks, an answer, as far as they are asked for"
+def score(model, tokenizer, k, text, # keys of `Judged`, `Asking`, `Writes`
+          dense=None)->dict: # what it returned of the dense model
+    "What a model is worth: perplexity, tasks, an answer, what it writes, as far as they are asked for"
     if sees(model):
         return dict(states=last_states(model, text), classes=top_classes(model, text)) if text else {}
     res = {}
     if text is not None:
         res['perplexity'] = dataclasses.asdict(perplexity(model, tokenizer, text, k.eval_length, k.eval_size))
     if k.tasks is not None:
-        res['tasks'] = from_first(eval_tasks, model, tokenizer, k.tasks, k.limit, None, k.batch_size, k.chat)
+        res['tasks'] = from_first(task_records, model, tokenizer, k.tasks, k.limit, None, k.batch_size, k.chat)
     if k.prompt is not None: res['answer'] = from_first(continuation, model, tokenizer, k.prompt)
+    if k.writing:
+        res['writing'] = written_as(k, model, tokenizer, text, dense and dense['writing'], k.batch_size)
     return res
 
 # %% ../nbs/22_pipeline.ipynb #9a4476b9
@@ -258,6 +262,14 @@ def _domains(before, after, names, seed): # losses of both models
     "Each kind of text as plain data"
     return [dataclasses.asdict(d) for d in compare_domains(before, after, names, seed)]
 
+# %% ../nbs/22_pipeline.ipynb #5f02c101
+def _task_scores(before, after, k): # records of both
+    "The scores of both models, and which of them are equal"
+    equal = equivalences(before, after, k.equal_within/100, k.seed)
+    plain = {t: {m: dataclasses.asdict(e) for m,e in ms.items()} for t,ms in equal.items()}
+    scores = [{t: r['scores'] for t,r in s.items()} for s in (before, after)]
+    return dict(tasks=dict(before=scores[0], after=scores[1]), equivalence=plain)
+
 # %% ../nbs/22_pipeline.ipynb #24937c8f
 def _add_scores(result, k, before, after):
     "Put the scores of both models side by side"
@@ -272,7 +284,9 @@ def _add_scores(result, k, before, after):
         result['perplexity'] = dict(text=text_name(k.eval_dataset), tokens=both[0]['tokens'],
                                     before=both[0], after=both[1])
         if len(names)>1: result['domains'] = _domains(*(p['losses'] for p in both), names, k.seed)
-    if 'tasks' in before: result['tasks'] = dict(before=before['tasks'], after=after['tasks'])
+    if 'tasks' in before: result.update(_task_scores(before['tasks'], after['tasks'], k))
+    if 'writing' in before:
+        result['writing'] = dataclasses.asdict(compare_writing(before['writing'], after['writing'], k.seed))
     if 'answer' in before:
         result['generations'] = [dict(prompt=k.prompt, before=before['answer'], after=after['answer'])]
 
@@ -318,7 +332,7 @@ def check_run(cfg, path):
     if cfg.alone and (path/'config.json').exists():
         raise ReplaceMeError(f"save_path {path} holds a pruned model, and a map alone would replace it: "
                              "choose another folder.")
-    if cfg.tasks is not None: load_tasks(cfg.tasks)
+    if cfg.tasks is not None: load_tasks(cfg.tasks, None, cfg.chat)
     _check_elsewhere(cfg)
 
 # %% ../nbs/22_pipeline.ipynb #5a6b7390
@@ -329,6 +343,7 @@ def check_loaded(cfg, path, model, tokenizer):
     check_output(path, 0 if cfg.alone else _bytes(model, 1 if auto else n_removed(cfg)))
     if sees(model): return check_pictures(cfg)
     check_chat(tokenizer, cfg.chat)
+    check_writes(cfg, model, tokenizer)
     if cfg.eval_dataset is not None: check_length(model, cfg.eval_length)
     try: cfg.prompt is None or prompt_ids(tokenizer, cfg.prompt)
     except Exception as e:
@@ -363,7 +378,7 @@ def _score_before(model, pruned, tokenizer, k, text, result)->tuple: # (scores o
 # %% ../nbs/22_pipeline.ipynb #0101874f
 def _score_after(model, tokenizer, k, text, before, result):
     "The scores of the pruned model; a failure is noted and the model kept"
-    try: _add_scores(result, k, before, score(model, tokenizer, k, text))
+    try: _add_scores(result, k, before, score(model, tokenizer, k, text, before))
     except Exception as e: _unscored(result, e, "the pruned model was saved but")
 
 # %% ../nbs/22_pipeline.ipynb #f0c4f8ba
@@ -546,7 +561,7 @@ class EvaluateConfig(Config):
                                  "out.")
 
 # %% ../nbs/22_pipeline.ipynb #86233b7c
-def _nothing_to_score(cfg): return cfg.eval_dataset is None and cfg.tasks is None
+def _nothing_to_score(cfg): return cfg.eval_dataset is None and cfg.tasks is None and not cfg.writing
 
 # %% ../nbs/22_pipeline.ipynb #07b2c33f
 def evaluate(cfg)->dict: # or a `SideBySide`
@@ -554,12 +569,13 @@ def evaluate(cfg)->dict: # or a `SideBySide`
     cfg = read_as(cfg, EvaluateConfig)
     if cfg.compare: return evaluate_pair(cfg)
     need(cfg, 'model_path')
-    if _nothing_to_score(cfg): raise ReplaceMeError("nothing to score: give eval_dataset, tasks or both.")
+    if _nothing_to_score(cfg): raise ReplaceMeError("nothing to score: give eval_dataset, tasks or writing.")
     check_there(cfg, 'eval_dataset')
     model, tokenizer = load(cfg, keep_quantised=True)
     if sees(model):
         raise ReplaceMeError(f"model_path {cfg.model_path} is an image encoder, which has no perplexity: "
                              "run_replaceme compares its states before and after.")
+    check_writes(cfg, model, tokenizer)
     text, cache, res = eval_text(cfg, tokenizer, model), cfg.cache, {}
     if text is not None:
         res['perplexity'] = kept_perplexity(model, tokenizer, text, cfg.eval_length, cfg.eval_size, cache)
@@ -569,6 +585,9 @@ def evaluate(cfg)->dict: # or a `SideBySide`
     if cfg.tasks is not None:
         kept = kept_tasks(model, tokenizer, cfg.tasks, cfg.limit, None, cfg.batch_size, cache, cfg.chat)
         res['tasks'] = {t: r['scores'] for t,r in kept.items()}
+    if cfg.writing:
+        w = kept_written(cfg, model, tokenizer, text, None, cfg.batch_size, cache)
+        res['writing'] = dict(kind=w.kind, texts=len(w.answers), tokens=w.tokens, repeats=w.repeats)
     return dict(model=str(cfg.model_path), text=text_name(cfg.eval_dataset), **res)
 
 # %% ../nbs/22_pipeline.ipynb #c41e339e
@@ -589,16 +608,19 @@ def load_pair(cfg)->tuple: # (dense model, other model, tokenizer)
 # %% ../nbs/22_pipeline.ipynb #dc04afa9
 def evaluate_pair(cfg)->SideBySide:
     "Two models side by side: text, tasks, seconds, bytes, and what both say to the prompt"
-    if cfg.tasks is not None: load_tasks(cfg.tasks) # a misspelt task is seen before anything is loaded
+    # a misspelt task is seen before anything is loaded
+    if cfg.tasks is not None: load_tasks(cfg.tasks, None, cfg.chat)
     check_there(cfg, 'eval_dataset')
     dense, model, tokenizer = load_pair(cfg)
+    check_writes(cfg, dense, tokenizer)
     names = [model_name(dict(model=m)) for m in cfg.compare]
     return side_by_side(dense, model, tokenizer, eval_text(cfg, tokenizer, dense), cfg.tasks, cfg.limit,
                         [] if cfg.prompt is None else [cfg.prompt],
                         cfg.eval_length, cfg.eval_size, batch_size=cfg.batch_size,
                         names=names if names[0]!=names[1] else ('dense', 'pruned'),
                         text_name=no_path(text_name(cfg.eval_dataset)), kinds=_kinds(cfg), speed=cfg.speed,
-                        cache=cfg.cache, seed=cfg.seed, chat=cfg.chat)
+                        cache=cfg.cache, seed=cfg.seed, chat=cfg.chat, writing=cfg,
+                        equal_within=cfg.equal_within)
 
 # %% ../nbs/22_pipeline.ipynb #cb77aa7f
 def scores_table(scores)->str:
@@ -613,6 +635,8 @@ def _score_rows(scores):
         yield from ((f"perplexity ({scores['text']})", p['value']), ('loss (nats/token)', p['loss']),
                     ('tokens', p['tokens']))
     yield from ((f'loss, {k} (nats/token)', v) for k,v in (scores.get('domains') or {}).items())
+    if (w := scores.get('writing')):
+        yield f"repeated 4-grams (%), {w['texts']} texts of {w['tokens']} tokens", 100*w['repeats']
     for task,row in (scores.get('tasks') or {}).items():
         for k,v in row.items(): yield f'{task} {k}', v
 

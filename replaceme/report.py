@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['of_result', 'no_path', 'blocks_of', 'model_name', 'text_table', 'markdown_table', 'result_rows', 'passed_over',
-           'sink_notes', 'choice_rows', 'choice_note', 'was_trained', 'training_rows', 'training_words',
+           'sink_notes', 'choice_rows', 'choice_note', 'was_trained', 'training_rows', 'training_words', 'equal_table',
            'results_table', 'method_of_result', 'is_peer', 'collapses', 'try_rows', 'peer_words', 'suggestions',
            'shown_config', 'hub_id', 'eval_results', 'front_matter', 'story', 'model_card', 'domain_rows', 'curve_rows',
            'report_html', 'write_report', 'save_plots']
@@ -21,6 +21,8 @@ from .core import *
 from .plots import *
 from .domains import *
 from .result import *
+from .tasks import equal_words
+from .writing import writing_rows
 from .methods import *
 from .registry import METHODS
 
@@ -110,6 +112,14 @@ def _text_rows(result):
     yield _row('loss (nats/token)', *[s.loss for s in p.both], '.3f', False, [s.stderr for s in p.both])
     for d in result.domains[:-1]: yield _row(f'loss, {no_path(d.text)}', *d.both, '.3f', False)
 
+# %% ../nbs/20_report.ipynb #2d7be001
+def _written_rows(result):
+    "What both models wrote"
+    if not (w := result.writing): return
+    yield _row('repeated 4-grams (%)', *(100*r for r in w.repeats), '.1f', False)
+    for n,share,*_ in w.same: yield _row(f'first {n} tokens the same (%)', 100., 100*share, '.1f', False)
+    yield _row("loss on the dense model's texts", *w.loss, '.3f', False)
+
 # %% ../nbs/20_report.ipynb #75f75cb9
 _HEADERS = ['', 'before', 'after', 'change']
 
@@ -118,7 +128,7 @@ def result_rows(result)->list: # of [label, before, after, change]
     "What the pruning changed, one line each"
     params = [p and p/1e6 for p in result.parameters.both]
     rows = [_row('layers', *result.n_layers.both, 'd', False), _row('parameters (M)', *params, '.1f')]
-    rows += [*_text_rows(result), *_task_rows(result)]
+    rows += [*_text_rows(result), *_written_rows(result), *_task_rows(result)]
     found = {label: getattr(result.features, k) for k,label in _IMAGES.items()}
     rows += [_row(label, 1., v, '.3f', False) for label,v in found.items() if v is not None]
     return [r for r in rows if r[1:3]!=['-','-']]
@@ -301,6 +311,13 @@ def _cost_lines(result):
     above = f' ({(peak-base)/1e9:.2f} GB above the loaded model)' if peak and base else ''
     return lines + ([f'peak memory: {peak/1e9:.2f} GB{above}'] if peak else [])
 
+# %% ../nbs/20_report.ipynb #2d7be004
+def equal_table(result)->tuple: # (rows, headers)
+    "Which scores of the same questions are equal"
+    rows = [[f'{t} {m}', *equal_words(e)] for t,ms in result.equivalence.items()
+            for m,e in ms.items()]
+    return rows, ['points above dense', '', '90%', 'on the same questions']
+
 # %% ../nbs/20_report.ipynb #0afd5f7e
 def _parts(result, table, notes):
     "Head, notes and tables of a result, without what it cost"
@@ -308,6 +325,7 @@ def _parts(result, table, notes):
     yield ', '.join(filter(None, head))
     if notes and sink_notes(result): yield ' '.join(sink_notes(result))
     yield table(result_rows(result), _HEADERS)
+    if (equal := equal_table(result))[0]: yield table(*equal)
     choice, headers = choice_rows(result)
     if choice: yield from (choice_note(result), table(choice, headers))
     if was_trained(result): yield table(*training_rows(result))
@@ -1060,6 +1078,21 @@ def _kinds(result):
                        f"on {result.calibration.dataset or 'no text'}.")
     return _section('By kind of text', drawing, _html_table(rows, headers))
 
+# %% ../nbs/20_report.ipynb #2d7be002
+_ASKED = dict(chat='answers to questions through the chat template',
+              text='continuations of beginnings of the evaluation text')
+
+def _writing(result):
+    "What both models write, and what they know"
+    w, (rows, headers) = result.writing, equal_table(result)
+    parts = []
+    if w:
+        note = (f"{w.texts} {_ASKED[w.kind]}, at most {w.tokens} tokens, each the likeliest; 95% by "
+                "a paired bootstrap over texts. An interval with signs is that of the difference.")
+        parts = [_html_table(writing_rows(w), ['', 'before', 'after', '95%']), P(note, cls='soft small')]
+    if rows: parts.append(_html_table(rows, headers))
+    return _section('Writing, and the same questions' if rows else 'Writing', *parts) if parts else None
+
 # %% ../nbs/20_report.ipynb #20c0e002
 def curve_rows(result)->tuple: # (rows, headers)
     "Each number of layers with its best block and what it costs"
@@ -1106,7 +1139,7 @@ def report_html(result)->str:
     "The whole page as text"
     n = result.n_layers.both
     title = model_name(result) + (f': {n[0]} → {n[1]} layers' if all(n) else '')
-    parts = (_cards, _scores, _kinds, _curve, _where, _choice, _fit_section, _errors, _training,
+    parts = (_cards, _scores, _kinds, _writing, _curve, _where, _choice, _fit_section, _errors, _training,
              _generations, _tips, _cost, _record)
     body = [H1(title), P(_lead(result), cls='soft'), *(f(result) for f in parts)]
     phone = Meta(name='viewport', content='width=device-width, initial-scale=1')
