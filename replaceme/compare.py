@@ -34,7 +34,6 @@ from .evaluate import _check_choices, _check_finite
 from .plots import *
 from .report import *
 from .domains import *
-from .writing import *
 from .sidebyside import *
 from .keys import *
 from .feed import *
