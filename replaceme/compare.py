@@ -34,7 +34,6 @@ from .plots import *
 from .result import *
 from .report import *
 from .domains import *
-from .writing import *
 from .sidebyside import *
 from .keys import *
 from .feed import *

@@ -45,7 +45,6 @@ from .report import *
 from .save import *
 from .sidebyside import *
 from .domains import *
-from .writing import *
 from .config import *
 
 # %% ../nbs/22_pipeline.ipynb #22c0e001

@@ -11,8 +11,8 @@ __all__ = ['NOTE', 'perplexity_ratio', 'size_rows', 'kind_rows', 'text_rows', 't
            'memory_of', 'task_records', 'drawn_means', 'middle', 'percent', 'metrics_of', 'question_pairs', 'retained',
            'answers_of', 'record_stability', 'model_key', 'tasks_key', 'score_versions', 'score_path', 'cached',
            'kept_perplexity', 'kept_tasks', 'kept_divergence', 'kept_written', 'equivalences', 'Equivalence',
-           'equivalence', 'equal_words', 'Written', 'Writing', 'Writes', 'compare_writing', 'digest_of',
-           'tokenizer_key', 'keepable']
+           'equivalence', 'equal_words', 'Written', 'Writing', 'Writes', 'compare_writing', 'written_as',
+           'check_writes', 'missed', 'verdict_of', 'digest_of', 'tokenizer_key', 'keepable']
 
 # %% ../nbs/21_sidebyside.ipynb #4bf4da00
 import dataclasses, json
@@ -44,7 +44,8 @@ _all_ = ['state_errors', 'error_picture', 'row_divergence', 'piece_divergence', 
          'middle', 'percent', 'metrics_of', 'question_pairs', 'retained', 'answers_of', 'record_stability',
          'model_key', 'tasks_key', 'score_versions', 'score_path', 'cached', 'kept_perplexity',
          'kept_tasks', 'kept_divergence', 'kept_written', 'equivalences', 'Equivalence', 'equivalence',
-         'equal_words', 'Written', 'Writing', 'Writes', 'compare_writing', 'digest_of', 'tokenizer_key', 'keepable']
+         'equal_words', 'Written', 'Writing', 'Writes', 'compare_writing', 'written_as',
+         'check_writes', 'missed', 'verdict_of', 'digest_of', 'tokenizer_key', 'keepable']
 
 # %% ../nbs/21_sidebyside.ipynb #80efb4ea
 def perplexity_ratio(d, # a `Divergence`
@@ -243,8 +244,18 @@ def _answered(dense, model, tokenizer, prompt):
     return dict(prompt=prompt, before=before, after=after)
 
 # %% ../nbs/21_sidebyside.ipynb #6b20f106
+def _compare_records(res, records, margin):
+    "What is left of the tasks, whether the same answers are right, and which scores are equal"
+    res.records = tuple(records)
+    res.retained, res.stability = retained(*records, res.seed), record_stability(*records)
+    res.equal = equivalences(*records, margin, res.seed)
+
+def _timed(models, tokenizer, options): # or true
+    return from_first(side_by_side_latency, *models, tokenizer, **(options if isinstance(options, dict) else {}))
+
 def _wrote(models, tokenizer, k, text, batch_size, cache, seed):
-    "What both models write"
+    "What both models write, where that is asked for"
+    if k is None or not k.writing: return None
     dense, other = models
     a = kept_written(k, dense, tokenizer, text, None, batch_size, cache)
     return compare_writing(a, kept_written(k, other, tokenizer, text, a, batch_size, cache), seed)
@@ -274,14 +285,9 @@ def side_by_side(dense, model, tokenizer, # of both
     if text is not None:
         res.divergence = kept_divergence(dense, model, tokenizer, text, length, pieces, cache)
     if tasks is not None:
-        res.records = tuple(kept_tasks(m, tokenizer, tasks, limit, include_path, batch_size, cache, chat)
-                            for m in both)
-        res.retained, res.stability = retained(*res.records, seed), record_stability(*res.records)
-        res.equal = equivalences(*res.records, equal_within/100, seed)
-    if speed or isinstance(speed, dict):
-        res.speeds = from_first(side_by_side_latency, dense, model, tokenizer,
-                                **(speed if isinstance(speed, dict) else {}))
-    if writing is not None and writing.writing:
-        res.writing = _wrote(both, tokenizer, writing, text, batch_size, cache, seed)
+        asked = tasks, limit, include_path, batch_size, cache, chat
+        _compare_records(res, [kept_tasks(m, tokenizer, *asked) for m in both], equal_within/100)
+    if isinstance(speed, dict) or speed: res.speeds = _timed(both, tokenizer, speed)
+    res.writing = _wrote(both, tokenizer, writing, text, batch_size, cache, seed)
     res.answers = [from_first(_answered, dense, model, tokenizer, p) for p in prompts]
     return res
