@@ -237,7 +237,8 @@ def score(model, tokenizer, k, text, # keys of `Judged`, `Asking`, `Writes`
     if text is not None:
         res['perplexity'] = dataclasses.asdict(perplexity(model, tokenizer, text, k.eval_length, k.eval_size))
     if k.tasks is not None:
-        res['tasks'] = from_first(task_records, model, tokenizer, k.tasks, k.limit, None, k.batch_size, k.chat)
+        res['tasks'] = from_first(task_records, model, tokenizer, k.tasks, k.limit, None, k.batch_size,
+                                  k.chat)
     if k.prompt is not None: res['answer'] = from_first(continuation, model, tokenizer, k.prompt)
     if k.writing:
         res['writing'] = written_as(k, model, tokenizer, text, dense and dense['writing'], k.batch_size)

@@ -251,7 +251,8 @@ def _compare_records(res, records, margin):
     res.equal = equivalences(*records, margin, res.seed)
 
 def _timed(models, tokenizer, options): # or true
-    return from_first(side_by_side_latency, *models, tokenizer, **(options if isinstance(options, dict) else {}))
+    options = options if isinstance(options, dict) else {}
+    return from_first(side_by_side_latency, *models, tokenizer, **options)
 
 def _wrote(models, tokenizer, k, text, batch_size, cache, seed):
     "What both models write, where that is asked for"
