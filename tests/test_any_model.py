@@ -106,7 +106,7 @@ def test_a_norm_behind_the_mlp(family, method, text_model, tmp_path):
     result, folder = run(make_config(**keys, method=method))
     assert result["fit"]["map"] == "normed" and result["fit"]["error"] < result["fit"]["removal_error"]
     page, card = [(folder / name).read_text(encoding="utf-8") for name in ("report.html", "README.md")]
-    assert "through the norm" in page and "through the norm" in card and "trust_remote_code" not in card
+    assert "through the norm" in page and "through the norm" in card and "trust_remote_code=True" not in card
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.config.num_hidden_layers == 4
     small, again = prune(*load_model(keys["model_path"]), method=method, 
