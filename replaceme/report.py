@@ -312,6 +312,7 @@ def _cost_lines(result):
     return lines + ([f'peak memory: {peak/1e9:.2f} GB{above}'] if peak else [])
 
 # %% ../nbs/20_report.ipynb #2d7be004
+@of_result
 def equal_table(result)->tuple: # (rows, headers)
     "Which scores of the same questions are equal"
     rows = [[f'{t} {m}', *equal_words(e)] for t,ms in result.equivalence.items()
@@ -1094,6 +1095,7 @@ def _writing(result):
     return _section('Writing, and the same questions' if rows else 'Writing', *parts) if parts else None
 
 # %% ../nbs/20_report.ipynb #20c0e002
+@of_result
 def curve_rows(result)->tuple: # (rows, headers)
     "Each number of layers with its best block and what it costs"
     curve = result.curve
