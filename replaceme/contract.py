@@ -97,7 +97,7 @@ def _normed(p)->Fit:
     "The matrix of a fold point and the weight of the norm behind it, as they are"
     c, E = p.factor, writes(replace(p, norm=None))
     W = E/(c.to(E) if isinstance(c, torch.Tensor) else c)
-    gamma = getattr(p.norm.module, p.norm.param).detach().double()+p.norm.plus
+    with loaded(p.norm.module): gamma = getattr(p.norm.module, p.norm.param).detach().double()+p.norm.plus
     return Fit(W, 0., 0., 0, kind='normed', gamma=gamma)
 
 def maps_to_try(model, b, gen)->tuple: # (one that matters, one that changes nothing)

@@ -364,7 +364,8 @@ def in_groups(self:Calibration, blocks, room=None)->list: # of lists of blocks; 
     d, one = width(self.model), [] if self.feats.state else [self.points[blocks[0].start-1]]
     p = self.feats.width(one, d)
     device = one[0].device if one else input_device(self.model)
-    room, each = free_memory(device)//2 if room is None else room, len(self.parts)*8*p*(p+d)
+    if room is None: room = min(everybody(free_memory(device)))//2 # the same in all processes
+    each = len(self.parts)*8*p*(p+d)
     most = int(room//each)
     if most: return [blocks[i:i+most] for i in range(0, len(blocks), most)]
     raise ReplaceMeError(f"the sums of a fit of width {p} take {each/1e9:.1f} GB and half of what is free is "

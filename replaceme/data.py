@@ -1189,6 +1189,8 @@ def own_texts(model, tokenizer, size=64, max_length=512, batch_size=8, seed=0)->
     made = []
     def write(): made.extend(sample_texts(model, tokenizer, size, max_length, batch_size, seed))
     def save(folder):
+        if not made and world()[1]>1: # the others would have to write, too
+            raise ReplaceMeError(f"{folder} was there a moment ago and is gone: start again.")
         if not made: write()
         lines = [json.dumps(dict(text=t, ids=t.ids))+'\n' for t in made]
         write_whole(folder/'texts.jsonl', ''.join(lines))

@@ -183,7 +183,9 @@ def count_once(sums):
     "What sums hold by now is known to all processes, and is to be added up once"
     if is_first(): return
     for s in sums:
-        for k in s.totals: setattr(s, k, getattr(s, k)*0)
+        for k in s.totals:
+            v = getattr(s, k)
+            setattr(s, k, torch.zeros_like(v) if isinstance(v, Tensor) else 0)
 
 # %% ../nbs/00_group.ipynb #9c0a0038
 def _sendable(e):

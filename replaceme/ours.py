@@ -388,7 +388,8 @@ def _through(points, k, r, job):
                                        "save the model, or keep the map apart (merge: false).")
     if not job.writable: raise ReplaceMeError(f"{why}, in weights that must not be quantised: load the "
                                               "model in its original precision.")
-    return replace(r, weights='inv_norm') if r.weights=='none' and k.get('weights') is None else r
+    asked = r.solver!='closed' or r.weights!='none' or k.get('weights') is not None
+    return r if asked else replace(r, weights='inv_norm')
 
 # %% ../nbs/16_ours.ipynb #e19264dd
 @patch

@@ -49,8 +49,9 @@ def _of_fold(model, cuts):
     layers = layers_of(model)
     maps = [layers[c-1].replaceme_map for c in cuts if hasattr(layers[c-1], 'replaceme_map')]
     if maps: return _names(model, maps)
-    writers = (w for p in fold_points(model, [c-1 for c in cuts]).values() for w in p.writers)
-    ids = {id(getattr(w.module, k)) for w in writers for k in w.params}
+    points = fold_points(model, [c-1 for c in cuts]).values()
+    ids = {id(getattr(w.module, k)) for p in points for w in p.writers for k in w.params}
+    ids |= {id(getattr(p.norm.module, p.norm.param)) for p in points if p.norm}
     return [n for n,p in model.named_parameters() if id(p) in ids]
 
 # %% ../nbs/19_recover.ipynb #dd28f17e

@@ -143,9 +143,9 @@ _USUAL = (None, '', 'none', 'full', 'equal', 'uniform', 1, [])
 def _map_words(result):
     "The kind of map, such as 'affine rank 4 narrow map'"
     fit = result.fit
-    if fit.map=='normed': return 'fitted through the norm'
     shape = None if fit.structure in _USUAL else _STRUCTURES.get(fit.structure, fit.structure)
     if shape=='rank': shape = f'rank {fit.rank}'
+    if fit.map=='normed': return (f'{shape} map, ' if shape else '')+'fitted through the norm'
     kind = {'state': 'unmerged', 'none': None}.get(fit.map, fit.map)
     what = ' '.join(str(o) for o in (fit.affine and 'affine', shape, kind) if o)
     return what and f'{what} map'
@@ -589,6 +589,7 @@ def _formula(result)->str:
     "What was minimised and what was folded, as TeX, or '' where the method has no such formula"
     if not _method(result): return ''
     alpha, affine = result.fit.alpha, result.fit.affine
+    if result.fit.map=='normed': alpha = None # it was on the map in front of the norm
     what, p, fold = _FORMULAS.get(result.fit.map, _FORMULAS['narrow'])
     ridge = rf' + {alpha:g}\,\lVert T \rVert^2' if isinstance(alpha, (int, float)) and alpha else ''
     best, sought = (f'{what}^*, b^*', f'{{{what},b}}') if affine else (f'{what}^*', what)
@@ -952,7 +953,7 @@ def _html_formula(result):
     if _method(result)!='lstsq': return
     kind, alpha, w = result.fit.map, result.fit.alpha, result.fit.weights
     what, p = ('W', [I('H W'), 'ᵀ']) if kind=='wide' else ('T', [I('S T' if kind=='state' else 'M T')])
-    if kind=='normed': what, p = 'W, γ', [I('γ'), ' ⊙ ', I('H W'), 'ᵀ / rms(', I('H W'), 'ᵀ)']
+    if kind=='normed': alpha, what, p = None, 'W, γ', [I('γ'), ' ⊙ ', I('H W'), 'ᵀ / rms(', I('H W'), 'ᵀ)']
     if result.fit.affine: what, p = what+', b', [*p, ' + ', I('b')]
     ridge = f' + {alpha:g} ‖T‖²' if isinstance(alpha, (int, float)) and alpha else ''
     weight = ' Σ w ‖' if w not in _USUAL else ' ‖'

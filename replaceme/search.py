@@ -135,7 +135,7 @@ def solve_rows(rows, r:Recipe)->Fit:
                history=solved.history)
 
 # %% ../nbs/14_search.ipynb #c44f68b4
-def _linear_fit(dense, model, batches, held, block, at, r, points):
+def _linear_fit(dense, model, batches, held, block, at, r, points, turn=0):
     "What is linear in what a layer reads or writes, by sums or by rows"
     if r.solver=='closed':
         def take(bs):
@@ -143,7 +143,8 @@ def _linear_fit(dense, model, batches, held, block, at, r, points):
                                    f'sums {block}')
         return solve_sums(take(batches), equal_say(map(take, parts_held(held))) if held else None, r)
     with contextlib.ExitStack() as stack:
-        if r.rows_path: folder = local_path(r.rows_path)/f'{block.start}-{block.end}'
+        name = f'{block.start}-{block.end}' + (f'-turn{turn+1}' if turn else '')
+        if r.rows_path: folder = local_path(r.rows_path)/name
         else: folder = stack.enter_context(temporary_folder())/'rows'
         belongs = dict(model=identity(model), **({} if dense is model else dict(dense=identity(dense))))
         rows = share_rows(model, [*batches, *held], block, points, folder, wide=r.map=='wide',
@@ -164,7 +165,8 @@ def fit_between(dense, model, batches, held, block, at, r:Recipe)->Fit:
     for k in range(r.turns):
         if k:
             model = with_normed(model, at-1, fit)
-            fit = _linear_fit(dense, model, batches, held, block, at, r, fold_points(model, [at-1]))
+            points = fold_points(model, [at-1])
+            fit = _linear_fit(dense, model, batches, held, block, at, r, points, k)
         fit = through_norm(dense, model, [*batches, *held], block, at, fit, r.weights)
     return replace(fit, removal_error=first.removal_error)
 

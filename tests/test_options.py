@@ -100,9 +100,9 @@ def test_a_word_of_the_release_is_ours_from_a_file_a_flag_and_python(tmp_path, w
 
 
 @pytest.mark.parametrize("keys, words", [
-    (dict(diag=True, thri=True), "diag and thri name two structures of one map: keep one"),
-    (dict(thri=True, structure="lower"), "thri and structure name two structures of one map: keep one"),
-    (dict(two_vectors=True, rank=4), "two_vectors and rank name two structures of one map: keep one"),
+    (dict(diag=True, thri=True), "diag and thri all say which structure one map has: keep one"),
+    (dict(thri=True, structure="lower"), "thri and structure all say which structure one map has: keep one"),
+    (dict(two_vectors=True, rank=4), "two_vectors and rank all say which structure one map has: keep one"),
     (dict(thri=True, map="wide"), "thri is True, but it is for a narrow map"),
     (dict(diag=True, method="uidl"), "diag is True, but method uidl fits no map"),
     (dict(diag=1), "diag is 1: it must be true or false")])
