@@ -197,7 +197,8 @@ def in_our_words(keys)->tuple: # ({our key: value}, {our key: [name that set it,
 def _but(name, value, why): return f"{name} is {value!r}, but {why}; leave it out."
 
 def _check_one_name(names): # that were given for one key
-    if len(names)>1: raise ReplaceMeError(f"{' and '.join(names)} all say which structure one map has: keep one.")
+    if len(names)<2: return
+    raise ReplaceMeError(f"{' and '.join(names)} all say which structure one map has: keep one.")
 
 # %% ../nbs/22_config.ipynb #8ec20de8
 def check_together(cfg):
