@@ -114,6 +114,20 @@ def test_a_norm_behind_the_mlp(family, method, text_model, tmp_path):
     assert again["block"] == result["block"] and torch.allclose(model(IDS).logits, small(IDS).logits, atol=1e-5)
 
 
+def test_rows_behind_a_norm_are_kept_turn_by_turn(text_model, tmp_path):
+    "The matrix is fitted twice, to other rows each time; a second run finds both and comes to the same"
+    keys = dict(text_model("gemma2"), method="cosine", activations_save_path=str(tmp_path / "acts"))
+    first = run(make_config(**keys))[0]
+    again = run(make_config(**{**keys, "save_path": str(tmp_path / "again")}))[0]
+    assert again["fit"]["error"] == first["fit"]["error"] and len(list((tmp_path / "acts").iterdir())) == 2
+
+
+def test_recovery_trains_the_norm_with_its_matrix(text_model):
+    from replaceme.recover import rung_names
+    assert rung_names(tiny_model("gemma2", layers=4), [2], "fold") == [
+        "model.layers.1.mlp.down_proj.weight", "model.layers.1.post_feedforward_layernorm.weight"]
+
+
 def test_what_no_norm_can_take(text_model):
     "A bias, a map that is saved alone, several bits: said before any text is made"
     keys = text_model("gemma2")

@@ -86,7 +86,7 @@ def test_the_config_of_these_tests_works(place, checkpoint, capsys):
     ("method: lstsq\naccurate: true", ["accurate is True", "belongs to method cosine"]),
     ("method: lstsq\nactivations_save_path: acts", ["activations_save_path", "belongs to method cosine"]),
     ("method: auto\ndiag: true", ["diag is True", "method: lstsq"]),
-    ("method: lstsq\ndiag: true\nthri: true", ["diag and thri", "two structures"]),
+    ("method: lstsq\ndiag: true\nthri: true", ["diag and thri", "which structure"]),
     ("method: lstsq\nstructure: diag\ntwo_vectors: true", ["two_vectors and structure", "keep one"]),
     ("method: lstsq\nstructure: daig", ["structure is 'daig'", "Did you mean 'diag'?"]),
     ("method: lstsq\nstructure: rank", ["needs a rank"]),
