@@ -78,7 +78,8 @@ def _join()->bool: # was there a launcher, whose processes were still apart?
 @contextmanager
 def _silent():
     "Nothing is shown and nothing is warned of"
-    with open(os.devnull, 'w') as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+    nowhere = open(os.devnull, 'w', encoding='utf-8')
+    with nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         with warnings.catch_warnings(action='ignore'): yield
 
 def _told_to_end(*_):
@@ -91,6 +92,9 @@ def _ending_well():
     if threading.current_thread() is not threading.main_thread(): yield; return
     was = signal.signal(signal.SIGTERM, _told_to_end)
     try: yield
+    except Parted: # what ended is being told, and the launcher's signal shall not come in between
+        was = signal.SIG_IGN
+        raise
     finally: signal.signal(signal.SIGTERM, was)
 
 # %% ../nbs/00_group.ipynb #9c0a0018

@@ -11,7 +11,7 @@ __all__ = ['NOTE', 'perplexity_ratio', 'size_rows', 'kind_rows', 'text_rows', 't
            'memory_of', 'task_records', 'drawn_means', 'middle', 'percent', 'metrics_of', 'question_pairs', 'retained',
            'answers_of', 'record_stability', 'model_key', 'tasks_key', 'score_versions', 'score_path', 'cached',
            'kept_perplexity', 'kept_tasks', 'kept_divergence', 'kept_written', 'equivalences', 'Equivalence',
-           'equivalence', 'equal_words', 'Written', 'Writing', 'Writes', 'compare_writing', 'written_as',
+           'equivalence', 'Share', 'equal_words', 'Written', 'Writing', 'Writes', 'compare_writing', 'written_as',
            'check_writes', 'missed', 'verdict_of', 'digest_of', 'tokenizer_key', 'keepable']
 
 # %% ../nbs/21_sidebyside.ipynb #4bf4da00
@@ -44,7 +44,7 @@ _all_ = ['state_errors', 'error_picture', 'row_divergence', 'piece_divergence', 
          'middle', 'percent', 'metrics_of', 'question_pairs', 'retained', 'answers_of', 'record_stability',
          'model_key', 'tasks_key', 'score_versions', 'score_path', 'cached', 'kept_perplexity',
          'kept_tasks', 'kept_divergence', 'kept_written', 'equivalences', 'Equivalence', 'equivalence',
-         'equal_words', 'Written', 'Writing', 'Writes', 'compare_writing', 'written_as',
+         'Share', 'equal_words', 'Written', 'Writing', 'Writes', 'compare_writing', 'written_as',
          'check_writes', 'missed', 'verdict_of', 'digest_of', 'tokenizer_key', 'keepable']
 
 # %% ../nbs/21_sidebyside.ipynb #80efb4ea
