@@ -8,7 +8,7 @@ __all__ = ['Budget', 'read_budget', 'Budgeted', 'Shares', 'byte_shares', 'time_s
            'Reread', 'blocks_of_all', 'take_maps', 'shares_of', 'find_number']
 
 # %% ../nbs/17_curve.ipynb #7c0e0004
-import contextlib, math, time
+import contextlib, math, time, warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean, median
@@ -304,7 +304,8 @@ def choose(self:Curve)->int:
     if self.budget.kind=='loss':
         p = min(self.points, key=lambda p: p.above)
         raise ReplaceMeError(f"budget {self.budget} cannot be met: the least that is lost is {p.above:.4f} "
-                             f"nats per token, without {p.block}; raise it, or calibrate on more text.")
+                             f"({self.fit.get('unit', 'nats/token')}), without {p.block}; raise it, or "
+                             "calibrate on more.")
     raise ReplaceMeError(f"budget {self.budget} cannot be met by the blocks that may go (up to "
                          f"{self.points[-1].n} layers): ask for less, or lower min_distance_layer.")
 
@@ -337,7 +338,6 @@ class Calibration:
     rows:dict = field(default_factory=dict) # {layers: distances}
     sinks:dict = field(default_factory=dict)
     sums:dict = field(default_factory=dict) # {Block: [Gram of each part]}, where all had room
-    fits:dict = field(default_factory=dict) # {Block: trial Fit}, while they are needed
 
     @property
     def parts(self): return [self.fit, *parts_held(self.held)]
@@ -483,7 +483,8 @@ def _made(cal, budget, blocks, shares, job, known)->tuple: # (Curve, {layers: wh
         judged = cal.judge([b for rows in best.values() for _,b in rows])
         dense = 0. if sees(model) else outcome(model, model, cal.held)
     points = [_point(n, rows, judged, r, dense, shares) for n,rows in best.items()]
-    said = dict(map=r.trial.map, texts=sum(len(b['attention_mask']) for b in cal.held))
+    said = dict(map=r.trial.map, texts=sum(len(b['attention_mask']) for b in cal.held),
+                unit='1 - cosine' if sees(model) else 'nats/token')
     return Curve(budget, dense, points, said), {n: out for n,(_,out) in ranked.items()}
 
 # %% ../nbs/17_curve.ipynb #7c0e003c
@@ -499,6 +500,9 @@ def find_number(method, model, job,
     cal = Calibration(model, fit, held, r, points)
     c, avoided = _made(cal, budget, blocks, shares, job, known)
     n = c.chosen = c.choose()
+    if budget.kind=='loss' and n==c.points[-1].n:
+        warnings.warn(f"budget {budget}: {n} layers are the most that were tried, two fifths of all, and they "
+                      "are within it; give layers_to_skip a number for more.", ReplaceMeWarning, stacklevel=2)
     job = replace(job, n=n, feed=Reread(job.feed, batches))
     # where nothing is held out of a fit, hidden tokens are other ones
     if k.get('mask') and not r.needs_held: return job, c

@@ -310,7 +310,8 @@ def _budget_line(ax, curve):
 def plot_curve(curve, # `points` with `n` and `above`, and what is known of `budget`, `chosen`, `knee`
                ax=None):
     "The held-out loss over the number of layers, with the budget, what was chosen, and the knee"
-    ax = styled_axes(ax, (6.4,3.2), 'layers removed', 'loss above the dense model (nats/token)')
+    unit = (curve.get('fit') or {}).get('unit') or 'nats/token'
+    ax = styled_axes(ax, (6.4,3.2), 'layers removed', f'loss above the dense model ({unit})')
     rows = [(p['n'], p['above']) for p in curve['points'] if p.get('above') is not None]
     ax.plot([n for n,_ in rows], [y for _,y in rows], color=ACCENT, lw=1.5, marker='.', ms=7, zorder=2)
     _budget_line(ax, curve)

@@ -1104,11 +1104,11 @@ def curve_rows(result)->tuple: # (rows, headers)
     def cell(x, fmt): return '-' if _no_number(x) else format(x, fmt)
     rows = [[f"{p.n}{marks.get(p.n, '')}", '[{},{})'.format(*p.block), cell(p.above, '+.4f'),
              cell(p.bytes, '.1%'), cell(p.speed, '.2f')+'x'] for p in curve.points]
-    return rows, ['layers', 'block', 'nats/token above dense', 'bytes left', 'speed-up']
+    return rows, ['layers', 'block', f"{curve.fit.unit or 'nats/token'} above dense", 'bytes left', 'speed-up']
 
 # %% ../nbs/20_report.ipynb #20c0e003
-_JUDGED = ('Judged on {texts} held-out texts with {map}, fitted to the others: what is refitted or trained '
-           'afterwards is not in it. The speed-up follows from the share of the layers in the seconds of a '
+_JUDGED = ('Judged on {texts} held-out {things} with {map}, fitted to the others: what is refitted or '
+           'trained afterwards is not in it. The speed-up follows from the share of the layers in the seconds of a '
            'step; no pruned model was timed. The knee lies furthest below the '
            'line from no layer to the last.')
 
@@ -1118,7 +1118,9 @@ def _curve(result):
     if not rows: return
     curve = result.curve
     names = dict(none='no map', state='a map of the hidden state')
-    words = _JUDGED.format(texts=curve.fit.texts, map=names.get(curve.fit.map, 'a narrow map'))
+    things = 'images' if result.kind=='images' else 'texts'
+    words = _JUDGED.format(texts=curve.fit.texts, things=things,
+                           map=names.get(curve.fit.map, 'a narrow map'))
     picture = _picture(lambda ax: plot_curve(curve, ax), (4.8,3), 'Loss by number of layers',
                        'Held-out loss above the dense model by the number of layers that go.')
     intro = P(f"The budget was {curve.budget}: {curve.chosen} layers went.")

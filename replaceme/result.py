@@ -127,7 +127,7 @@ class Number(Record):
 
 class Judged(Record):
     "What the numbers were judged with"
-    map:str; texts:int
+    map:str; texts:int; unit:str
 
 class Numbers(Record):
     "The loss over the number of layers, and the number that a budget chose"

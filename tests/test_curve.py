@@ -7,7 +7,7 @@ import torch
 from replaceme import cli, curve as room
 from replaceme.arch import fold_points, layers_of, n_hooks, n_positions
 from replaceme.blocks import Block
-from replaceme.core import ReplaceMeError
+from replaceme.core import ReplaceMeError, ReplaceMeWarning
 from replaceme.curve import Shares
 from replaceme.data import batches, load_texts
 from replaceme.merge import cut
@@ -236,9 +236,18 @@ def test_a_loss_that_every_cut_exceeds_writes_nothing(tmp_path, save_tiny, monke
     (tmp_path / "texts.txt").write_text("\n\n".join(TEXTS))
     monkeypatch.setattr(room, "outcome", lambda *a: 0.)  # all of the loss is above that of such a dense model
     keys = dict(model_path="./tiny", dataset="texts.txt", dataset_size=8, max_length=48, eval_dataset=None, prompt=None)
-    with pytest.raises(ReplaceMeError, match=r"budget loss 1 cannot be met: the least that is lost is \d\.\d+ nats per token, without \["):
+    with pytest.raises(ReplaceMeError, match=r"budget loss 1 cannot be met: the least that is lost is \d\.\d+ \(nats/token\), without \["):
         run(make_config(layers_to_skip="auto", budget="loss 1", **keys))
     assert not (tmp_path / "pruned/tiny-minusauto-auto").exists()
+
+
+def test_a_budget_that_even_the_last_number_keeps_is_told():
+    "Two fifths of the layers are tried: a loss that is never reached says nothing of more"
+    with pytest.warns(ReplaceMeWarning, match="budget loss 50: 2 layers are the most that were tried"):
+        prune(tiny_model("llama", layers=6), TOKENIZER, layers_to_skip="auto", budget="loss 50", **{**KEYS, "method": "remove"})
+    c = room.Curve(room.read_budget("loss 1e-9"), 0., [room.Point(1, Block(1, 2), .1, .5, .5, .9, 1.1)], dict(unit="1 - cosine"))
+    with pytest.raises(ReplaceMeError, match=r"0\.5000 \(1 - cosine\)"):
+        c.choose()
 
 
 def test_one_text_has_nothing_to_judge_by():
