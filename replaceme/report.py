@@ -1104,7 +1104,8 @@ def curve_rows(result)->tuple: # (rows, headers)
     def cell(x, fmt): return '-' if _no_number(x) else format(x, fmt)
     rows = [[f"{p.n}{marks.get(p.n, '')}", '[{},{})'.format(*p.block), cell(p.above, '+.4f'),
              cell(p.bytes, '.1%'), cell(p.speed, '.2f')+'x'] for p in curve.points]
-    return rows, ['layers', 'block', f"{curve.fit.unit or 'nats/token'} above dense", 'bytes left', 'speed-up']
+    unit = curve.fit.unit or 'nats/token'
+    return rows, ['layers', 'block', f'{unit} above dense', 'bytes left', 'speed-up']
 
 # %% ../nbs/20_report.ipynb #20c0e003
 _JUDGED = ('Judged on {texts} held-out {things} with {map}, fitted to the others: what is refitted or '
