@@ -502,7 +502,8 @@ def find_number(method, model, job,
     n = c.chosen = c.choose()
     if budget.kind=='loss' and n==c.points[-1].n:
         warnings.warn(f"budget {budget}: {n} layers are the most that were tried, two fifths of all, and "
-                      "they are within it; give layers_to_skip a number for more.", ReplaceMeWarning, stacklevel=2)
+                      "they are within it; give layers_to_skip a number for more.", ReplaceMeWarning,
+                      stacklevel=2)
     job = replace(job, n=n, feed=Reread(job.feed, batches))
     # where nothing is held out of a fit, hidden tokens are other ones
     if k.get('mask') and not r.needs_held: return job, c

@@ -1109,9 +1109,9 @@ def curve_rows(result)->tuple: # (rows, headers)
 
 # %% ../nbs/20_report.ipynb #20c0e003
 _JUDGED = ('Judged on {texts} held-out {things} with {map}, fitted to the others: what is refitted or '
-           'trained afterwards is not in it. The speed-up follows from the share of the layers in the seconds of a '
-           'step; no pruned model was timed. The knee lies furthest below the '
-           'line from no layer to the last.')
+           'trained afterwards is not in it. The speed-up follows from the share of the layers in the '
+           'seconds of a step; no pruned model was timed. The knee lies furthest below the line from no '
+           'layer to the last.')
 
 def _curve(result):
     "What each number of layers costs, and what the budget chose"
