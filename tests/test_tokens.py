@@ -114,19 +114,30 @@ def ids_of(tok, text):
 
 
 def ties_apart(ids, whole, tok):
-    """`whole` with the ties of `ids`. Unigram adds probabilities up from the first letter of a word: of two ways with the same
-    tokens in another order, rounding decides, and a text that is one long word rounds by where it began"""
+    """`whole` with the ties of `ids`. Unigram adds probabilities up from the first letter of a word: of two ways to cut the same
+    letters into the same tokens in another order, rounding decides, and a text that is one long word rounds by where it began"""
     if not isinstance(tok.backend_tokenizer.model, models.Unigram):
         return whole
-    out, i = list(whole), 0
-    while i < min(len(ids), len(out)):
-        if ids[i] != out[i]:
-            n = next((n for n in range(2, 9) if sorted(ids[i:i + n]) == sorted(out[i:i + n])), None)
-            if n is None or len(out) - i < n:
-                return whole  # no tie: these are other tokens
-            out[i:i + n] = ids[i:i + n]
-        i += 1
+    letters = lambda part: "".join(tok.convert_ids_to_tokens(part))
+    out = list(whole)
+    for i in range(min(len(ids), len(out))):
+        for n in range(2, 9):
+            here, there = ids[i:i + n], out[i:i + n]
+            if here[0] != there[0] and sorted(here) == sorted(there) and letters(here) == letters(there):
+                out[i:i + n] = here
+                break
     return out
+
+
+def test_a_tie_is_the_same_letters_in_the_same_tokens():
+    tok = Tokenizer(models.Unigram([("<s>", 0.), ("a", -1.), ("aaa", -1.5), ("b", -1.)]))
+    tok = PreTrainedTokenizerFast(tokenizer_object=tok)
+    s, a, aaa, b = range(4)
+    assert ties_apart([b, a, aaa, b], [b, aaa, a, b], tok) == [b, a, aaa, b]
+    for ids in [b, a, a], [b, b, a], [a, b], [aaa]:  # other tokens, other letters, another order of letters, another length
+        assert ties_apart(ids, [b, a, b][:len(ids) + 1], tok) == [b, a, b][:len(ids) + 1]
+    assert ties_apart([a, b], [b, a], tok) == [b, a]
+    assert ties_apart([a, aaa], [aaa, a], TOK) == [aaa, a]  # other models add nothing up
 
 
 @pytest.mark.parametrize("name", HARD)
