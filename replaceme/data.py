@@ -1170,9 +1170,10 @@ def sample_texts(model, tokenizer,
         raise ReplaceMeError(f"dataset self: max_length {max_length} exceeds the model's {positions} "
                              "positions.")
     rows, which, found = rows_at_once(model, size, max_length, batch_size), list(range(size)), {}
-    mine = math.ceil(size/world()[1]) # each process writes some
-    with judging(model), progress(None, mine*(max_length-1), 'the model writes', ' tokens') as bar:
+    def mine(n): return math.ceil(n/world()[1])*(max_length-1) # each process writes some
+    with judging(model), progress(None, mine(size), 'the model writes', ' tokens') as bar:
         for again in range(3): # a model that writes nothing else after that is taken as it is
+            if again: bar.total += mine(len(which))
             u = _draws(size, max_length, seed, again)
             found |= dict(zip(which, _written(model, tokenizer, which, u, rows, bar.update)))
             if not (which := poor([found[i] for i in range(size)])): break

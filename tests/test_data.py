@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from replaceme import data
+from replaceme import core, data
 from replaceme.core import ReplaceMeError
 from replaceme.data import (batches, data_name, first_tokens, interleave, load_texts, mask_tokens, own_texts, pick,
                             portions, read_shares, sample_ids, sample_texts, token_ids)
@@ -593,6 +593,15 @@ def slowly(model, u, start=1):
 def test_sampling_equals_the_slow_way(family, kw):
     model, u = tiny_model(family, layers=3, **kw), draw(3, 24)
     assert torch.equal(sample_ids(model, u, 1), slowly(model, u))
+
+
+def test_texts_written_again_are_counted(monkeypatch):
+    "The bar knows of the texts that are written anew, so that it ends at its total and never says how much is left of nothing"
+    bars, poor = [], iter([[1, 4], [4], []])
+    monkeypatch.setattr(data, "poor", lambda texts: next(poor))
+    monkeypatch.setattr(data, "progress", lambda *a, **kw: bars.append(core.progress(*a, **kw)) or bars[-1])
+    sample_texts(MODEL, TOK, size=5, max_length=8)
+    assert (bars[0].n, bars[0].total) == ((5 + 2 + 1) * 7,) * 2
 
 
 def test_samples_follow_the_distribution():
