@@ -1,7 +1,7 @@
 """What a run costs, by the code behind `--dry-run`: a table for large models, and a check against runs on this machine.
 
     python benchmarks/cost.py                (the table: shapes alone, no weights, a minute)
-    python benchmarks/cost.py --measure      (three Llama-shaped random models, one thread, about 15 minutes)
+    python benchmarks/cost.py --measure [74M 162M 323M lstsq auto]    (Llama-shaped random models, one thread, 15 minutes)
 
 Both are kept in benchmarks/results/cost.json. Speeds of the accelerators are their makers' peaks: nothing runs at its peak,
 so that the seconds are the least there can be. The check predicts from a trial of the machine's speed, made in a process of
@@ -58,9 +58,10 @@ def table():
         h = Headers(empty_model(AutoModelForCausalLM, config))
         for method in "lstsq", "auto":
             cfg = make_config(model_path=name, method=method, layers_to_skip=shape["num_hidden_layers"] // 4, **TEXTS)
-            cost = cost_of(cfg, h, GPUS["H100"], free=PEAKS["H100"][3])
-            row = dict(cost.record(), method=method, layers=shape["num_hidden_layers"])
-            row["seconds"] = {g: {k: [round(x, 2) for x in v] for k, v in cost.by_stage(s).items()} for g, s in GPUS.items()}
+            costs = {g: cost_of(cfg, h, s, free=PEAKS[g][3]) for g, s in GPUS.items()}
+            row = dict(costs["H100"].record(), method=method, layers=shape["num_hidden_layers"])
+            row["seconds"] = {g: {k: [round(x, 2) for x in v] for k, v in c.by_stage().items()} for g, c in costs.items()}
+            row["peaks"] = {g: dict(bytes=c.peak, moment=c.moment, fits=c.fits) for g, c in costs.items()}
             rows.append(row)
             total = "; ".join(f"{g} {sum(a for a, _ in v.values()):.0f} to {sum(b for _, b in v.values()):.0f} s" for g, v in row["seconds"].items())
             print(f"{name:14} {method:6} read {row['read']/1e9:.1f} GB, {row['flops']:.2e} flops, {row['double']:.2e} in float64, "
@@ -161,8 +162,19 @@ def measure(sizes=tuple(SIZES), methods=("lstsq", "auto")):
         with tempfile.TemporaryDirectory() as folder:
             asked("build", folder, size)
             (Path(folder) / "text.txt").write_text(text)
-            rows += [compared(size, method, folder) for method in methods]
+            for method in methods:
+                rows.append(compared(size, method, folder))
+                keep(rows[-1])
     return rows
+
+
+def keep(row):
+    "One row in the place of that of the same size and method"
+    kept = json.loads(OUT.read_text()) if OUT.exists() else {}
+    others = [r for r in kept.get("measured", []) if (r["size"], r["method"]) != (row["size"], row["method"])]
+    order = [(s, m) for m in ("lstsq", "auto") for s in SIZES]
+    kept["measured"] = sorted([*others, row], key=lambda r: order.index((r["size"], r["method"])))
+    OUT.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 def main():
@@ -172,12 +184,10 @@ def main():
     kept = json.loads(OUT.read_text()) if OUT.exists() else {}
     if "--measure" in sys.argv:
         sizes, methods = ([w for w in words if w in known] for known in (SIZES, ("lstsq", "auto")))
-        kept["measured"] = measure(sizes or SIZES, methods or ("lstsq", "auto"))
-        if sizes or methods:
-            return  # a part is not kept
-    else:
-        kept["table"] = table()
-        kept["peaks"] = {k: dict(zip(("flops", "double", "memory", "holds"), v)) for k, v in PEAKS.items()}
+        measure(sizes or SIZES, methods or ("lstsq", "auto"))
+        return
+    kept["table"] = table()
+    kept["peaks"] = {k: dict(zip(("flops", "double", "memory", "holds"), v)) for k, v in PEAKS.items()}
     OUT.write_text(json.dumps(kept, indent=1) + "\n")
 
 

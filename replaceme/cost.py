@@ -223,7 +223,9 @@ def fold_shape(model)->tuple: # (columns of a wide map or None, does a norm foll
         try: point = find_points(build(kind), [2])[2]
         except Exception: continue # a family that comes with its own code
         if isinstance(point, str): return None, False
-        return reads(like.get_submodule(point.linear.name)) if point.linear else None, point.norm is not None
+        mods = dict(like.named_modules())
+        m = point.linear and mods.get(point.linear.name) # a layer of another kind may stand there
+        return reads(m) if m is not None and is_linear(m) else None, point.norm is not None
     last = [m for n,m in like.named_modules() if is_linear(m) and 'attn' not in n and 'attention' not in n]
     return (reads(last[-1]) if last else None), False
 
@@ -775,10 +777,9 @@ def _attends(heads, length, width_, dtype, device, clock):
     f = lambda: nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)
     return rate(f, 4*heads*length**2*width_, clock)
 
-def _copies(device, clock, n=1<<24): # 64 MB
+def _copies(device, clock, n=1<<22): # 16 MB, into new memory, as every operation of a layer asks for it
     a = torch.randn(n, device=device)
-    b = torch.empty_like(a)
-    return rate(lambda: b.copy_(a), 2*a.nbytes, clock)
+    return rate(lambda: a*a, 2*a.nbytes, clock)
 
 def _reads(path, clock, most=1<<26):
     if path is None: return None
@@ -920,6 +921,7 @@ def record(self:Cost)->dict:
 
 # %% ../nbs/23_cost.ipynb #23c0579d
 def _blocks(cfg, n): # layers of the model
+    if cfg.door in ('analyse', 'evaluate'): return []
     if cfg.blocks is not None: return given_blocks(keys_of(cfg))
     want = 1 if cfg.layers_to_skip=='auto' else cfg.layers_to_skip
     return candidates(n, want, cfg.min_distance_layer) if method_of(cfg).drops else []
@@ -928,12 +930,13 @@ def case_of(cfg, h:Headers, free=None)->Case:
     "What the steps of a run follow from"
     bits = (4 if cfg.use_4bit else 8 if cfg.use_8bit else None) if cfg.quantised else None
     shape, m = shape_of(h.model, bits), method_of(cfg)
-    r = recipe_of(cfg) if isinstance(m, Mapped) else None
+    prunes = cfg.door not in ('analyse', 'evaluate')
+    r = recipe_of(cfg) if prunes and isinstance(m, Mapped) else None
     fit, held = Text(), Text()
-    if m.reads(keys_of(cfg)): fit, held = calibration_of(h, cfg, r is not None and r.needs_held)
+    if cfg.door!='evaluate' and m.reads(keys_of(cfg)): fit, held = calibration_of(h, cfg, r is not None and r.needs_held)
     if m.most_texts: fit = Text(text_of(expected(min(fit.texts, m.most_texts), cfg.batch_size), False,
                                         fit.largest//cfg.batch_size or 1).shapes)
-    gone = n_removed(cfg) if cfg.layers_to_skip!='auto' else 1
+    gone = 0 if not prunes else n_removed(cfg) if cfg.layers_to_skip!='auto' else 1
     blocks = _blocks(cfg, len(shape.layers))
     judged = judged_of(h, cfg) if cfg.door in ('run', 'evaluate') else Text()
     left = max(0., (free or 0.)-shape.bytes) # beside the weights
