@@ -458,7 +458,7 @@ def end(self:Case)->float:
 
 # %% ../nbs/23_cost.ipynb #23c05755
 @patch
-def walk(self:Case, text, until=None, head=False, gone=0)->Work: # layers that were removed
+def passes(self:Case, text, until=None, head=False, gone=0)->Work: # layers that were removed
     "Tokens through the layers up to `until`, which may be a mean"
     part = (self.n if until is None else until)-gone
     whole = walk(self.shape, text)
@@ -483,9 +483,9 @@ def at_once(self:Case)->bool:
 @patch
 def measuring(self:Case): # -> steps
     "Profile, and the sums by which a block is chosen"
-    r, top, n = self.recipe, sums_kept(self.recipe), len(self.blocks)
+    top, n = sums_kept(self.recipe), len(self.blocks)
     if self.cfg.distances_path is None:
-        yield Step('calibrate', f'profile: {self.n} layers', self.walk(self.texts)+self.profile(self.texts))
+        yield Step('calibrate', f'profile: {self.n} layers', self.passes(self.texts)+self.profile(self.texts))
     if self.at_once:
         first = sum(t for *_,t in self.fit.shapes[:math.ceil(8/self.cfg.batch_size)])
         rest = self.texts.tokens-first
@@ -494,7 +494,7 @@ def measuring(self:Case): # -> steps
         more = sums(self.shape, rest, self.p, max(0, n-top))
         if n>top: yield Step('calibrate', 'sums of candidates that stay in the race', more, False)
     elif top:
-        more = self.walk(self.texts, self.end)+sums(self.shape, self.texts.tokens, self.p, min(top, n))
+        more = self.passes(self.texts, self.end)+sums(self.shape, self.texts.tokens, self.p, min(top, n))
         yield Step('calibrate', f'sums of the best {top}: {self.end:.0f} layers', more)
 
 # %% ../nbs/23_cost.ipynb #23c0575b
@@ -506,7 +506,7 @@ def choosing(self:Case): # -> steps
     one = solve(self.p, self.shape.d, auto=r.ridge=='auto')
     yield Step('fit', f'{k} narrow maps', k*(one+Work(builds=1)))
     if r.select!='loss': return
-    loss = self.walk(self.held.alone(), head=True, gone=self.gone)
+    loss = self.passes(self.held.alone(), head=True, gone=self.gone)
     yield Step('fit', f'held-out loss of {k} candidates', k*loss)
 
 # %% ../nbs/23_cost.ipynb #23c0575d
@@ -525,11 +525,11 @@ def mapping(self:Case, blocks=1): # -> steps
     turns = r.turns if self.shape.norm and r.map!='none' else 1
     follows = blocks==1 and self.map=='narrow' and turns==1 and sums_kept(r) and r.solver=='closed'
     if not follows or self.cfg.blocks is not None:
-        more = self.walk(texts, self.end)
+        more = self.passes(texts, self.end)
         if r.solver=='closed': more += sums(self.shape, texts.tokens, p)
         yield Step('fit', f'states for the map: {self.end:.0f} layers', blocks*turns*more)
     if turns>1:
-        both = self.walk(texts, self.end)+self.walk(texts, self.end-self.gone/blocks)
+        both = self.passes(texts, self.end)+self.passes(texts, self.end-self.gone/blocks)
         yield Step('fit', 'through the norm behind', blocks*turns*both)
     if r.solver!='closed':
         yield Step('fit', f'solver {r.solver}', blocks*turns*solver_work(r, texts.tokens, p, d))
@@ -544,7 +544,7 @@ def refitting(self:Case, blocks=1): # -> steps
     r, shape, texts = self.recipe, self.shape, self.texts
     n = min(r.refit, self.n-1)
     if not n: return
-    start = self.walk(texts, self.end)+Work(flops=2*texts.tokens*self.width*shape.d,
+    start = self.passes(texts, self.end)+Work(flops=2*texts.tokens*self.width*shape.d,
                                             written=2*texts.tokens*shape.d*shape.item)
     yield Step('fit', 'states at the cut', blocks*start)
     layer, one = shape.layers[-1], Work()
@@ -564,11 +564,11 @@ def several(self:Case): # -> steps
     seen = Text(self.texts.shapes[:1]) if given else self.texts
     if self.cfg.distances_path is None or given:
         words = 'the attention sink, on a batch' if given else f'profile: {self.n} layers'
-        yield Step('calibrate', words, self.walk(seen)+self.profile(seen))
+        yield Step('calibrate', words, self.passes(seen)+self.profile(seen))
     if r.select!='distance' and k>1:
-        tried = self.walk(self.fit, self.end)+solve(self.p, self.shape.d)
+        tried = self.passes(self.fit, self.end)+solve(self.p, self.shape.d)
         tried += sums(self.shape, self.fit.tokens, self.p)
-        loss = self.walk(self.held.alone(), head=True, gone=self.gone)
+        loss = self.passes(self.held.alone(), head=True, gone=self.gone)
         yield Step('fit', f'{k} ways of up to {blocks} blocks tried', k*(blocks*tried+loss))
     yield from self.mapping(blocks)
     yield from self.refitting(blocks)
@@ -583,8 +583,8 @@ def training(self:Case): # -> steps
     each = cfg.train_tokens/len(names)/cfg.max_length
     for name in names:
         whole = name in ('lora', 'qlora') or name.startswith('method') and self.keys.get('train_loss')=='lm'
-        learns = 3*self.walk(text, head=whole, gone=self.gone if whole else self.n-2)
-        yield Step('train', f'{name}, {cfg.train_tokens//len(names)} tokens', each*(learns+self.walk(text)))
+        learns = 3*self.passes(text, head=whole, gone=self.gone if whole else self.n-2)
+        yield Step('train', f'{name}, {cfg.train_tokens//len(names)} tokens', each*(learns+self.passes(text)))
 
 # %% ../nbs/23_cost.ipynb #23c0576a
 PROBES = 9 # passes through a layer in which its fold point is proved, at most
@@ -593,11 +593,11 @@ PROBES = 9 # passes through a layer in which its fold point is proved, at most
 def proofs(self:Case): # -> steps
     "What must hold before any text is made"
     short, n = Text([(1, 16, 16)]), max(1, len(self.blocks))
-    stack = 2*self.walk(short)+self.walk(Text([(3, 4, 12)]))
+    stack = 2*self.passes(short)+self.passes(Text([(3, 4, 12)]))
     probed = PROBES*n*walk(self.shape, short, 0, 1) if self.recipe else Work()
-    yield Step('prove', 'is it a stack of layers that can be cut?', stack+2*self.walk(short)+Work(builds=4))
+    yield Step('prove', 'is it a stack of layers that can be cut?', stack+2*self.passes(short)+Work(builds=4))
     if not self.recipe: return
-    yield Step('prove', f'weights of {n} layers that can take a map', probed+self.walk(short, self.end))
+    yield Step('prove', f'weights of {n} layers that can take a map', probed+self.passes(short, self.end))
 
 # %% ../nbs/23_cost.ipynb #23c0576d
 @patch
@@ -621,7 +621,7 @@ def judging(self:Case, gone=0, read=True): # -> steps
     scored = self.judged if sees(self.h.model) else self.judged.alone()
     if scored.shapes:
         yield Step('score', f'{scored.texts} pieces, {name}',
-                   self.walk(scored, head=not sees(self.h.model), gone=gone))
+                   self.passes(scored, head=not sees(self.h.model), gone=gone))
     less = replace(self.shape, layers=self.shape.layers[gone:])
     if cfg.prompt is not None and not sees(self.h.model) and cfg.door!='evaluate':
         yield Step('score', f'an answer of {ANSWER} tokens, {name}', written_by(less, 1, ANSWER))
@@ -648,7 +648,7 @@ def evaluating(self:Case): # -> steps
     yield from self.judging()
     if self.judged.shapes and not sees(self.h.model):
         few = Text([(1, min(128, s), min(128, s)) for _,s,_ in self.judged.shapes[:8]])
-        yield Step('score', 'states behind the cut', self.walk(few)+self.walk(few, gone=self.gone))
+        yield Step('score', 'states behind the cut', self.passes(few)+self.passes(few, gone=self.gone))
     yield from self.judging(self.gone)
 
 # %% ../nbs/23_cost.ipynb #23c05783
@@ -658,7 +658,7 @@ def pruning(self:Case): # -> steps
     if self.recipe is None:
         if method_of(self.cfg).reads(self.keys):
             words = f'method {self.cfg.method}: one pass, at least'
-            yield Step('calibrate', words, self.walk(self.texts))
+            yield Step('calibrate', words, self.passes(self.texts))
         return
     if self.cfg.blocks is not None or self.cfg.num_A>1 or self.cfg.max_blocks>1: yield from self.several()
     else:
@@ -728,7 +728,7 @@ def moments(self:Case)->dict: # {moment: {part: bytes}}
     "What is held, moment by moment"
     cfg, W, s = self.cfg, self.held_weights(), self.shape
     out = dict(load=W)
-    if (own := [*self.writing()]):
+    if [*self.writing()]:
         size = cfg.dataset_size or UNKNOWN
         rows = min(size, rows_at_once(self.h.model, size, cfg.max_length, cfg.batch_size))
         out['texts'] = {**W, **self.cache(rows, cfg.max_length)}
@@ -959,7 +959,7 @@ def _steps_of(cfg, c): # by door -> (steps, moments)
     W, files = c.held_weights(), [*c.files(False)]
     if cfg.door=='analyse':
         steps = [*files, *c.proofs(), *c.writing(),
-                 Step('calibrate', f'profile: {c.n} layers', c.walk(c.texts)+c.profile(c.texts))]
+                 Step('calibrate', f'profile: {c.n} layers', c.passes(c.texts)+c.profile(c.texts))]
         return steps, dict(load=W, calibrate={**W, **c.activations(c.texts)})
     if cfg.door=='evaluate': return [*files, *c.judging()], dict(load=W) | c.late_moments(W)
     moments = c.moments()
