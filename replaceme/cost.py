@@ -54,6 +54,7 @@ def header(path)->dict: # {name: (dtype, numbers, bytes)}
 # %% ../nbs/23_cost.ipynb #23c0570b
 _SIZES = dict(F64=8, F32=4, F16=2, BF16=2, F8_E4M3=1, F8_E5M2=1, I8=1, U8=1, I16=2, I32=4, I64=8, BOOL=1)
 
+# %% ../nbs/23_cost.ipynb #7e6c18f1
 def weight_files(folder)->list: # of paths
     "The safetensors files of a checkpoint folder"
     folder = Path(folder)
@@ -62,6 +63,7 @@ def weight_files(folder)->list: # of paths
     index = json.loads((folder/_INDEX).read_text(encoding='utf-8'))['weight_map']
     return [folder/f for f in sorted(set(index.values())) if (folder/f).exists()]
 
+# %% ../nbs/23_cost.ipynb #1b92a1ab
 def file_bytes(path, revision=None, token=None)->int|None: # folder or hub id
     "Bytes of the files of weights"
     if is_local(path): return sum(f.stat().st_size for f in weight_files(path)) or None
@@ -81,6 +83,7 @@ class Headers:
     quantised:dict|None=None # what the checkpoint says of that
     note:str=''
 
+# %% ../nbs/23_cost.ipynb #e8095b4f
 def empty_model(cls, config, dtype='auto', trust=False): # an auto class
     "A model without numbers"
     dtype = (getattr(config, 'dtype', None) or torch.float32) if dtype=='auto' else dtype
@@ -95,6 +98,7 @@ def _from_gguf(gguf, cfg): # not converted yet
     return Headers(model, inputs, gguf.stat().st_size, gguf,
                    note="the GGUF file is converted first, once, into a folder of the cache")
 
+# %% ../nbs/23_cost.ipynb #0eb7c5a7
 def _from_folder(path, cfg, dtype, bits, common): # or a hub id
     config, cls, kind, q = checked_source(path, cfg.model_path, bits, common)
     model = empty_model(cls, config, dtype, cfg.trust_remote_code)
@@ -110,6 +114,7 @@ def _gguf_of(model_path): # -> path or None
     if name.startswith('package:'): return package_gguf(name.removeprefix('package:'))
     return local_path(name) if name.endswith('.gguf') else None
 
+# %% ../nbs/23_cost.ipynb #5e96f64d
 def read_headers(cfg)->Headers: # keys of `Loading`
     "What is known of the model of a configuration without its weights, or the error that loading it would be"
     gguf, place = _gguf_of(cfg.model_path), None
@@ -130,6 +135,7 @@ def read_headers(cfg)->Headers: # keys of `Loading`
 _EXPERTS = 'num_local_experts num_experts n_routed_experts moe_num_experts num_moe_experts'.split()
 _ROUTED = 'num_experts_per_tok num_experts_per_token moe_top_k moe_topk moe_k top_k'.split()
 
+# %% ../nbs/23_cost.ipynb #33cb3190
 def routed(config)->float:
     "The share of the experts that a token is sent to; 1 where there are none"
     def said(names): return next((v for k in names if type(v := getattr(config, k, None)) is int and v), None)
@@ -166,12 +172,15 @@ class Layer:
     widest:int=0 # numbers that its widest matrix writes
     share:float=1. # of the experts that a token is sent to
 
+# %% ../nbs/23_cost.ipynb #dc455780
 def attends(layer)->bool:
     "Is there attention in a layer?"
     return any('attn' in n.lower() or 'attention' in n.lower() for n,_ in layer.named_modules())
 
+# %% ../nbs/23_cost.ipynb #d61d9746
 def _is_expert(name): return 'experts' in name.split('.') and 'shared' not in name
 
+# %% ../nbs/23_cost.ipynb #be2b2feb
 def _sizes(m, p): # of a matrix of linear layers or of experts -> (reads, writes)
     if isinstance(m, Conv1D): return p.shape[0], p.shape[1]
     return p.shape[-1], p.shape[-2]
@@ -273,12 +282,14 @@ def alone(self:Text)->Text:
     "The same texts, one at a time and without padding"
     return Text([(1, t/b, t/b) for b,_,t in self.shapes for _ in range(b)], self.exact)
 
+# %% ../nbs/23_cost.ipynb #a4757ddf
 def text_of(batches, exact=True, length=None)->Text: # batches; how long each text is, if not as long as it is
     "What is in batches"
     masks = [b['attention_mask'] for b in batches]
     return Text([(len(m), length or m.shape[1], len(m)*length if length else int(m.sum())) for m in masks],
                 exact)
 
+# %% ../nbs/23_cost.ipynb #089f6c1f
 def expected(n, batch_size)->list:
     "Batches of `n` texts of one token, to be cut like real ones"
     return [dict(attention_mask=torch.ones(min(batch_size, n-i), 1)) for i in range(0, n, batch_size)]
@@ -288,18 +299,21 @@ def _here(d): # does a data set lie here?
     kind = kind_of(d)
     return kind in ('python-docs', 'text') or kind=='table' and isinstance(d, str) and is_path(d)
 
+# %% ../nbs/23_cost.ipynb #f7ecb63f
 def positions_of(config)->int:
     "Rows of states that an image makes: its patches, the class token and registers"
     pair = lambda v: v if isinstance(v, (list, tuple)) else (v, v)
     image, patch_ = pair(config.image_size), pair(getattr(config, 'patch_size', 1))
     return (image[0]//patch_[0])*(image[1]//patch_[1]) + 1 + getattr(config, 'num_register_tokens', 0)
 
+# %% ../nbs/23_cost.ipynb #d7cad014
 def _parts(cfg): # the data sets of a calibration, without shares
     return [d for d,_ in mixture(cfg.dataset, cfg.dataset_shares)]
 
 # %% ../nbs/23_cost.ipynb #23c05736
 UNKNOWN = 1000 # texts that are counted where a data set out of reach is read whole
 
+# %% ../nbs/23_cost.ipynb #92132405
 def calibration_of(h:Headers, cfg, divided=True)->tuple: # is some held out? -> (`Text` of the fit, held out)
     "What is calibrated on, and the part that the fit does not see"
     origins, length, exact = None, None, False
@@ -359,6 +373,7 @@ class Speed:
     disk:float
     build:float=0. # seconds to build the model on the meta device
 
+# %% ../nbs/23_cost.ipynb #635c21b5
 @patch
 def seconds(self:Work, s:Speed)->float:
     "How long it takes"
@@ -413,6 +428,7 @@ class Step:
     work:Work
     sure:bool=True # or at most
 
+# %% ../nbs/23_cost.ipynb #a88f4563
 @dataclass
 class Case:
     "All that the steps follow from"
@@ -440,17 +456,20 @@ def p(self:Case)->int:
     "Columns of the features that a block is chosen by"
     return self.recipe.trial.features.width([], self.shape.d)
 
+# %% ../nbs/23_cost.ipynb #bd4567d5
 @patch(as_prop=True)
 def map(self:Case)->str:
     "The map that is fitted: wide needs one matrix"
     r = self.recipe
     return 'narrow' if r.map=='wide' and not self.shape.wide else r.map
 
+# %% ../nbs/23_cost.ipynb #8695d6c1
 @patch(as_prop=True)
 def width(self:Case)->int:
     "Columns of the features of the map"
     return (self.shape.wide if self.map=='wide' else self.shape.d)+self.recipe.affine
 
+# %% ../nbs/23_cost.ipynb #14bfb95e
 @patch(as_prop=True)
 def end(self:Case)->float:
     "Where the block ends, the mean over the candidates: which one it is, is not known yet"
@@ -465,6 +484,7 @@ def passes(self:Case, text, until=None, head=False, gone=0)->Work: # layers that
     tail = walk(self.shape, text, self.n, self.n, True) if head else Work()
     return whole*(part/self.n)+tail
 
+# %% ../nbs/23_cost.ipynb #bc0ea760
 @patch
 def profile(self:Case, text)->Work:
     "What the profile makes of the states: the norms of all of them, and distances of the last or of all"
@@ -480,6 +500,7 @@ def at_once(self:Case)->bool:
     n = sums_kept(self.recipe) and len(self.blocks)*(1+bool(self.held.shapes))
     return self.cfg.distances_path is None and fit_at_once(n, self.p, self.shape.d, self.free//4)
 
+# %% ../nbs/23_cost.ipynb #94756a25
 @patch
 def measuring(self:Case): # -> steps
     "Profile, and the sums by which a block is chosen"
@@ -589,6 +610,7 @@ def training(self:Case): # -> steps
 # %% ../nbs/23_cost.ipynb #23c0576a
 PROBES = 9 # passes through a layer in which its fold point is proved, at most
 
+# %% ../nbs/23_cost.ipynb #eaff429c
 @patch
 def proofs(self:Case): # -> steps
     "What must hold before any text is made"
@@ -614,6 +636,7 @@ def writing(self:Case): # -> steps
 # %% ../nbs/23_cost.ipynb #23c0576f
 ANSWER = 40 # new tokens of an answer to `prompt`
 
+# %% ../nbs/23_cost.ipynb #6c41d994
 @patch
 def judging(self:Case, gone=0, read=True): # -> steps
     "The scores of one model: perplexity, an answer, what it writes"
@@ -642,6 +665,7 @@ def files(self:Case, save=True): # -> steps
     yield Step('save', 'the pruned model', Work(written=left))
     yield Step('reload', 'the saved model, proved to be the pruned one', Work(read=left, builds=1)+2*dummy_)
 
+# %% ../nbs/23_cost.ipynb #6088f3cd
 @patch
 def evaluating(self:Case): # -> steps
     "Both models are scored, and the states behind the cut compared on a little of the text"
@@ -664,6 +688,7 @@ def pruning(self:Case): # -> steps
     else:
         for part in (self.measuring, self.choosing, self.mapping, self.refitting): yield from part()
 
+# %% ../nbs/23_cost.ipynb #9d757e1b
 @patch
 def steps(self:Case)->list: # of `Step`
     "All that a run does"
@@ -679,12 +704,14 @@ def held_weights(self:Case)->dict: # {part: bytes}
     s = self.shape
     return dict(layers=sum(l.bytes for l in s.layers), embedding=s.embedding, head=s.head_bytes)
 
+# %% ../nbs/23_cost.ipynb #8e6b64cf
 @patch
 def activations(self:Case, text)->dict: # {part: bytes}
     "What one layer makes of the largest batch"
     s, widest = self.shape, max(l.widest for l in self.shape.layers)
     return {'activations of a batch': text.largest*s.item*(4*s.d+4*widest)}
 
+# %% ../nbs/23_cost.ipynb #25b212fc
 @patch
 def changed(self:Case)->dict: # {part: bytes}
     "What the pruned model has for itself; the rest it shares with the dense one"
@@ -716,6 +743,7 @@ def fitted_sums(self:Case)->dict: # {part: bytes}
     return {'sums of the best blocks': kept,
             f'sums while the {self.map} map is solved': fits*gram_bytes(self.width, s.d)}
 
+# %% ../nbs/23_cost.ipynb #533b585e
 @patch
 def cache(self:Case, rows, length)->dict: # {part: bytes}
     "What is kept while texts are written"
@@ -742,6 +770,7 @@ def moments(self:Case)->dict: # {moment: {part: bytes}}
                         **self.activations(self.texts)}
     return out | self.late_moments(W)
 
+# %% ../nbs/23_cost.ipynb #20431170
 @patch
 def late_moments(self:Case, W)->dict:
     "The same from the scores on"
@@ -771,16 +800,19 @@ def _product(m, k, n, dtype, device, clock):
     a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
     return rate(lambda: a@b, 2*m*k*n, clock)
 
+# %% ../nbs/23_cost.ipynb #3f6f1dd5
 def _attends(heads, length, width_, dtype, device, clock):
     q = torch.randn(1, heads, length, width_, device=device).to(dtype)
     mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     f = lambda: nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)
     return rate(f, 4*heads*length**2*width_, clock)
 
+# %% ../nbs/23_cost.ipynb #a32cd897
 def _copies(device, clock, n=1<<22): # 16 MB, into new memory, as every operation of a layer asks for it
     a = torch.randn(n, device=device)
     return rate(lambda: a*a, 2*a.nbytes, clock)
 
+# %% ../nbs/23_cost.ipynb #15fdbd57
 def _reads(path, clock, most=1<<26):
     if path is None: return None
     def read():
@@ -844,6 +876,7 @@ def large(x, unit=''):
         if x>=p: return f'{x/p:.3g} {name}{unit}'
     return f'{x:.0f} {unit}'.rstrip()
 
+# %% ../nbs/23_cost.ipynb #f9055205
 def span(s)->str: # seconds
     "A time that people read"
     if s<300: return f'{s:.2g} s' if s<10 else f'{s:.0f} s'
@@ -860,6 +893,7 @@ def by_stage(self:Cost, speed=None)->dict: # {stage: (seconds at least, at most)
         out[s.stage] = (a+t*s.sure, b+t)
     return out
 
+# %% ../nbs/23_cost.ipynb #99daed37
 @patch
 def tables(self:Cost)->list: # of (rows, head)
     "What is read, computed and held"
@@ -891,6 +925,7 @@ def verdict(self:Cost)->list: # of lines
             for words,b in self.advice]
     return [*head, *(['what would need less:'] if does else []), *does, *(f'note: {n}' for n in self.notes)]
 
+# %% ../nbs/23_cost.ipynb #4c5d2597
 @patch
 def table(self:Cost)->str:
     "All of it as text"
@@ -901,6 +936,7 @@ def table(self:Cost)->str:
 @patch
 def __repr__(self:Cost): return self.table()
 
+# %% ../nbs/23_cost.ipynb #7f8153f6
 @patch
 def _repr_html_(self:Cost):
     "The same for a notebook"
@@ -910,6 +946,7 @@ def _repr_html_(self:Cost):
               for rows,head in self.tables() if rows]
     return ''.join(tables)+'<p>'+'<br>'.join(map(escape, self.verdict()))+'</p>'
 
+# %% ../nbs/23_cost.ipynb #da126d0e
 @patch
 def record(self:Cost)->dict:
     "The same as plain data"
@@ -926,6 +963,7 @@ def _blocks(cfg, n): # layers of the model
     want = 1 if cfg.layers_to_skip=='auto' else cfg.layers_to_skip
     return candidates(n, want, cfg.min_distance_layer) if method_of(cfg).drops else []
 
+# %% ../nbs/23_cost.ipynb #4d070072
 def case_of(cfg, h:Headers, free=None)->Case:
     "What the steps of a run follow from"
     bits = (4 if cfg.use_4bit else 8 if cfg.use_8bit else None) if cfg.quantised else None
@@ -933,7 +971,8 @@ def case_of(cfg, h:Headers, free=None)->Case:
     prunes = cfg.door not in ('analyse', 'evaluate')
     r = recipe_of(cfg) if prunes and isinstance(m, Mapped) else None
     fit, held = Text(), Text()
-    if cfg.door!='evaluate' and m.reads(keys_of(cfg)): fit, held = calibration_of(h, cfg, r is not None and r.needs_held)
+    if cfg.door!='evaluate' and m.reads(keys_of(cfg)):
+        fit, held = calibration_of(h, cfg, r is not None and r.needs_held)
     if m.most_texts: fit = Text(text_of(expected(min(fit.texts, m.most_texts), cfg.batch_size), False,
                                         fit.largest//cfg.batch_size or 1).shapes)
     gone = 0 if not prunes else n_removed(cfg) if cfg.layers_to_skip!='auto' else 1
@@ -970,6 +1009,7 @@ def _steps_of(cfg, c): # by door -> (steps, moments)
         return [*c.steps(), again], moments
     return c.steps(), moments
 
+# %% ../nbs/23_cost.ipynb #69dce33b
 def _device(cfg):
     acc = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return torch.device('cpu') if acc is None or cfg.device_map=='cpu' else acc
@@ -988,6 +1028,7 @@ def changes(cfg)->list: # of (words, {key: value})
         out.append(('use_4bit: true', dict(use_4bit=True)))
     return out
 
+# %% ../nbs/23_cost.ipynb #89f46e54
 def _less(cfg, h, free): # -> [(words, bytes of the peak)]
     out = []
     for words,keys in changes(cfg):
@@ -1005,6 +1046,7 @@ def _offloaded(c, moments, W): # bytes on the device with accelerate's offload: 
     rest = max(sum(m.values()) for m in moments.values())-sum(W.values())
     return rest+max(max(l.bytes for l in c.shape.layers), c.shape.embedding)
 
+# %% ../nbs/23_cost.ipynb #7df27e47
 def cost_of(cfg, h:Headers, speed=None, # measured by default
             free=None, # bytes; those that are free by default
             clock=time.perf_counter)->Cost:
@@ -1035,6 +1077,7 @@ def _prune_case(cfg):
     check_loaded(cfg, path, h.model, h.inputs)
     return cfg, h
 
+# %% ../nbs/23_cost.ipynb #f98a562d
 def _analyse_case(cfg):
     cfg = read_as(cfg, AnalyseConfig)
     check_analysis(cfg)
@@ -1043,6 +1086,7 @@ def _analyse_case(cfg):
     if cfg.layers_to_skip: candidates(len(layers_of(h.model)), cfg.layers_to_skip, cfg.min_distance_layer)
     return cfg, h
 
+# %% ../nbs/23_cost.ipynb #4281c879
 def _evaluate_case(cfg):
     cfg = read_as(cfg, EvaluateConfig)
     if cfg.compare: raise ReplaceMeError("--dry-run counts one model: give model_path, not compare.")
