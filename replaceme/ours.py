@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Choosing', 'given_blocks', 'Comparing', 'map_alone', 'Mapping', 'Closed', 'Unmerged', 'Iterating', 'Mapped', 'Auto',
            'LeastSquares', 'Cosine', 'Remove', 'measured_at', 'profile_facts', 'Known', 'known_profile', 'Ways',
-           'ways_out', 'fit_words']
+           'ways_out', 'sums_kept', 'fit_words']
 
 # %% ../nbs/16_ours.ipynb #2aaef594
 import warnings
@@ -474,6 +474,11 @@ def ways_out(model, batches, k:Choosing, n, # layers a window, or in all
     raise ReplaceMeError(f"no way to remove {n} layers in {k.max_blocks} blocks survives saving and loading: "
                          "use max_blocks: 1.")
 
+# %% ../nbs/16_ours.ipynb #23c0a022
+def sums_kept(r:Recipe)->int:
+    "For how many of the best blocks a calibration keeps sums"
+    return r.top_k if r.select!='distance' else int(r.solver=='closed' and r.map!='wide')
+
 # %% ../nbs/16_ours.ipynb #43f386a4
 def _one(model, fit, held, job, r, blocks, known):
     "One block: measured, chosen and fitted"
@@ -482,7 +487,7 @@ def _one(model, fit, held, job, r, blocks, known):
         at = measured_at(model, k)
         profile = Profile(len(layers_of(model)), k.metric, at) if known is None else known.distances
         sinks = None if known is None else load_sinks(known.path)
-        top = r.top_k if r.select!='distance' else int(r.solver=='closed' and r.map!='wide')
+        top = sums_kept(r)
         found = job.measured or measure(model, fit, blocks, profile, r.trial.features, top, held,
                                         k.sinks=='avoid', sinks)
     with job.stages('fit'):

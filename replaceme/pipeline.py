@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['recipe_of', 'feed_of', 'n_removed', 'job_of', 'check_pictures', 'check_rungs_fit', 'prove', 'make_result',
            'climb_rungs', 'calibrate', 'prune', 'output_path', 'load', 'score', 'top_classes', 'prove_places',
-           'paths_of', 'check_run', 'check_loaded', 'run', 'profile_files', 'write_profile', 'profile_table', 'analyse',
-           'EvaluateConfig', 'evaluate', 'load_pair', 'evaluate_pair', 'scores_table', 'PRUNE', 'READ', 'LOAD', 'SCORE',
-           'EVERY', 'RECORD', 'key', 'asks', 'Loading', 'Texts', 'Choosing', 'Iterating', 'Training', 'Saving',
-           'Config', 'MapConfig', 'AnalyseConfig', 'PruneConfig', 'read_yaml', 'idle', 'read_by', 'settled',
-           'make_config', 'read_as', 'check_hub_name', 'check_together', 'given_blocks', 'need', 'read_config',
-           'Result', 'versions', 'n_parameters', 'calibration_texts', 'calibration_batches', 'training_size',
-           'training_batches', 'load_pictures', 'picture_batches', 'check_blocks', 'ways_out', 'license_of', 'base_of',
-           'short_name', 'check_apart', 'check_own', 'eval_text', 'save_transform', 'write_record', 'write_provenance',
-           'reload', 'made_of', 'check_hub', 'push_folder', 'for_others']
+           'paths_of', 'check_run', 'check_loaded', 'before_loading', 'run', 'profile_files', 'write_profile',
+           'profile_table', 'check_analysis', 'analyse', 'EvaluateConfig', 'check_evaluation', 'evaluate', 'load_pair',
+           'evaluate_pair', 'scores_table', 'PRUNE', 'READ', 'LOAD', 'SCORE', 'EVERY', 'RECORD', 'key', 'asks',
+           'Loading', 'Texts', 'Choosing', 'Iterating', 'Training', 'Saving', 'Config', 'MapConfig', 'AnalyseConfig',
+           'PruneConfig', 'read_yaml', 'idle', 'read_by', 'settled', 'make_config', 'read_as', 'check_hub_name',
+           'check_together', 'given_blocks', 'need', 'read_config', 'Result', 'versions', 'n_parameters',
+           'calibration_texts', 'calibration_batches', 'training_size', 'training_batches', 'load_pictures',
+           'picture_batches', 'check_blocks', 'ways_out', 'license_of', 'base_of', 'short_name', 'check_apart',
+           'check_own', 'eval_text', 'save_transform', 'write_record', 'write_provenance', 'reload', 'made_of',
+           'check_hub', 'push_folder', 'for_others']
 
 # %% ../nbs/22_pipeline.ipynb #07f461fe
 import contextlib, dataclasses, gc, io, warnings
@@ -442,12 +443,18 @@ def _run(cfg, yaml_text, path, tmp, stages)->Result:
             spared('the record with the scores', _describe, path, cfg, result, yaml_text, stages, plots)
     return result
 
+# %% ../nbs/22_pipeline.ipynb #23c0a031
+def before_loading(cfg)->Path:
+    "Where the result goes, once all holds that can be said before the model is loaded"
+    need(cfg, 'model_path', *(['layers_to_skip'] if cfg.blocks is None else []))
+    path = output_path(cfg)
+    check_run(cfg, path)
+    return path
+
 # %% ../nbs/22_pipeline.ipynb #9f9e26ff
 def run(cfg, yaml_text=None)->tuple: # (Result, Path of the folder)
     "The whole recipe: a config in, a folder out"
-    need(cfg, 'model_path', *(['layers_to_skip'] if cfg.blocks is None else []))
-    path, stages = output_path(cfg), Stages()
-    check_run(cfg, path)
+    path, stages = before_loading(cfg), Stages()
     if not main_process() and world()[1]==1: # of processes that are not `grouped`, and train together
         return _prune(cfg, path, stages)[-1], path # the first one saves
     with only_first(new_folder(path, RECORD, alone=True)) as tmp:
@@ -506,10 +513,9 @@ def profile_table(profile, n=None, k=5,
     return text_table([[str(len(b)), str(b), f'{d:.4f}', holds(b)] for d,b in found],
                       ['layers', 'block', f'{profile.metric} distance', 'sink layers in it'])
 
-# %% ../nbs/22_pipeline.ipynb #643f4a90
-def analyse(cfg): # -> (Profile, files written)
-    "Measure the distance of every run of layers and write it down; nothing is pruned"
-    cfg = read_as(cfg, AnalyseConfig)
+# %% ../nbs/22_pipeline.ipynb #23c0a033
+def check_analysis(cfg)->Path:
+    "Where a profile goes, once all holds that can be said before the model is loaded"
     need(cfg, 'model_path')
     out = local_path(cfg.distances_path or 'distances.json')
     if out.suffix!='.json':
@@ -521,6 +527,13 @@ def analyse(cfg): # -> (Profile, files written)
         raise ReplaceMeError(f"distances_path {out}: {old} is there already; choose another name.")
     check_there(cfg, 'dataset')
     prove_writable(out.parent, 'distances_path')
+    return out
+
+# %% ../nbs/22_pipeline.ipynb #643f4a90
+def analyse(cfg): # -> (Profile, files written)
+    "Measure the distance of every run of layers and write it down; nothing is pruned"
+    cfg = read_as(cfg, AnalyseConfig)
+    out = check_analysis(cfg)
     model, tokenizer = load(cfg)
     check_model(model)
     if sees(model): check_pictures(cfg)
@@ -563,14 +576,19 @@ class EvaluateConfig(Config):
 # %% ../nbs/22_pipeline.ipynb #86233b7c
 def _nothing_to_score(cfg): return cfg.eval_dataset is None and cfg.tasks is None and not cfg.writing
 
+# %% ../nbs/22_pipeline.ipynb #23c0a035
+def check_evaluation(cfg):
+    "What can be said of an evaluation before the model is loaded"
+    need(cfg, 'model_path')
+    if _nothing_to_score(cfg): raise ReplaceMeError("nothing to score: give eval_dataset, tasks or writing.")
+    check_there(cfg, 'eval_dataset')
+
 # %% ../nbs/22_pipeline.ipynb #07b2c33f
 def evaluate(cfg)->dict: # or a `SideBySide`
     "Score the model of a config, or two side by side; nothing is pruned"
     cfg = read_as(cfg, EvaluateConfig)
     if cfg.compare: return evaluate_pair(cfg)
-    need(cfg, 'model_path')
-    if _nothing_to_score(cfg): raise ReplaceMeError("nothing to score: give eval_dataset, tasks or writing.")
-    check_there(cfg, 'eval_dataset')
+    check_evaluation(cfg)
     model, tokenizer = load(cfg, keep_quantised=True)
     if sees(model):
         raise ReplaceMeError(f"model_path {cfg.model_path} is an image encoder, which has no perplexity: "
