@@ -92,7 +92,7 @@ def write_examples(folder='examples')->list: # of those that were not there
     return new
 
 # %% ../nbs/25_doors.ipynb #774c6f4f
-_APART = ('load', 'texts', 'score', 'save', 'reload') # stages that are not the pruning
+_APART = ('load', 'texts', 'score', 'speed', 'save', 'reload') # stages that are not the pruning
 
 def _row(name, result, when):
     "One model in numbers"
