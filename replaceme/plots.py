@@ -335,7 +335,9 @@ def plot_percent(rows, # of (label, percent) or (label, percent, low, high); Non
         if ends and None not in ends: ax.plot(ends, [y, y], color=INK, lw=1.5, zorder=2)
         ax.plot(p, y, ls='none', marker='o', ms=7, color=ACCENT, zorder=3)
     if max((r[1] for r in rows), default=0)>400: ax.set_xscale('log')
-    else: ax.set_xlim(left=0)
+    else:
+        ax.set_xlim(left=0)
+        ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10])) # 100 is one of them
     ax.set_yticks(range(len(rows)), [r[0] for r in rows[::-1]])
     ax.grid(axis='x', color=LINE, lw=.8)
     ax.set_axisbelow(True)

@@ -828,7 +828,7 @@ th:last-child,td:last-child{padding-right:0}
 .keys td:first-child{color:var(--soft);width:11rem}
 .cards{display:flex;flex-wrap:wrap;gap:.6rem;margin:1.2rem 0}
 .card,.say{background:var(--panel);border-radius:.5rem;padding:.6rem .8rem}
-.card{flex:1 1 auto;min-width:7rem}
+.card{flex:1 1 auto;min-width:7rem;max-width:14rem}
 .card b{display:block;font-size:1.1rem;font-weight:600;white-space:nowrap}
 """
 
@@ -854,7 +854,7 @@ summary{cursor:pointer;padding:.3rem 0}
  body{font-size:15px}
  .sides{grid-template-columns:1fr}
  th,td{padding-right:.5rem}
- td:first-child{white-space:normal}
+ th:first-child,td:first-child{white-space:normal}
  .err{display:block}
  .bars td:last-child{width:40%}
  .keys td:first-child{width:8rem}
