@@ -7,7 +7,7 @@ __all__ = ['of_result', 'no_path', 'blocks_of', 'model_name', 'text_table', 'mar
            'passed_over', 'sink_notes', 'choice_rows', 'choice_note', 'was_trained', 'training_rows', 'training_words',
            'equal_table', 'results_table', 'method_of_result', 'is_peer', 'collapses', 'try_rows', 'peer_words',
            'suggestions', 'shown_config', 'hub_id', 'eval_results', 'front_matter', 'story', 'model_card',
-           'domain_rows', 'plot_taken', 'curve_rows', 'report_html', 'write_report', 'save_plots']
+           'domain_rows', 'plot_taken', 'curve_rows', 'report_html', 'result_html', 'write_report', 'save_plots']
 
 # %% ../nbs/20_report.ipynb #58eeab71
 import functools, html, io, math, re
@@ -1233,6 +1233,35 @@ def report_html(result)->str:
     head = Head(Meta(charset='utf-8'), phone, Title(title), Style(Safe(_CSS)))
     page = ft('html', head, Body(Main(*(b for b in body if b is not None))), lang='en')
     return '<!doctype html>\n' + to_xml(page, indent=False) + '\n'
+
+# %% ../nbs/20_report.ipynb #6c1e0e12
+_LEFT, _BAR = 'text-align:left', 'background:{c};height:.7em;width:{w:.1f}%;min-width:2px;opacity:.8'
+
+def _plain_rows(rows, headers):
+    "A table for a notebook"
+    def cells(kind, r): return [kind(c, **(dict(style=_LEFT) if i==0 else {})) for i,c in enumerate(r)]
+    return Table(Thead(Tr(*cells(Th, headers))), Tbody(*(Tr(*cells(Td, r)) for r in rows)))
+
+def _loss_bars(result):
+    "What was lost on each kind of text, as bars; one that lost nothing has none"
+    rows, headers = domain_rows(result)
+    most = max((abs(d.above[0]) for d in result.domains), default=0) or 1
+    bars = [Div(style=_BAR.format(c=MARK if d.above[0]>0 else ACCENT, w=100*abs(d.above[0])/most))
+            for d in result.domains]
+    rows = [[name, Td(bar, style='width:12em'), *rest] for bar,(name,*rest) in zip(bars, rows)]
+    def cells(r): return [c if not isinstance(c, str) else Td(c, style=_LEFT if i==0 else '')
+                          for i,c in enumerate(r)]
+    head = Tr(Th(headers[0], style=_LEFT), *(Th(h) for h in ('', *headers[1:])))
+    return Table(Thead(head), Tbody(*(Tr(*cells(r)) for r in rows))) if rows else None
+
+# %% ../nbs/20_report.ipynb #6c1e0e13
+@of_result
+def result_html(result)->str:
+    "A result as a notebook shows it"
+    head = [f'{model_name(result)}: {_what_went(result)}', result.method, _fit_text(result)]
+    parts = [P(B(', '.join(filter(None, head)))), _plain_rows(result_rows(result), _HEADERS),
+             _loss_bars(result), *(P(line) for line in _cost_lines(result))]
+    return to_xml(Div(*(p for p in parts if p is not None), style='overflow-x:auto'), indent=False)
 
 # %% ../nbs/20_report.ipynb #ab6af0ee
 def write_report(folder, result, # as saved in `replaceme.json`
