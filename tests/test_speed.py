@@ -1,6 +1,5 @@
 """What both models take, in every run: turns, a dose of seconds, bytes by hand, and where it stands. Nothing here depends on how fast a computer is."""
 import json
-import warnings
 from pathlib import Path
 
 import pytest
@@ -196,3 +195,32 @@ def test_methods_with_files_of_their_own(place, monkeypatch, method, more):
     from transformers import AutoModelForCausalLM
     saved = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
     assert result.speed.weights[1] == pytest.approx(s.weight_bytes(saved), rel=1e-3) and result.speed.weights[1] < result.speed.weights[0]
+
+
+def test_an_image_encoder_looks_and_does_not_write(tmp_path, monkeypatch):
+    "Milliseconds a batch, by a clock that gives six layers 6 ms and four 4; no cache, no tokens"
+    from transformers import ViTImageProcessor
+    from replaceme.data import synthetic_images
+    from replaceme.models import tiny_vision
+    monkeypatch.setattr(s, "image_ms", lambda m, batch: batch * float(m.config.num_hidden_layers))
+    tiny_vision("vit", layers=6).save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size=dict(height=32, width=32)).save_pretrained(tmp_path / "vit")
+    (tmp_path / "pictures").mkdir()
+    for i, im in enumerate(synthetic_images(8)):
+        im.save(tmp_path / "pictures" / f"{i}.png")
+    keys = dict(model_path=str(tmp_path / "vit"), layers_to_skip=2, method="lstsq", dataset=str(tmp_path / "pictures"), dataset_size=8, batch_size=4, eval_size=2)
+    result, path = run(make_config(**keys, save_path=str(tmp_path / "small"), speed_seconds=0.))
+    assert [(b.batch, b.ms, b.ms_ratio[0], b.rates) for b in result.speed.batches] == [(1, [6., 4.], 4 / 6, []), (8, [48., 32.], 4 / 6, [])]
+    assert result.speed.caches == [] and result.speed.layers[1] * 6 == result.speed.layers[0] * 4
+    assert "8 images (ms)" in (path / "README.md").read_text() and "time, 8 images" in (path / "report.html").read_text()
+
+
+def test_of_several_processes_the_first_one_measures(pair, monkeypatch):
+    "Another one is told what came of it, and has not measured"
+    dense, pruned, tok = pair
+    asked = []
+    monkeypatch.setattr(pipeline, "from_first", lambda f, *a: asked.append(f) or dict(device="told"))
+    monkeypatch.setattr(s, "token_times", lambda *a: pytest.fail("measured"))
+    result = {}
+    assert pipeline._time_both(dense, pruned, tok, make_config(eval_dataset=None), result) is None
+    assert result == dict(speed=dict(device="told")) and asked == [pipeline.both_taken]
