@@ -1235,11 +1235,12 @@ def report_html(result)->str:
     return '<!doctype html>\n' + to_xml(page, indent=False) + '\n'
 
 # %% ../nbs/20_report.ipynb #6c1e0e12
-_LEFT, _BAR = 'text-align:left', 'background:{c};height:.7em;width:{w:.1f}%;min-width:2px;opacity:.8'
+_LEFT, _RIGHT = 'text-align:left', 'text-align:right;white-space:nowrap'
+_BAR = 'background:{c};height:.7em;width:{w:.1f}%;min-width:2px;opacity:.8'
 
 def _plain_rows(rows, headers):
     "A table for a notebook"
-    def cells(kind, r): return [kind(c, **(dict(style=_LEFT) if i==0 else {})) for i,c in enumerate(r)]
+    def cells(kind, r): return [kind(c, style=_RIGHT if i else _LEFT) for i,c in enumerate(r)]
     return Table(Thead(Tr(*cells(Th, headers))), Tbody(*(Tr(*cells(Td, r)) for r in rows)))
 
 def _loss_bars(result):
@@ -1248,8 +1249,8 @@ def _loss_bars(result):
     most = max((abs(d.above[0]) for d in result.domains), default=0) or 1
     bars = [Div(style=_BAR.format(c=MARK if d.above[0]>0 else ACCENT, w=100*abs(d.above[0])/most))
             for d in result.domains]
-    rows = [[name, Td(bar, style='width:12em'), *rest] for bar,(name,*rest) in zip(bars, rows)]
-    def cells(r): return [c if not isinstance(c, str) else Td(c, style=_LEFT if i==0 else '')
+    rows = [[name, Td(bar, style='width:8em'), *rest] for bar,(name,*rest) in zip(bars, rows)]
+    def cells(r): return [c if not isinstance(c, str) else Td(c, style=_RIGHT if i else _LEFT)
                           for i,c in enumerate(r)]
     head = Tr(Th(headers[0], style=_LEFT), *(Th(h) for h in ('', *headers[1:])))
     return Table(Thead(head), Tbody(*(Tr(*cells(r)) for r in rows))) if rows else None
