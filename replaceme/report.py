@@ -1244,7 +1244,7 @@ def _plain_rows(rows, headers):
     return Table(Thead(Tr(*cells(Th, headers))), Tbody(*(Tr(*cells(Td, r)) for r in rows)))
 
 def _loss_bars(result):
-    "What was lost on each kind of text, as bars; one that lost nothing has none"
+    "What was lost on each kind of text, as bars; what was gained has another colour"
     rows, headers = domain_rows(result)
     most = max((abs(d.above[0]) for d in result.domains), default=0) or 1
     bars = [Div(style=_BAR.format(c=MARK if d.above[0]>0 else ACCENT, w=100*abs(d.above[0])/most))
