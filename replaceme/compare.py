@@ -70,6 +70,7 @@ _NEVER = dict(layers_to_skip="list the numbers of layers in `layers`", seed="lis
               num_A="it removes num_A times as many layers; max_blocks does not",
               save_transform_only="a comparison saves numbers and no model",
               prompt="a comparison asks no prompt",
+              **dict.fromkeys(('speed', 'speed_seconds'), "a comparison times no model"),
               activations_save_path="each row keeps its activations to itself",
               distances_path="each row pays for its own profile",
               train_path="a training that goes on where another start left it would not be timed whole",

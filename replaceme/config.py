@@ -25,11 +25,12 @@ from .curve import Budgeted
 from .registry import METHODS
 from .recover import Training, check_rungs
 from .save import Saving
+from .speed import Takes
 from .writing import Writes
 
 # %% ../nbs/22_config.ipynb #9d9d964c
 # besides those of the methods
-BASES = (Asked, Loading, Texts, Budgeted, Training, Saving, Judged, Asking, Writes, Common)
+BASES = (Asked, Loading, Texts, Budgeted, Training, Saving, Judged, Asking, Writes, Takes, Common)
 
 def method_of(cfg)->Method|None:
     "The method of a configuration"
@@ -98,6 +99,7 @@ class MapConfig(Config):
     save_transform_only:bool = key(True, "save the map, and no model", '')
     eval_dataset:str|None = key(None, "nothing is scored", '')
     prompt:str|None = key(None, "nothing is asked", '')
+    speed:bool = key(False, "nothing is timed", '')
     door, command = 'map', 'a command that saves a map alone'
 
 # %% ../nbs/22_config.ipynb #02f3eaa9
@@ -111,7 +113,7 @@ class PruneConfig(Config):
     door, command = 'prune', 'prune'
     @classmethod
     def unread(cls, name, value):
-        scored = any(name in g.__dataclass_fields__ for g in (Judged, Asking, Writes))
+        scored = any(name in g.__dataclass_fields__ for g in (Judged, Asking, Writes, Takes))
         if scored: why = "score the two models with replaceme.evaluate"
         elif name in Saving.__dataclass_fields__ or name=='save_transform_only':
             why = "save it with save_checkpoint"

@@ -15,7 +15,7 @@ from .core import *
 from .group import *
 from .plots import and_words
 from .result import Result
-from .report import text_table
+from .report import result_rows, taken_rows, text_table
 
 # %% ../nbs/25_doors.ipynb #0f24154c
 def _from_file(cls, path, keys):
@@ -101,7 +101,7 @@ def write_examples(folder='examples')->list: # of those that were not there
     return new
 
 # %% ../nbs/25_doors.ipynb #774c6f4f
-_APART = ('load', 'texts', 'score', 'save', 'reload') # stages that are not the pruning
+_APART = ('load', 'texts', 'score', 'speed', 'save', 'reload') # stages that are not the pruning
 
 def _row(name, result, when):
     "One model in numbers"
@@ -149,6 +149,22 @@ def _answers(named, i, g):
         said += [(name, own.after) for own in r.generations[i:i+1] if own.prompt==g.prompt]
     return '\n'.join([g.prompt, *(f"  {n}: {' '.join(s.split())}" for n,s in said)])
 
+# %% ../nbs/25_doors.ipynb #6c1e0f02
+_BRIEF = 'of these', 'cache, 4k' # rows that the report has
+
+def _costs(r):
+    "Loss by kind of text, seconds and bytes of a result, `{label: (dense, change)}`"
+    rows = [x for x in result_rows(r, False) if x[0].startswith('loss, ')] + taken_rows(r)
+    return {label: (dense, change) for label,dense,_,change in rows if not label.startswith(_BRIEF)}
+
+def _against_dense(results): # {folder: Result} -> no table or one
+    "What each run changed, beside what the first one's dense model has"
+    found, methods = [_costs(r) for r in results.values()], [r.method for r in results.values()]
+    names = methods if len({*methods})==len(methods) else [*results]
+    rows = [[label, dense, *(f[label][1] for f in found)] for label,(dense,_) in found[0].items()
+            if all(label in f for f in found)]
+    return [text_table(rows, ['', 'dense', *names])] if rows else []
+
 # %% ../nbs/25_doors.ipynb #31b3aadf
 def result_table(*folders)->str:
     "The dense model and what runs made of it, in one table, and what each answers"
@@ -160,7 +176,7 @@ def result_table(*folders)->str:
     head = ['', 'layers', 'parameters (M)', f'perplexity ({first.perplexity.text})', 'loss',
             'seconds to prune']
     said = [_answers(named, i, g) for i,g in enumerate(first.generations)]
-    return '\n\n'.join([text_table(rows, head), *said])
+    return '\n\n'.join([text_table(rows, head), *_against_dense(results), *said])
 
 # %% ../nbs/25_doors.ipynb #ee275325
 class _Parser(argparse.ArgumentParser):

@@ -53,6 +53,7 @@ from .curve import find_number
 
 # %% ../nbs/22_pipeline.ipynb #9c0a0161
 from .group import *
+from .speed import both_taken
 
 # %% ../nbs/22_pipeline.ipynb #ca674d9a
 def recipe_of(cfg)->Recipe:
@@ -382,6 +383,15 @@ def _score_after(model, tokenizer, k, text, before, result):
     try: _add_scores(result, k, before, score(model, tokenizer, k, text, before))
     except Exception as e: _unscored(result, e, "the pruned model was saved but")
 
+# %% ../nbs/22_pipeline.ipynb #6c1e0d02
+def _time_both(model, pruned, tokenizer, k, result): # -> an interruption, or None
+    "What both models take. It adorns the report, so that a failure costs nothing else"
+    try: result['speed'] = from_first(both_taken, model, pruned, tokenizer, k.speed_seconds)
+    except KeyboardInterrupt as e: return e.with_traceback(None) # which would hold the dense model
+    except Exception as e:
+        warnings.warn(f"the report goes without seconds and bytes of the models: {type(e).__name__}: {e}",
+                      ReplaceMeWarning)
+
 # %% ../nbs/22_pipeline.ipynb #f0c4f8ba
 def _in_full(cfg, done, stages):
     "Maps that were measured in few bits, folded into the original weights: `(model, tokenizer)`"
@@ -430,6 +440,8 @@ def _run(cfg, yaml_text, path, tmp, stages)->Result:
     "Prune, save to `tmp`, put that in its place, and score"
     model, tokenizer, text, done, result = _prune(cfg, path, stages)
     with stages('score'): before, stop = _score_before(model, done.model, tokenizer, cfg, text, result)
+    if cfg.speed and not stop:
+        with stages('speed'): stop = _time_both(model, done.model, tokenizer, cfg, result)
     del model; gc.collect()
     with together():
         pruned = _write(tmp, cfg, done, tokenizer, stages)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['INK', 'LINE', 'ACCENT', 'MARK', 'UNITS', 'styled_axes', 'styled_legend', 'as_blocks', 'as_sinks', 'and_words',
            'spans', 'sink_label', 'holds', 'by_length', 'plot_profile', 'plot_heatmap', 'plot_influence', 'ridge_rows',
-           'plot_ridge', 'plot_choice', 'plot_errors', 'plot_history', 'plot_bars', 'plot_pieces', 'plot_curve']
+           'plot_ridge', 'plot_choice', 'plot_errors', 'plot_history', 'plot_bars', 'plot_pieces', 'plot_curve',
+           'plot_percent']
 
 # %% ../nbs/00_plots.ipynb #21ca1840
 import math
@@ -322,4 +323,22 @@ def plot_curve(curve, # `points` with `n` and `above`, and what is known of `bud
         ax.plot(n, y, ls='none', mew=1.5, zorder=3, label=said, **looks[what])
     _gridded(ax, 'both')
     if ax.get_legend_handles_labels()[1]: styled_legend(ax, loc='best')
+    return ax
+
+# %% ../nbs/00_plots.ipynb #6c1e0b02
+def plot_percent(rows, # of (label, percent) or (label, percent, low, high); None where there is no interval
+                 xlabel, ax=None):
+    "Shares beside the whole, the first on top"
+    ax = styled_axes(ax, (6.4, 1.2+.3*len(rows)), xlabel, '')
+    ax.axvline(100, color=INK, lw=1, ls='--', zorder=1)
+    for y,(_,p,*ends) in enumerate(rows[::-1]):
+        if ends and None not in ends: ax.plot(ends, [y, y], color=INK, lw=1.5, zorder=2)
+        ax.plot(p, y, ls='none', marker='o', ms=7, color=ACCENT, zorder=3)
+    if max((r[1] for r in rows), default=0)>400: ax.set_xscale('log')
+    else:
+        ax.set_xlim(left=0)
+        ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10])) # 100 is one of them
+    ax.set_yticks(range(len(rows)), [r[0] for r in rows[::-1]])
+    ax.grid(axis='x', color=LINE, lw=.8)
+    ax.set_axisbelow(True)
     return ax

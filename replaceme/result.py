@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Record', 'Change', 'Scored', 'Perplexities', 'Kind', 'Tasks', 'Answers', 'Wrote', 'Images', 'Errors', 'Distance',
-           'Candidate', 'Standing', 'Calibration', 'Try', 'Facts', 'Learnt', 'Climbed', 'Base', 'Number', 'Judged',
-           'Numbers', 'Result']
+           'Candidate', 'Standing', 'Calibration', 'Try', 'Facts', 'Learnt', 'Climbed', 'Base', 'Pace', 'Cached',
+           'Taken', 'Number', 'Judged', 'Numbers', 'Result']
 
 # %% ../nbs/14_result.ipynb #7b1e0a03
 from functools import cache
@@ -120,6 +120,21 @@ class Base(Record):
     "What the card of the dense model says of it"
     id:str; task:str; license:str; license_name:str; license_link:str
 
+# %% ../nbs/14_result.ipynb #6c1e0c02
+class Pace(Record):
+    "How fast both models are with so many texts or images at once; a ratio is `[median, lowest, highest]`"
+    batch:int; pairs:int; prompt:int; new:int; first_ms:list; first_ratio:list; rates:list; rate_ratio:list
+    ms:list; ms_ratio:list; joules:list
+
+class Cached(Record):
+    "Bytes of both caches after so many tokens"
+    tokens:int; bytes:list
+
+class Taken(Record):
+    "What both models take, in all and in the layers alone; `untimed` says why there are no seconds"
+    device:str; threads:int; dtype:str; weights:list; layers:list; caches:list[Cached]; positions:int
+    batches:list[Pace]; untimed:str
+
 # %% ../nbs/14_result.ipynb #7b1e0c18
 class Number(Record):
     "One number of layers: its best block, the held-out loss, that above the dense model, and what is left"
@@ -142,7 +157,7 @@ class Result(Record):
     fit:Standing; refits:list; ridge:dict; history:list; peer:Facts; training:Learnt; recovery:list[Climbed]
     curve:Numbers; perplexity:Perplexities; domains:list[Kind]; writing:Wrote; tasks:Tasks; equivalence:dict
     features:Images; errors:Errors; generations:list[Answers]; scoring_failed:str; pushed:str
-    seconds:dict; peak_memory:int; loaded_memory:int
+    speed:Taken; seconds:dict; peak_memory:int; loaded_memory:int
 
     @property
     def block(self): return Block(*self['block'])

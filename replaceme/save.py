@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['RECORD', 'check_hub_name', 'Saving', 'versions', 'n_parameters', 'short_name', 'check_apart', 'check_own',
            'save_transform', 'write_record', 'write_provenance', 'reload', 'made_of', 'check_hub', 'push_folder',
-           'for_others', 'license_of', 'base_of', 'Result']
+           'for_others', 'saved_folder', 'license_of', 'base_of', 'Result']
 
 # %% ../nbs/21_save.ipynb #6f3a9857
-import json, os, platform, re, warnings
+import json, os, platform, re, tempfile, warnings
 from dataclasses import dataclass
 from importlib.metadata import version, PackageNotFoundError
 from os import PathLike
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch, transformers, yaml
 from fastcore.basics import patch
@@ -70,6 +71,8 @@ def plot(self:Result, ax=None):
 def __repr__(self:Result): return results_table(self)
 @patch
 def _repr_markdown_(self:Result): return results_table(self, markdown=True)
+@patch
+def _repr_html_(self:Result): return result_html(self)
 _all_ = ['Result'] # from `result`, where it is made
 
 # %% ../nbs/21_save.ipynb #ba5b68f4
@@ -222,6 +225,64 @@ def for_others(result)->dict:
     if 'perplexity' in res:
         res['perplexity'] = {**res['perplexity'], 'text': no_path(res['perplexity']['text'])}
     return Result(res)
+
+# %% ../nbs/21_save.ipynb #6c1e1002
+@patch
+def save_report(self:Result, path)->Path: # a file that ends in .html, or a folder, for its `report.html`
+    "Write the page of a result, one file without any other"
+    path = local_path(path)
+    if path.suffix.lower()!='.html': path = path/'report.html'
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, report_html(self))
+    except OSError as e:
+        raise ReplaceMeError(f"{path} cannot be written ({said(e)}): name another place.") from e
+    return path
+
+# %% ../nbs/21_save.ipynb #6c1e1005
+def saved_folder(result, folder=None)->Path: # by default, where its configuration says that it was saved
+    "The folder of a result, or an error that says what is wrong with it"
+    folder = folder or result.config.get('save_path')
+    if folder is None: raise ReplaceMeError("push_to_hub: the result does not say where its model was saved: "
+                                            "give folder, the one that run made.")
+    folder = local_path(folder)
+    try: kept = json.loads((folder/RECORD).read_text(encoding='utf-8'))
+    except (OSError, ValueError) as e:
+        raise ReplaceMeError(f"push_to_hub: {folder} holds no finished run ({said(e)}): save the model "
+                             "first, with run or run_replaceme.") from None
+    for k in ('method', 'blocks', 'parameters', 'seed'):
+        if json.loads(json.dumps(result.get(k), default=str))!=kept.get(k):
+            raise ReplaceMeError(f"push_to_hub: {folder} holds another result ({k} is {kept.get(k)!r}): give "
+                                 "the folder of this one.")
+    return folder
+
+# %% ../nbs/21_save.ipynb #6c1e1006
+_TOLD = RECORD, 'replaceme.yaml', 'README.md', 'report.html'
+
+def _fill(tmp, folder, result, name, token):
+    "The folder as others may see it: links to what is large, and the words anew"
+    for f in folder.iterdir():
+        if f.is_file() and f.name not in _TOLD: (tmp/f.name).symlink_to(f.resolve())
+    plots = [f.name for f in folder.glob('*.png')]
+    write_provenance(tmp, for_others(result), None, token, name, plots)
+
+@patch
+def push_to_hub(self:Result, repo_id, # NAME or OWNER/NAME
+                folder=None, # of the run, where the result does not say
+                token=None, # or the login of huggingface_hub
+                private=True)->str: # the address of the upload
+    "Upload the folder of a run in the place of what is there"
+    check_hub_name(repo_id)
+    folder = saved_folder(self, folder)
+    k = SimpleNamespace(push_to_hub=repo_id, token=token, private=private, model_path=self.model)
+    check_hub(k)
+    with tempfile.TemporaryDirectory() as tmp:
+        _fill(Path(tmp), folder, self, repo_id, token)
+        with warnings.catch_warnings(record=True) as told: url = push_folder(tmp, k)
+    if url is None:
+        why = str(told[-1].message).split(': push it')[0].replace(tmp, str(folder))
+        raise ReplaceMeError(f"{why}: try again.")
+    return url
 
 # %% ../nbs/21_save.ipynb #3b9d0c55
 def license_of(model_path, token=None)->dict: # of those keys that it has

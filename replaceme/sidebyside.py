@@ -199,18 +199,8 @@ def to_dict(self:SideBySide)->dict:
 def plot_shares(rows, # as `SideBySide.rows` has them
                 names=('dense', 'pruned'), ax=None):
     "What each number of the second model is in percent of the first's"
-    found = [(label, *share) for label,_,_,*share in rows if share[0] is not None][::-1]
-    ax = styled_axes(ax, (6.4, 1.2+.3*len(found)), f'{names[1]}, in percent of {names[0]}', '')
-    ax.axvline(100, color=INK, lw=1, ls='--', zorder=1)
-    for y,(_,p,low,high) in enumerate(found):
-        if None not in (low, high): ax.plot([low, high], [y, y], color=INK, lw=1.5, zorder=2)
-        ax.plot(p, y, ls='none', marker='o', ms=7, color=ACCENT, zorder=3)
-    if max((p for _,p,*_ in found), default=0)>400: ax.set_xscale('log')
-    else: ax.set_xlim(left=0)
-    ax.set_yticks(range(len(found)), [l for l,*_ in found])
-    ax.grid(axis='x', color=LINE, lw=.8)
-    ax.set_axisbelow(True)
-    return ax
+    found = [(label, *share) for label,_,_,*share in rows if share[0] is not None]
+    return plot_percent(found, f'{names[1]}, in percent of {names[0]}', ax)
 
 # %% ../nbs/21_sidebyside.ipynb #63c4e926
 @patch

@@ -109,3 +109,44 @@ def test_names_no_hub_would_take(name):
 def test_nothing_is_pushed_unasked(place):
     run(config(place, push_to_hub=None))
     assert Hub.said == []
+
+
+def test_a_result_is_pushed_later(place):
+    "The folder as others may see it goes up, the one here stays as it is; what is no folder of this result is refused"
+    result, path = run(config(place, push_to_hub=None))
+    mine = {f.name: f.read_bytes() for f in path.iterdir()}
+    sent = {}
+    upload = Hub.upload_folder
+
+    def noting(self, folder_path, *a, **k):
+        sent.update({f.name: f.read_bytes() for f in Path(folder_path).iterdir()})
+        return upload(self, folder_path, *a, **k)
+    Hub.upload_folder = noting
+    try:
+        assert result.push_to_hub("me/small", token="hf_secret", private=False) == "https://hub/commit"
+    finally:
+        Hub.upload_folder = upload
+    assert Hub.said[0] == ("whoami", "hf_secret") and Hub.said[1] == ("create", "hf_secret", "me/small", False, True) and Hub.said[-1][:3] == ("upload", "me/small", "*")
+    assert {f.name: f.read_bytes() for f in path.iterdir()} == mine and sent.keys() == mine.keys() and sent["model.safetensors"] == mine["model.safetensors"]
+    assert not any(b"hf_secret" in b or str(place).encode() in b for b in sent.values()) and b"from_pretrained('me/small')" in sent["README.md"]
+    assert all(f"]({name})".encode() in sent["README.md"] for name in sent if name.endswith(".png"))
+    again = type(result)(json.loads((path / "replaceme.json").read_text()))
+    assert again.push_to_hub("me/small") == "https://hub/commit"
+    Hub.said = []
+    for bad, said in ((dict(folder=str(place)), "holds no finished run"), (dict(folder=str(place / "nowhere")), "holds no finished run")):
+        with pytest.raises(ReplaceMeError, match=said):
+            result.push_to_hub("me/small", **bad)
+    with pytest.raises(ReplaceMeError, match="holds another result"):
+        type(result)(result, blocks=[[1, 2]]).push_to_hub("me/small")
+    assert Hub.said == []  # the hub was not asked
+    Hub.fails = ConnectionError("no route")
+    with pytest.raises(ReplaceMeError, match=rf"{path} was saved but could not be pushed to me/small \(ConnectionError: no route\): try again"):
+        result.push_to_hub("me/small")
+
+
+def test_the_page_is_had_later(place):
+    result, path = run(config(place, push_to_hub=None))
+    page = result.save_report(place / "pages" / "a.html")
+    assert page.read_bytes() == (path / "report.html").read_bytes() == result.save_report(place / "b").read_bytes()
+    html = result._repr_html_()
+    assert "tokens/s, 1 text" in html and "perplexity" in html and "<script" not in html

@@ -100,10 +100,10 @@ def test_all_blocks_of_a_result_are_marked():
 INNER = """About Acts AnalyseConfig Answer Asked Asking Bench Bits Block Budget Budgeted Calibration Call Choosing
          Closed Common CompareConfig Comparing Config Cut Distances Divergence Domain Equivalence EvaluateConfig
          Features Feed FFN FileRows FoldPoint Gains Gram Group HeldOut InMemory Iterating Job Judged Kept Keys Known
-         LaCoKeys Line LinearConfig LinearMap LinearModel LLMPrunerKeys Loading LogLine Loss MapConfig Mapping Method
+         LaCoKeys Line LinearConfig LinearMap LinearModel LLMPrunerKeys Loading LogLine Loss MapConfig Mapping Meter Method
          Mix Nearest Network Norm NormBehind Part Parted Patched Piece Plan Point Probed PruneConfig Pupil Recipe
          Removed Reread Reserved Row Rows Saving Share Shares SizedConfig SizedModel Speed Stages States Step Stream
-         Streamed StreamlineKeys SwiGLU Targets Taught TextRows Texts Traced Training UIDLKeys Unmerged Ways Widths
+         Streamed StreamlineKeys SwiGLU Takes Targets Taught TextRows Texts Traced Training UIDLKeys Unmerged Ways Widths
          Writer Writes Writing Written""".split()
 
 
