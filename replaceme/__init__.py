@@ -1,4 +1,4 @@
-"""Make a transformer shallower without training it. The doors `prune`, `load_model`, `run`, `compare` and `evaluate` open when used."""
+"""Make a transformer shallower without training it. The doors `prune`, `load_model`, `run`, `compare`, `evaluate` and `export` open when used."""
 import sys
 from importlib import import_module
 from importlib.util import find_spec
@@ -6,7 +6,7 @@ from types import ModuleType
 
 __version__ = "0.0.1"
 
-_DOORS = {"prune": "pipeline", "load_model": "models", "run": "doors", "compare": "doors", "evaluate": "doors"}  # by room
+_DOORS = {"prune": "pipeline", "load_model": "models", "run": "doors", "compare": "doors", "evaluate": "doors", "export": "export"}  # by room
 __all__ = list(_DOORS)
 
 
