@@ -6,12 +6,12 @@
 __all__ = ['CONVERTED', 'QUANTISED', 'SCRIPTS', 'TARGETS', 'weight_shapes', 'layers_in', 'check_folder', 'in_own_order',
            'converter', 'converter_knows', 'check_converter', 'quantiser', 'check_type', 'quantise', 'convert',
            'source_gguf', 'tokenizer_keys', 'rewritten', 'keep_keys', 'read_gguf', 'check_gguf', 'weight_errors',
-           'divergence_of', 'logits_of', 'read_back', 'own_words', 'in_llama_cpp', 'verify', 'assembled', 'chat_pieces',
-           'ollama_template', 'modelfile', 'in_ollama', 'said_of', 'hub_name', 'config_lines', 'script_for', 'Exported',
-           'export', 'export_model']
+           'divergence_of', 'logits_of', 'read_back', 'read_model', 'own_words', 'in_llama_cpp', 'said_of', 'verify',
+           'assembled', 'chat_pieces', 'ollama_template', 'modelfile', 'in_ollama', 'hub_name', 'config_lines',
+           'script_for', 'Exported', 'export', 'export_model']
 
 # %% ../nbs/25_export.ipynb #e7a00004
-import argparse, ast, contextlib, json, math, os, re, shlex, shutil, subprocess, sys, warnings
+import argparse, ast, contextlib, io, json, math, os, re, shlex, shutil, subprocess, sys, warnings
 from collections import Counter
 from contextlib import contextmanager
 from os.path import commonprefix
@@ -322,10 +322,8 @@ def _differs(a, b):
     return f'another text after {n} characters ({b[n:n+20]!r}, not {a[n:n+20]!r})'
 
 # %% ../nbs/25_export.ipynb #e7a00034
-def read_back(path, type, source, said): # `said`: what `own_words` returned
+def read_back(path, type, said, other): # what `own_words` returned; the model that transformers reads
     "Raise unless transformers reads the folder's model from a GGUF file; (numbers, words)"
-    other = from_checkpoint(AutoModelForCausalLM, path.parent, path, gguf_file=path.name,
-                            dtype=torch.float32).eval()
     errors = weight_errors(said.model, other)
     worst = max(errors, key=errors.get)
     if not errors[worst]<=_ROUNDED.get(type, .34):
@@ -343,6 +341,13 @@ def read_back(path, type, source, said): # `said`: what `own_words` returned
     text = continuation(other, said.tokenizer, said.prompt, said.new, False)
     return found, (f"largest error of a weight {errors[worst]:.2g}, KL {found['rounding']:.1e} nats by "
                    f"rounding and {found['beyond']:.1e} beyond it; {_differs(said.text, text)}")
+
+# %% ../nbs/25_export.ipynb #e7a00062
+def read_model(path): # a model in float32
+    "What transformers makes of a GGUF file"
+    with contextlib.redirect_stderr(io.StringIO()): # a bar of its own
+        return from_checkpoint(AutoModelForCausalLM, path.parent, path.name, gguf_file=path.name,
+                               dtype=torch.float32).eval()
 
 # %% ../nbs/25_export.ipynb #e7a00035
 def own_words(source, prompt, new)->SimpleNamespace: # of tokens
@@ -380,28 +385,35 @@ def in_llama_cpp(path, said)->str: # in words
 # %% ../nbs/25_export.ipynb #e7a0003b
 def _line(what, says, run=True): return dict(what=what, run=run, says=says)
 
-def _transformers_why(source, seen, type):
-    "Why transformers does not read a file; nothing where it does"
+def _in_transformers(path, type, seen, said):
+    "The line of transformers: what it cannot read is its limit, another model is an error"
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES as known
     if seen['architecture'] not in known:
-        return f"transformers does not read GGUF files of the architecture {seen['architecture']}"
+        why = f"it does not read GGUF files of the architecture {seen['architecture']}"
+        return _line('transformers', why, False)
+    try: other = read_model(path)
+    except Exception as e: return _line('transformers', f'it cannot read the file ({said_of(e)})', False)
+    seen['read_back'], words = read_back(path, type, said, other)
+    return _line('transformers', words)
 
+def said_of(e): # one line, without the place where the file was made
+    "What an exception says"
+    return re.sub(r'\S*\.partial-\S*/', '', str(e).split('\n')[0])[:200] or type(e).__name__
+
+# %% ../nbs/25_export.ipynb #e7a00065
 def verify(path, type, source, said=None)->tuple: # (what was found, lines of what was run and what was not)
     "Open a GGUF file with every reader there is; `said` None: with the `gguf` package alone"
     seen, words = check_gguf(path, source)
     lines = [_line('gguf reader', words)]
-    if said is None: return seen, [*lines, _line('transformers and llama.cpp', 'left out (no_check)', False)]
-    why = _transformers_why(source, seen, type)
-    own = getattr(source.config.get_text_config(decoder=True), 'sliding_window', None)
-    here = _has('llama_cpp') and _line('llama.cpp', in_llama_cpp(path, said))
-    if why: lines.append(_line('transformers', why, False))
+    if said is None: lines.append(_line('transformers and llama.cpp', 'left out (no_check)', False))
     else:
-        seen['read_back'], words = read_back(path, type, source, said)
-        lines.append(_line('transformers', words))
-    lines.append(here or _line('llama.cpp', 'llama_cpp is not installed', False))
+        if not _has('llama_cpp'): cpp = _line('llama.cpp', 'llama_cpp is not installed', False)
+        else: cpp = _line('llama.cpp', in_llama_cpp(path, said)) # before the file's weights come into `said`
+        lines += [_in_transformers(path, type, seen, said), cpp]
+    own = getattr(source.config.get_text_config(decoder=True), 'sliding_window', None)
     if own and not seen['window']:
-        lines.append(_line('note', f"the file does not say that attention sees {own} tokens: on longer texts "
-                                   "it runs otherwise, as the dense model's does", False))
+        lines.append(_line('window', f"the file does not say that attention sees {own} tokens: longer texts "
+                                     "run otherwise, those of the dense model too", False))
     return seen, lines
 
 # %% ../nbs/25_export.ipynb #e7a0003e
@@ -513,8 +525,6 @@ def in_ollama(folder, said)->dict: # a line of the record
     finally:
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             subprocess.run([tool, 'rm', name], capture_output=True, timeout=60)
-
-def said_of(e): return f'{type(e).__name__}: {e}'[:200]
 
 # %% ../nbs/25_export.ipynb #e7a0004a
 def _base_architecture(folder):
@@ -730,7 +740,7 @@ def _recorded(p, files):
     "Add what was made to the record beside it"
     old = _read_json(p.out/_RECORD) or {}
     about = dict(model=p.source.name, architecture=p.source.arch, layers=p.source.layers, versions=versions())
-    record = dict(about, files={**(old.get('files') or {}), **{n: dict(f, **about) for n,f in files.items()}})
+    record = dict(about, files={**(old.get('files') or {}), **{n: {**about, **f} for n,f in files.items()}})
     write_whole(p.out/_RECORD, json.dumps(record, indent=1, ensure_ascii=False))
     return Exported(folder=str(p.out), files=files)
 
