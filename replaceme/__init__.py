@@ -1,4 +1,4 @@
-"""Make a transformer shallower without training it. The doors `prune`, `load_model`, `run`, `compare`, `evaluate` and `dry_run` open when used."""
+"""Make a transformer shallower without training it. The doors `prune`, `load_model`, `run`, `compare`, `evaluate`, `export` and `dry_run` open when used."""
 import sys
 from importlib import import_module
 from importlib.util import find_spec
@@ -6,7 +6,8 @@ from types import ModuleType
 
 __version__ = "0.0.1"
 
-_DOORS = {"prune": "pipeline", "load_model": "models", "run": "doors", "compare": "doors", "evaluate": "doors", "dry_run": "doors"}  # by room
+_DOORS = {"prune": "pipeline", "load_model": "models", "run": "doors", "compare": "doors", "evaluate": "doors", "dry_run": "doors",
+          "export": "export"}  # by room
 __all__ = list(_DOORS)
 
 

@@ -47,7 +47,7 @@ def in_cpp(model, folder, kind, pieces, against=None, n_ctx=TOKENS):
         llm.close()
 
 
-FAMILIES = {"llama": {}, "mistral": {}, "llama-tied": dict(tie_word_embeddings=True), "llama-bias": dict(mlp_bias=True)}
+FAMILIES = {"llama": {}, "mistral": dict(sliding_window=None), "llama-tied": dict(tie_word_embeddings=True), "llama-bias": dict(mlp_bias=True)}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
