@@ -33,6 +33,7 @@ from .data import *
 from .blocks import *
 from .stats import *
 from .merge import differs_when_rebuilt
+from .borrow import *
 from .search import *
 from .feed import *
 from .methods import *
@@ -558,6 +559,27 @@ def mapping(self:Case, blocks=1): # -> steps
         yield Step('fit', f'{self.map} map, {p} by {d}',
                    blocks*turns*solve(p, d, self.map=='wide', r.ridge=='auto')+Work(builds=2))
 
+# %% ../nbs/23_cost.ipynb #0b0220d1
+@patch
+def borrows(self:Case)->int: # features that are compared at once, or none
+    "Does the layer before the cut take neurons of the layers that go?"
+    r, s = self.recipe, self.shape
+    return 2*s.wide if r and r.borrow and self.map=='wide' and s.wide and not s.norm else 0
+
+# %% ../nbs/23_cost.ipynb #0b0220d2
+@patch
+def borrowing(self:Case, blocks=1): # -> steps
+    "Sums of twice the neurons for each layer that goes, and the choice"
+    p, d, texts = self.borrows(), self.shape.d, self.texts
+    if not p: return
+    share = min(1, 4*p/max(1, texts.tokens))
+    tokens = share*texts.tokens
+    yield Step('fit', 'states for borrowing', blocks*share*self.passes(texts, self.end))
+    asked = 2*share*walk(self.shape, texts, self.n-1)+sums(self.shape, tokens, p)
+    sizes = [p*.8**k for k in range(4)] # a fifth goes each time
+    chosen = Work(flops=sum(q**3+2*q*q*d for q in sizes), moved=4*3*sum(q*q for q in sizes))
+    yield Step('fit', f'neurons of {self.gone:.0f} layers to borrow', self.gone*(asked+chosen))
+
 # %% ../nbs/23_cost.ipynb #23c05762
 @patch
 def refitting(self:Case, blocks=1): # -> steps
@@ -591,6 +613,7 @@ def several(self:Case): # -> steps
         tried += sums(self.shape, self.fit.tokens, self.p)
         loss = self.passes(self.held.alone(), head=True, gone=self.gone)
         yield Step('fit', f'{k} ways of up to {blocks} blocks tried', k*(blocks*tried+loss))
+    yield from self.borrowing(blocks)
     yield from self.mapping(blocks)
     yield from self.refitting(blocks)
 
@@ -686,7 +709,8 @@ def pruning(self:Case): # -> steps
         return
     if self.cfg.blocks is not None or self.cfg.num_A>1 or self.cfg.max_blocks>1: yield from self.several()
     else:
-        for part in (self.measuring, self.choosing, self.mapping, self.refitting): yield from part()
+        parts = self.measuring, self.choosing, self.borrowing, self.mapping, self.refitting
+        for part in parts: yield from part()
 
 # %% ../nbs/23_cost.ipynb #9d757e1b
 @patch
@@ -762,6 +786,8 @@ def moments(self:Case)->dict: # {moment: {part: bytes}}
         out['texts'] = {**W, **self.cache(rows, cfg.max_length)}
     more = self.measured_sums() if self.recipe else {}
     if self.texts.shapes: out['calibrate'] = {**W, **self.activations(self.texts), **more}
+    if (q := self.borrows()):
+        out['borrow'] = {**W, **self.activations(self.texts), 'sums of neurons to borrow': borrow_bytes(q)}
     if self.recipe:
         out['fit'] = {**W, **self.activations(self.texts), **self.fitted_sums(), **self.changed()}
     if cfg.trains:

@@ -108,6 +108,11 @@ def _normed(k):
 def _not_rank(k):
     if k.structure!='rank': return "it goes with structure: rank"
 
+def _not_wide(k):
+    own = METHODS[k.method].defaults.get('map') if k.method in METHODS else None
+    if _of_state(k): return _of_state(k)
+    if (k.map or own)!='wide' or k.alpha not in (None, 'auto', 0): return "it goes with a wide map"
+
 def map_alone(k):
     "For keys that mean nothing where maps are saved alone"
     if k.save_transform_only:
@@ -144,6 +149,8 @@ class Mapping:
         "auto", unless=(_normed, _by_irls), off=(0., 0), check=_check_ridge('alpha'))
     refit:int|None = key(None, "layers behind the cut whose output matrices are refitted",
         unless=(only_measures, map_alone), off=(0,), least=0)
+    borrow:bool|None = key(None, "may the layer before the cut take neurons of the layers that go, where its "
+        "MLP lets them be told apart?", unless=(only_measures, map_alone, _not_wide), off=(False,))
     save_transform_only:bool = key(False, "save the map as safetensors, and no model", 'run')
 
 # %% ../nbs/16_ours.ipynb #ebd636a8
@@ -215,7 +222,7 @@ class Mapped(Method):
 def _chosen(k, own, few):
     "How a block is chosen: what the method says, unless the keys leave no choice"
     own = dict(own)
-    if few: own = {n: v for n,v in own.items() if n not in ('select', 'top_k', 'refit')}
+    if few: own = {n: v for n,v in own.items() if n not in ('select', 'top_k', 'refit', 'borrow')}
     if k.get('select')=='distance' or k.blocks or k.num_A>1: own.update(select='distance', top_k=1)
     if k.max_blocks>1: own.update(top_k=3)
     if k.get('select') in ('fit', 'loss'): own.setdefault('top_k', 5)
@@ -228,8 +235,8 @@ def recipe(self:Mapped, k,
            alone=False)->Recipe: # is only the map wanted?
     "What the keys ask for, with the defaults of the method"
     own, alpha = _chosen(k, self.defaults, few), k.get('alpha')
-    if alone: own.pop('refit', None)
-    names = ('map', 'weights', 'select', 'top_k', 'refit', 'ridge')
+    if alone: own = {n: v for n,v in own.items() if n not in ('refit', 'borrow')}
+    names = ('map', 'weights', 'select', 'top_k', 'refit', 'borrow', 'ridge')
     given = {n: v for n in names if (v := k.get(n)) is not None}
     if alpha=='auto': given['ridge'] = 'auto'
     elif alpha and not self.iterates:
@@ -302,7 +309,8 @@ def _check_iterating(k, structure):
 class Auto(Mapped):
     name, title = 'auto', 'ReplaceMe, auto'
     keys = (Bits, Choosing, Comparing, Mapping, Closed, Unmerged)
-    defaults = dict(map='wide', weights='inv_norm', ridge='auto', select='loss', top_k=5, refit=2)
+    defaults = dict(map='wide', weights='inv_norm', ridge='auto', select='loss', top_k=5, refit=2,
+                    borrow=True)
 
 # %% ../nbs/16_ours.ipynb #32ee8436
 class LeastSquares(Mapped):
@@ -515,6 +523,12 @@ def _several(model, fit, held, job, r, blocks, known):
         else: done = fit_beside(model, fit, held, found.ways[0][1], r)
     return done, found.rows, next(d for d,b in found.ways if b==done.blocks), found.sinks, found.avoided
 
+# %% ../nbs/16_ours.ipynb #0b0220b1
+def _borrowed(done)->dict: # {layer: {layer it comes from: neurons}}
+    "Whose neurons the layers before the cuts have"
+    of = lambda lent: {str(k): n for k,n in lent.of.items()}
+    return {str(b.start-1): of(lent) for b,lent in zip(done.blocks, done.borrowed) if lent}
+
 # %% ../nbs/16_ours.ipynb #08b18385
 def fit_words(r, done)->dict:
     "What stands in the place of the layers, and how well it fits"
@@ -523,7 +537,8 @@ def fit_words(r, done)->dict:
     words = dict(error=f.error, removal_error=f.removal_error, alpha=f.alpha, ridge=float(f'{f.ridge:.3g}')
                  or None,
                  map=f.kind, affine=f.affine, structure=f.structure, rank=f.rank, weights=r.weights,
-                 solver=None if r.solver=='closed' else r.solver, loss=r.options.get('loss'), behind=behind)
+                 solver=None if r.solver=='closed' else r.solver, loss=r.options.get('loss'), behind=behind,
+                 borrowed=_borrowed(done) or None)
     if f.kind=='state' and done.model is not None:
         words['cost'] = linear_cost(done.model, len(done.fits), f.affine)
     return words

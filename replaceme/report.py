@@ -180,12 +180,19 @@ def _map_words(result):
     what = ' '.join(str(o) for o in (fit.affine and 'affine', shape, kind) if o)
     return what and f'{what} map'
 
+# %% ../nbs/20_report.ipynb #0b0220c1
+def _borrowed_words(borrowed): # {layer: {layer it comes from: neurons}}
+    "'1170 of the 1536 neurons of layer 12 borrowed from the layers that went'"
+    def one(i, of): return f"{sum(of.values())-of.get(i, 0)} of the {sum(of.values())} neurons of layer {i}"
+    return f"{and_words([one(i, of) for i,of in borrowed.items()])} borrowed from the layers that went"
+
 # %% ../nbs/20_report.ipynb #0217105c
 def _kind_words(result):
     "The kind of fit in words, such as 'wide map', 'tokens weighted by 1/|y|'"
     w, solver, ridge, behind = result.fit.weights, result.fit.solver, result.fit.ridge, result.fit.behind
     words = [_map_words(result), w not in _USUAL and f'tokens weighted by {_WEIGHTS.get(w, w)}',
              solver not in _USUAL and f'solved by {_SOLVERS.get(solver, solver)}', ridge and f'ridge {ridge}',
+             result.fit.borrowed and _borrowed_words(result.fit.borrowed),
              behind and f"layer{'s' if len(behind)>1 else ''} {spans(behind)} behind the cut corrected too"]
     return [w for w in words if w]
 

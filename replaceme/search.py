@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['RIDGE', 'Recipe', 'last_of', 'hold_out', 'solve_sums', 'solve_trial', 'solve_rows', 'norm_at', 'fit_between',
-           'States', 'through', 'Cut', 'states_at_cut', 'put_wide', 'refit_layer', 'stand_in', 'outcome', 'Distances',
-           'Pruned', 'fit_blocks', 'beside', 'fit_beside', 'stand_ins', 'winner', 'choose', 'prune_one',
-           'prune_several']
+           'States', 'Cut', 'states_at_cut', 'put_wide', 'refit_layer', 'stand_in', 'outcome', 'Distances', 'Pruned',
+           'fit_blocks', 'beside', 'fit_beside', 'stand_ins', 'winner', 'choose', 'prune_one', 'prune_several']
 
 # %% ../nbs/14_search.ipynb #7a04d8c7
 import contextlib, math, tempfile
@@ -31,6 +30,7 @@ from .solve import *
 from .optimize import *
 from .merge import *
 from .norms import *
+from .borrow import *
 from .unmerged import *
 from .evaluate import *
 
@@ -51,6 +51,7 @@ class Recipe:
     select:str = 'distance' # distance, fit, loss
     top_k:int = 1 # candidates that are fitted
     refit:int = 0 # layers behind the cut that are refitted
+    borrow:bool = False # may a wide map's layer take neurons of the layers that go?
     turns:int = 2 # of a fit through a norm; later ones fit noise
     rows_path:str|None = None # folder for the activations of the iterative solvers; None is a temporary one
 
@@ -60,7 +61,8 @@ class Recipe:
     @property
     # for the choice: a narrow map ranks the blocks as a wide one does, from sums a tenth of the size
     def trial(self):
-        return replace(self, map=self.map if self.map in ('state', 'none') else 'narrow', refit=0, turns=1)
+        return replace(self, map=self.map if self.map in ('state', 'none') else 'narrow', refit=0, turns=1,
+                       borrow=False)
     @property
     def needs_held(self): return self.select!='distance' or self.ridge=='auto'
 
@@ -181,23 +183,6 @@ class States:
         self.rows, self.parts = rows.split(counts), counts
     def __getitem__(self, k): return self.rows[k]
     def __setitem__(self, k, x): self.rows[k].copy_(x)
-
-# %% ../nbs/14_search.ipynb #b219719a
-def through(one, # a model of one layer
-            batch, x, # states that enter it, `(T,d)`
-            points=(), # fold points of that layer
-           )->tuple: # what the fold points read, `[(T,f)]`, and the states that leave, `(T,d)`
-    "Push kept states through a layer"
-    mask, h, out = batch['attention_mask'].bool(), {}, []
-    full = x.new_zeros(*mask.shape, x.shape[1]); full[mask] = x
-    def swap(layer, args, kwargs):
-        new = full.to(hidden_arg(args, kwargs))
-        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, 'hidden_states': new})
-    with hooks(layers_of(one)[0].register_forward_pre_hook(swap, with_kwargs=True)):
-        tap(one, batch, lambda i,y: out.append(masked(y, mask)) if i==1 else None,
-            lambda k,m,r: h.__setitem__(k, masked(r, mask)),
-            dict(enumerate(points)), 1)
-    return [h[k] for k in range(len(points))], out[0]
 
 # %% ../nbs/14_search.ipynb #b4480286
 @dataclass
@@ -330,6 +315,7 @@ class Pruned:
     blocks:list # of `Block`, in the dense model's numbers; none where every layer became narrower
     fits:list = field(default_factory=list) # of `Fit`, one a block
     refits:list = field(default_factory=list) # what was done to layers behind the cuts
+    borrowed:list = field(default_factory=list) # of `Borrowed` or None, one a block where it was tried
     choice:list = field(default_factory=list) # candidates compared, with what they were judged by
     distance:Distances = field(default_factory=Distances)
     stands:dict = field(default_factory=dict) # what stands in the place of the layers, and its error
@@ -355,21 +341,30 @@ def _refit_behind(dense, before, model, batches, at, b, n, fit, r):
         del cut
     return done
 
+# %% ../nbs/14_search.ipynb #0b0220a1
+def _lent(dense, model, batches, at, b, r)->tuple: # (model, Borrowed or None)
+    "The model whose layer before a block has borrowed neurons, where the recipe says so and it can"
+    wanted = r.borrow and r.map=='wide' and r.solver=='closed'
+    return borrow(dense, model, batches, at, b, r.weights) if wanted else (model, None)
+
 # %% ../nbs/14_search.ipynb #57d208e7
 def fit_blocks(dense, batches, held, blocks, r:Recipe,
                first=None, # the `Fit` of the first block, where it is known
               )->Pruned:
     "Remove blocks one after the other, fit and fold a map for each, and refit the layers behind"
-    model, gone, fits, refits, ends = dense, 0, [], [], [b.start for b in blocks[1:]]+[len(layers_of(dense))]
+    model, gone, fits, refits, took = dense, 0, [], [], []
+    ends = [b.start for b in blocks[1:]]+[len(layers_of(dense))]
     for b,end in zip(blocks, ends):
-        at, before = b.start-gone, model
-        fit = first if first is not None and not gone else fit_between(dense, model, batches, held, b, at, r)
-        model = stand_in(model, Block(at, at+len(b)), fit)
+        at = b.start-gone
+        before, lent = _lent(dense, model, batches, at, b, r)
+        fit = first if first is not None and not gone else fit_between(dense, before, batches, held, b, at, r)
+        if lent: fit = replace(fit, removal_error=lent.removal_error)
+        model = stand_in(before, Block(at, at+len(b)), fit)
         if r.refit and end>b.end:
             refits += _refit_behind(dense, before, model, [*batches, *held], at, b, min(r.refit, end-b.end),
                                     fit, r)
-        fits.append(fit); gone += len(b)
-    return Pruned(model, list(blocks), fits, refits)
+        fits.append(fit); took.append(lent); gone += len(b)
+    return Pruned(model, list(blocks), fits, refits, took)
 
 # %% ../nbs/14_search.ipynb #8551c1d9
 @contextlib.contextmanager

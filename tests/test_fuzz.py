@@ -141,7 +141,7 @@ def make_texts(root):
 COMMANDS = dict(run_replaceme=10, evaluate_model=2, get_distance_analysis=2, run_uidl=1, get_lt_with_lstsq=1, get_lt_with_solvers=1, compare_methods=1)
 ODD = [None, True, 0, -1, 1.5, "x", "", [], [1], {}, "None", "ü #"]
 CHOOSING = "min_distance_layer metric distance_tokens sinks num_A max_blocks blocks merge_consecutive distances_path".split()
-METHODS = dict(auto=["select", "top_k", "map", "weights", "refit", "alpha", "ridge", "merge", "affine", "mask", *CHOOSING],
+METHODS = dict(auto=["select", "top_k", "map", "weights", "refit", "borrow", "alpha", "ridge", "merge", "affine", "mask", *CHOOSING],
                lstsq=["structure", "rank", "diag", "two_vectors", "thri", "map", "alpha", "ridge", "weights", "affine", "merge", "mask", "select", *CHOOSING],
                cosine=["solver", "loss", "accurate", "l1", "l2", "epochs", "lr", "structure", "activations_save_path", "alpha", *CHOOSING], remove=CHOOSING,
                uidl=["simple"], shortgpt=[], laco=["C", "I", "threshold"], linearpatch=[], streamline=["network", "train_loss", "trainer", "train_path"])
@@ -149,7 +149,7 @@ COMMON = """dataset_size batch_size max_length dtype device_map seed dataset_col
             recover tasks limit eval_size eval_length token trust_remote_code max_memory revision""".split()
 # Keys whose size is time: small values, and values that no run should get far with
 VALUES = dict(dataset_size=[1, 3, 8], eval_size=[1, 2], eval_length=[2, 16, 33], max_length=[2, 16, 40, 10**9], epochs=[1, 2], train_tokens=[16, 64],
-              train_size=[2, 4], batch_size=[1, 3], layers_to_skip=[1, 2, 3, 9], top_k=[1, 2], refit=[0, 1, 9], num_A=[1, 2], max_blocks=[1, 2], rank=[1, 4, 99],
+              train_size=[2, 4], batch_size=[1, 3], layers_to_skip=[1, 2, 3, 9], top_k=[1, 2], refit=[0, 1, 9], borrow=[True, False], num_A=[1, 2], max_blocks=[1, 2], rank=[1, 4, 99],
               limit=[1, 3], min_distance_layer=[0, 1, 2, 7], C=[2, 3], I=[1], threshold=[-1.0, 0.5], mask=[0.0, 0.3, 1.0], alpha=[0.0, 0.1, "auto", -1.0],
               ridge=[0.0, 0.1, "auto"], lr=[1e-3, 0.0], l1=[0.0, 0.1], l2=[0.0, 0.1], seed=[0, 7, 2**64], blocks=[[[1, 2]], [[1, 2], [3, 4]], [[0, 1]], [[2, 1]], [[1, 99]]],
               device_map=["cpu", "auto", "nowhere", {"": "cpu"}], dtype=["float32", "bfloat16", "float16", "int8", "auto"], trainer=[{"learning_rate": 1e-3}, {"nobody": 1}],

@@ -149,7 +149,7 @@ def test_a_peer_leaves_the_dense_model_alone(place):
     assert torch.equal(logits(model), before)
 
 
-BAD = dict(map="wide", affine=True, weights="inv_norm", structure="diag", diag=True, two_vectors=True, thri=True, alpha=.1, ridge=.1, refit=1,
+BAD = dict(map="wide", affine=True, weights="inv_norm", structure="diag", diag=True, two_vectors=True, thri=True, alpha=.1, ridge=.1, refit=1, borrow=True,
            save_transform_only=True, mask=.1, blocks=[[1, 3]], num_A=2, max_blocks=2, min_distance_layer=2, metric="cosine", distance_tokens="all",
            sinks="allow", distances_path="p.json", select="loss", top_k=3, use_4bit=True, use_8bit=True, merge=False, solver="cg", loss="mse",
            accurate=True, l1=.1, epochs=3, lr=.1, activations_save_path="acts")

@@ -244,7 +244,7 @@ VALUES = dict(model_path="./tiny", budget="loss 9", merge=False, layers_to_skip=
               trust_remote_code=True, dataset="texts.txt", dataset_shares=[1.], dataset_column="text", dataset_subset="train", dataset_split="train", dataset_size=8,
               batch_size=4, max_length=48, mask=.1, min_distance_layer=2, metric="cosine", distance_tokens="all", sinks="allow", distances_path="p.json",
               select="loss", top_k=2, num_A=2, merge_consecutive=False, max_blocks=2, blocks=[[2, 3]], map="wide", affine=True, weights="inv_norm",
-              structure="diag", rank=2, alpha=.1, ridge=.1, refit=1, diag=True, two_vectors=True, thri=True, solver="irls", loss="mse", accurate=True, l1=.1, l2=.1,
+              structure="diag", rank=2, alpha=.1, ridge=.1, refit=1, borrow=True, diag=True, two_vectors=True, thri=True, solver="irls", loss="mse", accurate=True, l1=.1, l2=.1,
               epochs=1, lr=1e-3, activations_save_path="acts", simple=True, C=3, I=1, threshold=-.9, network="ffn", train_loss="lm", plain=True, taylor="element", recover="fold",
               train_tokens=64, train_size=4, train_path="training", trainer=dict(learning_rate=1e-3), save_path="out", save_transform_only=True,
               push_to_hub="me/x", private=False, eval_dataset="texts.txt", eval_column="text", eval_subset="train", eval_split="train", eval_size=2,
@@ -413,7 +413,7 @@ def noting(cfg):
 
 BASE = dict(model_path="./tiny", dataset="texts.txt", dataset_size=12, max_length=32, batch_size=4, layers_to_skip=2, eval_dataset="texts.txt", eval_size=2,
             eval_length=32, tasks="say", prompt="Hello?")
-GOES_WITH = dict(writing_prompts=dict(writing="text"), writing_tokens=dict(writing="text"), rank=dict(structure="rank"), budget=dict(layers_to_skip="auto"), top_k=dict(select="loss"), private=dict(push_to_hub="me/x"), merge_consecutive=dict(num_A=2, layers_to_skip=1),
+GOES_WITH = dict(writing_prompts=dict(writing="text"), writing_tokens=dict(writing="text"), rank=dict(structure="rank"), budget=dict(layers_to_skip="auto"), borrow=dict(map="wide"), top_k=dict(select="loss"), private=dict(push_to_hub="me/x"), merge_consecutive=dict(num_A=2, layers_to_skip=1),
                  num_A=dict(layers_to_skip=1), fewshot_as_multiturn=dict(apply_chat_template=True), blocks=dict(layers_to_skip=None), max_memory=dict(device_map="auto"), dataset_subset=dict(dataset_split=None), eval_subset=dict(eval_split=None), lr=dict(solver="adam"),
                  simple=dict.fromkeys(("dataset", "dataset_size", "max_length")), **{t: dict(recover="fold") for t in ("train_tokens", "train_size", "train_path", "trainer")})
 

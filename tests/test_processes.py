@@ -19,6 +19,7 @@ SCRIPT = '''
 import sys, warnings
 import torch
 from replaceme.arch import fold_points, layers_of
+from replaceme.borrow import borrow
 from replaceme.baselines import influences, laco, magnitudes, rotation
 from replaceme.blocks import Block, candidates
 from replaceme.data import own_texts
@@ -78,6 +79,8 @@ def everything(n):
             res[solver] = fit_between(model, model, bs, [], Block(2, 4), 2, r).T
     r = Recipe(map='wide', ridge=.1, refit=2, weights='inv_norm')
     res['refitted'] = [p.double() for p in fit_blocks(model, bs, held, [Block(2, 4)], r).model.parameters()]
+    lent = borrow(model, model, bs, 2, Block(2, 4))
+    res['borrowed'] = [*lent[1].of.items(), lent[1].removal_error, *(p.double() for p in lent[0].parameters())]
     res['own texts'] = [t.ids for t in own_texts(model, tok, 5, 24)]
     return res
 
@@ -150,9 +153,9 @@ def everything(tmp_path_factory):
 # processes and texts, two of which are a batch: as many for each, an uneven number, more processes than batches and than texts
 CASES = [(2, 8), (3, 7), (3, 2)]
 # float32 steps of an optimiser add up gradients of chunks, which differ with the share in the last digits
-LOOSE = dict(adam=1e-4, cg=1e-4, gradients=1e-5, refitted=1e-6, irls=1e-9)
+LOOSE = dict(adam=1e-4, cg=1e-4, gradients=1e-5, refitted=1e-6, borrowed=1e-5, irls=1e-9)
 KEYS = ["measured False", "measured True", "between", "influence", "magnitudes", "components", "merges", "gradients", "losses", "held loss",
-        "divergence", "irls", "adam", "cg", "refitted", "own texts"]
+        "divergence", "irls", "adam", "cg", "refitted", "borrowed", "own texts"]
 
 
 @pytest.mark.parametrize("n,texts", CASES)
