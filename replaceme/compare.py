@@ -6,8 +6,9 @@
 __all__ = ['SHARED', 'paired', 'entry', 'Plan', 'row_config', 'plans', 'CompareConfig', 'text_losses', 'rights', 'stabilities',
            'costs', 'tasks_digest', 'data_digest', 'plain_config', 'check_place', 'eval_pieces', 'Bench', 'held_now',
            'heap_given_back', 'write_texts', 'ppl', 'Nearest', 'Row', 'About', 'Line', 'lines', 'difference', 'ahead',
-           'ahead_text', 'task_differences', 'with_differences', 'Comparison', 'writing_columns', 'csv_row', 'front',
-           'compare_path', 'about', 'read_comparison', 'write_comparison', 'check_compare', 'run_rows', 'compare']
+           'ahead_text', 'task_differences', 'with_differences', 'Comparison', 'writing_columns', 'draft_columns',
+           'csv_row', 'front', 'compare_path', 'about', 'read_comparison', 'write_comparison', 'check_compare',
+           'run_rows', 'compare']
 
 # %% ../nbs/23_compare.ipynb #2e25b001
 import ctypes, dataclasses, functools, gc, io, json, math, os, re, warnings
@@ -43,6 +44,7 @@ from .pipeline import *
 
 # %% ../nbs/23_compare.ipynb #9c0a0162
 from .group import *
+from .draft import RUN, draft_cost, drafting, guesses
 
 # %% ../nbs/23_compare.ipynb #7bc1905c
 def paired(a, b, # (N,) losses of two models on the same pieces, or rights and wrongs on the same questions
@@ -326,6 +328,16 @@ def wrote(self:Bench, model, dense=None)->dict: # `Written` of the dense model -
     if dense is None: self.written = dense = w
     return dict(writing=dataclasses.asdict(compare_writing(dense, w, 0)))
 
+# %% ../nbs/23_compare.ipynb #20d0f106
+@patch
+def drafts(self:Bench, small)->dict: # {} or {'draft': ...}
+    "A pruned model as a draft for the dense one, timed in turns with it"
+    if not self.cfg.draft: return {}
+    w = self.written
+    hits = from_first(guesses, small, w.prompts, w.answers, self.cfg.batch_size)
+    cost = from_first(draft_cost, self.model, small, self.tokenizer)
+    return dict(draft=dataclasses.asdict(drafting(hits, cost, 0)))
+
 # %% ../nbs/23_compare.ipynb #d1bdad89
 @patch
 def dense_row(self:Bench)->dict:
@@ -392,7 +404,8 @@ def measured(self:Bench, plan, row)->dict:
     row.update(costs(result))
     said = self.answers(small)
     return dict(losses=text_losses(small, self.ids), right=rights(said),
-                stability=stabilities(self.said, said), **self.wrote(small, self.written))
+                stability=stabilities(self.said, said),
+                **self.wrote(small, self.written), **self.drafts(small))
 
 # %% ../nbs/23_compare.ipynb #6d1c0b03
 @patch
@@ -431,7 +444,8 @@ class Row(Record):
     "One method at one number of layers and one seed, as it is kept; one that failed has little but `error`"
     method:str; n:int; seed:int; error:str; losses:list; kinds:list; right:dict; stability:dict; tasks:dict
     blocks:list; parameters:int; trained_tokens:int; seconds:float; peak_memory:int
-    writing:Wrote; loss:list; perplexity:list; above_dense:list; ratio_to_dense:list; to_best:Nearest
+    writing:Wrote; draft:Drafted
+    loss:list; perplexity:list; above_dense:list; ratio_to_dense:list; to_best:Nearest
 
 class About(Record):
     "What the rows have in common"
@@ -598,11 +612,28 @@ def writing_columns(rows)->dict: # {header: function of (Line, dense Line)}; emp
                 lambda l,d: _writes(l, lambda w: w.same[i][1], '.0%'),
             "loss on dense's texts (nats)": lambda l,d: _writes(l, lambda w: w.loss[1], '.3f')}
 
+# %% ../nbs/23_compare.ipynb #20d0f107
+def _drafts(l, get, fmt):
+    "A number of the drafts, over the seeds, as text"
+    found = [v for r in l.rows if r.draft and (v := get(r.draft)) is not None]
+    return format(np.mean(found), fmt) if found else '-'
+
+def _run_of(d, k): return next((r for r in d.runs if r.k==k), None)
+def _stand(d): return (r := _run_of(d, RUN)) and r.accepted[0]
+def _gain(d): return (r := _run_of(d, d.best)) and r.gain[0]
+
+def draft_columns(rows)->dict: # {header: function of (Line, dense Line)}; empty where nothing was drafted
+    "What the methods leave as drafts"
+    if not any(r.draft for r in map(Row.of, rows)): return {}
+    return {f'drafts that stand, of {RUN}': lambda l,d: _drafts(l, _stand, '.2f'),
+            'speed-up as a draft': lambda l,d: _drafts(l, _gain, '.2f')}
+
 # %% ../nbs/23_compare.ipynb #8c6ac0cd
 @patch
 def cells(self:Comparison)->tuple: # (rows of strings, headers)
     "The table, cell by cell; a line without any good row says `failed`"
-    cols = _columns(any(r.right for r in self.rows), len(self.about.seeds)>1, writing_columns(self.rows))
+    wrote = writing_columns(self.rows) | draft_columns(self.rows)
+    cols = _columns(any(r.right for r in self.rows), len(self.about.seeds)>1, wrote)
     d = self.dense
     def row(l):
         return [f(l, d) for f in cols.values()] if l.rows else [l.name, str(l.n), '-',
@@ -711,6 +742,8 @@ def csv_row(r)->dict: # {column: value}
     if (w := r.writing):
         out |= {'repeated 4-grams': w.repeats[1], "loss on dense's texts": w.loss[1],
                 **{f'first {s[0]} tokens the same': s[1] for s in w.same}}
+    if r.draft:
+        out |= {f'drafts that stand, of {RUN}': _stand(r.draft), 'speed-up as a draft': _gain(r.draft)}
     out |= dict(zip(('best', 'loss above best', 'loss above best low', 'loss above best high'),
                     [best.method, *(best.nats or [None]*3)]))
     for t,ms in r.tasks.items(): out |= {f'{t} {m}': v['value'][0] for m,v in ms.items()}

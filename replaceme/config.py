@@ -22,6 +22,7 @@ from .evaluate import Asking, ASK_KEYS
 from .feed import Texts, Judged
 from .methods import *
 from .curve import Budgeted
+from .draft import Drafts
 from .registry import METHODS
 from .recover import Training, check_rungs
 from .save import Saving
@@ -30,7 +31,8 @@ from .writing import Writes
 
 # %% ../nbs/22_config.ipynb #9d9d964c
 # besides those of the methods
-BASES = (Asked, Loading, Texts, Budgeted, Training, Saving, Judged, Asking, Writes, Takes, Common)
+BASES = (Asked, Loading, Texts, Budgeted, Training, Saving, Judged, Asking, Writes, Drafts, Takes,
+         Common)
 
 def method_of(cfg)->Method|None:
     "The method of a configuration"
@@ -113,7 +115,8 @@ class PruneConfig(Config):
     door, command = 'prune', 'prune'
     @classmethod
     def unread(cls, name, value):
-        scored = any(name in g.__dataclass_fields__ for g in (Judged, Asking, Writes, Takes))
+        scored = any(name in g.__dataclass_fields__ for g in (Judged, Asking, Writes, Drafts,
+                                                                        Takes))
         if scored: why = "score the two models with replaceme.evaluate"
         elif name in Saving.__dataclass_fields__ or name=='save_transform_only':
             why = "save it with save_checkpoint"

@@ -674,6 +674,9 @@ def judging(self:Case, gone=0, read=True): # -> steps
     if cfg.writing:
         rows, n = min(cfg.batch_size, cfg.writing_prompts), cfg.writing_prompts
         yield Step('score', f'{n} texts written, {name}', written_by(less, rows, cfg.writing_tokens, n/rows))
+        if cfg.draft and gone:
+            again = Text([(n, cfg.writing_tokens, n*cfg.writing_tokens)])
+            yield Step('score', f'{n} texts read as a draft', self.passes(again, head=True, gone=gone))
 
 # %% ../nbs/23_cost.ipynb #23c05780
 @patch

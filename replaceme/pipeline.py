@@ -54,6 +54,7 @@ from .curve import find_number
 # %% ../nbs/22_pipeline.ipynb #9c0a0161
 from .group import *
 from .speed import both_taken
+from .draft import cost_of_pace, drafting, guesses
 
 # %% ../nbs/22_pipeline.ipynb #ca674d9a
 def recipe_of(cfg)->Recipe:
@@ -230,7 +231,7 @@ def load(cfg, quantised=True, # in 4 or 8 bit, if the config says so?
     return model, inputs
 
 # %% ../nbs/22_pipeline.ipynb #617f7e33
-def score(model, tokenizer, k, text, # keys of `Judged`, `Asking`, `Writes`
+def score(model, tokenizer, k, text, # keys of `Judged`, `Asking`, `Writes`, `Drafts`
           dense=None)->dict: # what it returned of the dense model
     "What a model is worth: perplexity, tasks, an answer, what it writes, as far as they are asked for"
     if sees(model):
@@ -244,6 +245,9 @@ def score(model, tokenizer, k, text, # keys of `Judged`, `Asking`, `Writes`
     if k.prompt is not None: res['answer'] = from_first(continuation, model, tokenizer, k.prompt)
     if k.writing:
         res['writing'] = written_as(k, model, tokenizer, text, dense and dense['writing'], k.batch_size)
+    if k.draft and dense:
+        w = dense['writing']
+        res['draft'] = from_first(guesses, model, w.prompts, w.answers, k.batch_size)
     return res
 
 # %% ../nbs/22_pipeline.ipynb #9a4476b9
@@ -272,6 +276,13 @@ def _task_scores(before, after, k): # records of both
     scores = [{t: r['scores'] for t,r in s.items()} for s in (before, after)]
     return dict(tasks=dict(before=scores[0], after=scores[1]), equivalence=plain)
 
+# %% ../nbs/22_pipeline.ipynb #20d0f104
+def _as_draft(hits, result, seed):
+    "The pruned model as a draft, at the cost it was timed at, if it was"
+    paces = result.get('speed', {}).get('batches', ())
+    rates = next((p['rate_ratio'] for p in paces if p['batch']==1 and 'rate_ratio' in p), None)
+    return dataclasses.asdict(drafting(hits, cost_of_pace(rates), seed))
+
 # %% ../nbs/22_pipeline.ipynb #24937c8f
 def _add_scores(result, k, before, after):
     "Put the scores of both models side by side"
@@ -289,6 +300,7 @@ def _add_scores(result, k, before, after):
     if 'tasks' in before: result.update(_task_scores(before['tasks'], after['tasks'], k))
     if 'writing' in before:
         result['writing'] = dataclasses.asdict(compare_writing(before['writing'], after['writing'], k.seed))
+    if 'draft' in after: result['draft'] = _as_draft(after['draft'], result, k.seed)
     if 'answer' in before:
         result['generations'] = [dict(prompt=k.prompt, before=before['answer'], after=after['answer'])]
 

@@ -20,6 +20,7 @@ from fastcore.xml import *
 from .core import *
 from .plots import *
 from .domains import *
+from .draft import draft_table, draft_words
 from .result import *
 from .tasks import equal_words
 from .writing import writing_rows
@@ -1183,6 +1184,15 @@ def _writing(result):
     if rows: parts.append(_html_table(rows, headers))
     return _section('Writing, and the same questions' if rows else 'Writing', *parts) if parts else None
 
+# %% ../nbs/20_report.ipynb #20d0f109
+def _drafted(result):
+    "The pruned model as a draft for the dense one"
+    if not (d := result.draft): return
+    note = (f"Speculative decoding on the dense model's own greedy texts ({d.texts}, {d.tokens:,} tokens), "
+            "by the number of tokens drafted at a time; 95% by a paired bootstrap over texts. The speed-up "
+            "is that where checking a run costs what one token does; on a CPU it costs more.")
+    return _section('As a draft', P(draft_words(d)), _html_table(*draft_table(d)), P(note, cls='soft small'))
+
 # %% ../nbs/20_report.ipynb #20c0e002
 @of_result
 def curve_rows(result)->tuple: # (rows, headers)
@@ -1233,8 +1243,8 @@ def report_html(result)->str:
     "The whole page as text"
     n = result.n_layers.both
     title = model_name(result) + (f': {n[0]} → {n[1]} layers' if all(n) else '')
-    parts = (_cards, _scores, _kinds, _taken, _writing, _curve, _where, _choice, _fit_section, _errors,
-             _training, _generations, _tips, _cost, _record)
+    parts = (_cards, _scores, _kinds, _taken, _writing, _drafted, _curve, _where, _choice, _fit_section,
+             _errors, _training, _generations, _tips, _cost, _record)
     body = [H1(title), P(_lead(result), cls='soft'), *(f(result) for f in parts)]
     phone = Meta(name='viewport', content='width=device-width, initial-scale=1')
     head = Head(Meta(charset='utf-8'), phone, Title(title), Style(Safe(_CSS)))

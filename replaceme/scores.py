@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['model_key', 'tasks_key', 'score_versions', 'score_path', 'cached', 'kept_perplexity', 'kept_tasks', 'kept_divergence',
-           'kept_written']
+           'kept_written', 'kept_guesses']
 
 # %% ../nbs/21_scores.ipynb #bafba5d3
 import dataclasses, functools, itertools, sys
@@ -18,6 +18,7 @@ from .arch import *
 from .evaluate import *
 from .evaluate import _check_limit, _expand, _quiet
 from .divergence import *
+from .draft import *
 from .tasks import *
 from .writing import *
 
@@ -50,7 +51,8 @@ def tasks_key(tasks, limit=None, include_path=None, how=None)->str:
                           programs])
 
 # %% ../nbs/21_scores.ipynb #5a5c1b37
-_PROGRAMS = ('evaluate', 'divergence', 'tasks', 'writing') # that make scores, beside what stands here
+# that make scores, beside what stands here
+_PROGRAMS = ('evaluate', 'divergence', 'tasks', 'writing', 'draft')
 
 @functools.lru_cache
 def score_versions()->dict:
@@ -120,3 +122,13 @@ def kept_written(k, # keys of `Writes`
                  prompts=digest_of(prompts_of(tokenizer, k.writing, text, k.writing_prompts)),
                  dense=dense and digest_of(dense.answers), batch_size=batch_size)
     return Written(**cached('writing', facts, make))
+
+# %% ../nbs/21_scores.ipynb #20d0f102
+def kept_guesses(model, tokenizer, dense, # `Written` of the dense model
+                 batch_size=8, cache=True)->list: # as `guesses`
+    "Which tokens of the dense model's texts another one would have said, kept by content"
+    make = lambda: guesses(model, dense.prompts, dense.answers, batch_size)
+    if not (cache and keepable(model)): return make()
+    facts = dict(model=model_key(model), tokenizer=tokenizer_key(tokenizer), batch_size=batch_size,
+                 texts=digest_of([dense.prompts, dense.answers]))
+    return cached('guesses', facts, make)

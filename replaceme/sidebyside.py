@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['NOTE', 'perplexity_ratio', 'size_rows', 'kind_rows', 'text_rows', 'task_rows', 'equal_rows', 'written_rows',
-           'speed_rows', 'shown', 'SideBySide', 'plot_shares', 'check_pair', 'side_by_side', 'state_errors',
-           'error_picture', 'row_divergence', 'piece_divergence', 'Divergence', 'check_vocabularies', 'divergence',
-           'token_times', 'prompt_of', 'Speed', 'speed_of', 'in_turns', 'latency', 'Speeds', 'pair_ratio',
+           'drafted_rows', 'speed_rows', 'shown', 'SideBySide', 'plot_shares', 'check_pair', 'side_by_side',
+           'state_errors', 'error_picture', 'row_divergence', 'piece_divergence', 'Divergence', 'check_vocabularies',
+           'divergence', 'token_times', 'prompt_of', 'Speed', 'speed_of', 'in_turns', 'latency', 'Speeds', 'pair_ratio',
            'side_by_side_latency', 'weight_bytes', 'cache_layers', 'tensors_in', 'held_tokens', 'cache_bytes', 'Memory',
            'memory_of', 'task_records', 'drawn_means', 'middle', 'percent', 'metrics_of', 'question_pairs', 'retained',
            'answers_of', 'record_stability', 'model_key', 'tasks_key', 'score_versions', 'score_path', 'cached',
            'kept_perplexity', 'kept_tasks', 'kept_divergence', 'kept_written', 'equivalences', 'Equivalence',
            'equivalence', 'Share', 'equal_words', 'Written', 'Writing', 'Writes', 'compare_writing', 'written_as',
-           'check_writes', 'missed', 'verdict_of', 'digest_of', 'tokenizer_key', 'keepable']
+           'check_writes', 'kept_guesses', 'draft_words', 'Drafting', 'Drafts', 'drafting', 'missed', 'verdict_of',
+           'digest_of', 'tokenizer_key', 'keepable']
 
 # %% ../nbs/21_sidebyside.ipynb #4bf4da00
 import dataclasses, json
@@ -30,6 +31,7 @@ from .plots import *
 from .divergence import *
 from .intervals import *
 from .domains import *
+from .draft import *
 from .report import *
 from .speed import *
 from .tasks import *
@@ -45,7 +47,8 @@ _all_ = ['state_errors', 'error_picture', 'row_divergence', 'piece_divergence', 
          'model_key', 'tasks_key', 'score_versions', 'score_path', 'cached', 'kept_perplexity',
          'kept_tasks', 'kept_divergence', 'kept_written', 'equivalences', 'Equivalence', 'equivalence',
          'Share', 'equal_words', 'Written', 'Writing', 'Writes', 'compare_writing', 'written_as',
-         'check_writes', 'missed', 'verdict_of', 'digest_of', 'tokenizer_key', 'keepable']
+         'check_writes', 'kept_guesses', 'draft_words', 'Drafting', 'Drafts',
+         'drafting', 'missed', 'verdict_of', 'digest_of', 'tokenizer_key', 'keepable']
 
 # %% ../nbs/21_sidebyside.ipynb #80efb4ea
 def perplexity_ratio(d, # a `Divergence`
@@ -116,6 +119,10 @@ def written_rows(w): # of a `Writing`
     "What both wrote"
     for label,a,b,span in writing_rows(w): yield [label, a, f'{b} [{span}]', None, None, None]
 
+def drafted_rows(d): # of a `Drafting`
+    "The second model as a draft for the first one"
+    for label,value in draft_rows(d): yield [label, '-', value, None, None, None]
+
 # %% ../nbs/21_sidebyside.ipynb #495a700c
 def speed_rows(speeds):
     "Time to the first token and tokens per second"
@@ -151,6 +158,7 @@ class SideBySide:
     stability:dict = field(default_factory=dict)
     equal:dict = field(default_factory=dict) # {task: {metric: Equivalence}}
     writing:Writing|None = None
+    draft:Drafting|None = None # the second model as a draft for the first one
     speeds:list|None = None # of `Speeds`
     answers:list = field(default_factory=list) # {'prompt', 'before', 'after'}
     seed:int = 0 # of the draws
@@ -162,6 +170,7 @@ def rows(self:SideBySide)->list: # of [label, first, second, percent, low, high]
     text = text_rows(self.divergence, self.text, self.kinds, self.seed) if self.divergence else ()
     tasks = task_rows(self.records, self.retained, self.stability) if self.records else ()
     wrote = written_rows(self.writing) if self.writing else ()
+    if self.draft: wrote = [*wrote, *drafted_rows(self.draft)]
     return [*size_rows(self.parameters, self.memory), *text, *wrote, *tasks, *equal_rows(self.equal),
             *speed_rows(self.speeds or ())]
 
@@ -244,12 +253,16 @@ def _timed(models, tokenizer, options): # or true
     options = options if isinstance(options, dict) else {}
     return from_first(side_by_side_latency, *models, tokenizer, **options)
 
-def _wrote(models, tokenizer, k, text, batch_size, cache, seed):
-    "What both models write, where that is asked for"
-    if k is None or not k.writing: return None
+def _add_writing(res, models, tokenizer, k, text, batch_size, cache):
+    "What both models write, and the second one as a draft, where that is asked for"
+    if k is None or not k.writing: return
     dense, other = models
     a = kept_written(k, dense, tokenizer, text, None, batch_size, cache)
-    return compare_writing(a, kept_written(k, other, tokenizer, text, a, batch_size, cache), seed)
+    res.writing = compare_writing(a, kept_written(k, other, tokenizer, text, a, batch_size, cache), res.seed)
+    if not getattr(k, 'draft', False): return
+    cost = next((cost_of_pace(s.rate_ratio) for s in res.speeds or () if s.dense.batch==1), None)
+    hits = from_first(kept_guesses, other, tokenizer, a, batch_size, cache)
+    res.draft = drafting(hits, cost, res.seed)
 
 # %% ../nbs/21_sidebyside.ipynb #9d0a8c2a
 def side_by_side(dense, model, tokenizer, # of both
@@ -267,7 +280,7 @@ def side_by_side(dense, model, tokenizer, # of both
                  cache=True, # keep results by content, and use those that were kept; never of speed
                  seed=0, # of the intervals
                  chat=None, # how the models are asked in the tasks, {key: value} of `ASK_KEYS`
-                 writing=None, # keys of `Writes`; None leaves it out
+                 writing=None, # keys of `Writes`, and of `Drafts`; None leaves it out
                  equal_within=2., # points that two scores may differ by and count as equal
                 )->SideBySide:
     "Everything about two models in memory"
@@ -279,6 +292,6 @@ def side_by_side(dense, model, tokenizer, # of both
         asked = tasks, limit, include_path, batch_size, cache, chat
         _compare_records(res, [kept_tasks(m, tokenizer, *asked) for m in both], equal_within/100)
     if isinstance(speed, dict) or speed: res.speeds = _timed(both, tokenizer, speed)
-    res.writing = _wrote(both, tokenizer, writing, text, batch_size, cache, seed)
+    _add_writing(res, both, tokenizer, writing, text, batch_size, cache)
     res.answers = [from_first(_answered, dense, model, tokenizer, p) for p in prompts]
     return res
