@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['layer_places', 'Layerwise', 'layerwise', 'fetch', 'placed', 'in_turn', 'stood_in', 'calls_of', 'taps', 'chunks',
-           'ends', 'run_layerwise', 'beside_device', 'open_layerwise']
+           'ends', 'run_layerwise', 'beside_device', 'open_layerwise', 'largest_part']
 
 # %% ../nbs/05_layerwise.ipynb #5a1e0004
 import functools, os
@@ -157,11 +157,12 @@ def taps(model,
 
 # %% ../nbs/05_layerwise.ipynb #5a1e0031
 def chunks(model, items, size, # `size(item)` is how many tokens an item has, with padding
-           waits=lambda: 1.): # states that wait for each token of the next chunk
+           waits=lambda: 1., # states that wait for each token of the next chunk
+           enough=lambda chunk: False): # need it wait no longer?
     "Lists of items that go through the layers together; one by one where the model is in memory"
     w, chunk, n = layerwise(model), [], 0
     for item in items:
-        if chunk and (w is None or n+size(item)>w.tokens/waits()):
+        if chunk and (w is None or n+size(item)>w.tokens/waits() or enough(chunk)):
             yield chunk
             chunk, n = [], 0
         chunk.append(item)
@@ -242,3 +243,9 @@ def open_layerwise(model_path, # as for `load_model`
     model, inputs = load_model(model_path, dtype, layer_places(shell, beside_device()), token=token,
                                trust_remote_code=trust_remote_code, revision=revision)
     return run_layerwise(model, tokens), inputs
+
+# %% ../nbs/05_layerwise.ipynb #5a1e0047
+def largest_part(model)->int: # bytes
+    "The most that a layer has, or any module beside the layers"
+    parts = [*layers_of(model), *(m for n,m in model.named_modules() if n in layer_places(model))]
+    return max(sum(p.numel()*p.element_size() for p in m.parameters()) for m in parts)
