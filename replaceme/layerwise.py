@@ -133,7 +133,7 @@ def _through(model, batches, hidden, mlp, points, until, tell): # -> the last st
         here = {i: points[i]} if i in points else {}
         for k in range(len(xs)):
             hidden(k, i, xs[k])
-            with hooks(*mlp_hooks(here, functools.partial(mlp, k))):
+            with hooks(*mlp_hooks(here, mlp and functools.partial(mlp, k))):
                 xs[k] = _called(layer, xs[k], *calls[k][i])
             calls[k][i] = None
         tell(i)
@@ -220,7 +220,7 @@ def run_layerwise(model, # with its layers on the disk
     try:
         with judging(model):
             ref, (got, *_) = _logits(model, batch), [_logits(model, batch) for _ in ends(model, [batch])]
-        off = ((got-ref).float().norm()/ref.float().norm()).item()
+        off = ((got-ref)[:,2:].float().norm()/ref[:,2:].float().norm()).item()
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as e: off = said(e)
     if isinstance(off, str) or not off<=max(1e-5, torch.finfo(model.dtype).eps):
         del model.replaceme_layerwise

@@ -17,7 +17,7 @@ __all__ = ['recipe_of', 'feed_of', 'n_removed', 'job_of', 'check_pictures', 'che
            'check_hub', 'push_folder', 'for_others']
 
 # %% ../nbs/22_pipeline.ipynb #07f461fe
-import contextlib, dataclasses, gc, io, warnings
+import contextlib, copy, dataclasses, gc, io, warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -31,7 +31,6 @@ from .models import *
 from .arch import *
 from .data import *
 from .distance import *
-from .layerwise import *
 from .blocks import *
 from .stats import *
 from .merge import *
@@ -54,6 +53,7 @@ from .curve import find_number
 
 # %% ../nbs/22_pipeline.ipynb #9c0a0161
 from .group import *
+from .layerwise import *
 from .speed import both_taken
 
 # %% ../nbs/22_pipeline.ipynb #ca674d9a
@@ -219,9 +219,10 @@ def _bytes(model, pruned_layers):
 def load(cfg, quantised=True, # in 4 or 8 bit, if the config says so?
          keep_quantised=False): # see `load_model`
     "The model and tokenizer of a config; the model has run once, which reads memory-mapped weights in"
-    if cfg.stream_weights:
-        return open_layerwise(cfg.model_path, cfg.dtype, cfg.token, cfg.trust_remote_code, cfg.revision,
-                              cfg.stream_tokens)
+    if cfg.door!='evaluate':
+        streamed, tokens = cfg.stream_weights, cfg.stream_tokens
+        common = cfg.dtype, cfg.token, cfg.trust_remote_code, cfg.revision
+        if streamed: return open_layerwise(cfg.model_path, *common, tokens)
     few = [bits and quantised for bits in (cfg.use_4bit, cfg.use_8bit)]
     model, inputs = load_model(cfg.model_path, cfg.dtype, cfg.device_map, few[0], cfg.token,
                                cfg.trust_remote_code,
@@ -452,7 +453,10 @@ def _from_its_place(path, cfg, model):
 
 def walked(cfg):
     "The same configuration without what takes a walk for each token"
-    return dataclasses.replace(cfg, prompt=None, speed=False) if cfg.stream_weights else cfg
+    if not cfg.stream_weights: return cfg
+    new = copy.copy(cfg)
+    new.prompt, new.speed = None, False
+    return new
 
 # %% ../nbs/22_pipeline.ipynb #b258ee0c
 def _run(cfg, yaml_text, path, tmp, stages)->Result:

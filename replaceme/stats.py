@@ -491,9 +491,9 @@ def collect_between(dense, model, batches, points, at, end, feats=Features(), de
     d, device = width(model), points[0].device if points else input_device(model)
     with together():
         _room(feats, points, d, SOLVING, None, device)
-        if layerwise(model) and dense is model: # one walk
+        if layerwise(model) and dense is model and len(points)<2: # one walk
             b = Block(at, end)
-            g = _stream(model, batches, [b], {at-1: p for p in points}, None, feats, None, desc)[b]
+            g = _stream(model, batches, [b], dict(zip([at-1], points)), None, feats, None, desc)[b]
         else: g = _by_batch(dense, model, batches, points, at, end, feats, desc)
     add_up([g])
     return g
