@@ -2,7 +2,8 @@
 
     python benchmarks/streamed.py [--gb 1] [--texts 16] [--length 128] [--chunks 512 2048] [--limit 1] [--offload]
 
-Makes a Llama of random weights of about GB gigabytes in bfloat16, one file a layer, and prunes it by least squares (`run`, nothing scored),
+Makes a Llama of random weights of about GB gigabytes in bfloat16, one file a layer, and prunes it by least squares (`run`, nothing scored, the last
+five candidates, a ridge since the tokens are few),
 each time in a process of its own: in memory, layer by layer with each size of a chunk, and with --offload through accelerate's offload to the
 disk. The layer by layer runs may map LIMIT GB more private memory than the libraries have (RLIMIT_DATA, which counts mapped files whole), or
 they end with a MemoryError.
@@ -96,7 +97,7 @@ def child(keys, limit, out):
 
 
 def launched(tmp, keys, limit=0):
-    out, env = tmp / "out.json", {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+    out, env = tmp / "out.json", {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}  # what is freed is given back
     cmd = [sys.executable, __file__, "--child", json.dumps(keys), "--limit", str(limit), "--out", str(out)]
     done = subprocess.run(cmd, env=env, capture_output=True, text=True)
     if done.returncode:
@@ -128,7 +129,7 @@ def main(a):
         words = [json.dumps(dict(text=f"{i} " + "a stream of layers and of tokens " * (a.length // 8))) for i in range(a.texts)]
         (tmp / "t.jsonl").write_text("\n".join(words))
         base = dict(model_path=str(tmp / "dense"), layers_to_skip=SKIP, method="lstsq", dataset=str(tmp / "t.jsonl"), dataset_size=a.texts,
-                    max_length=a.length, batch_size=a.batch, ridge=.1, eval_dataset=None, prompt=None, speed=False)
+                    max_length=a.length, batch_size=a.batch, ridge=.1, min_distance_layer=max(1, layers - SKIP - 4), eval_dataset=None, prompt=None, speed=False)
         print(f"{total/1e9:.2f} GB of weights in {layers} layers of {sum(2 * prod(s) for s in shapes(0).values())/1e6:.0f} MB; "
               f"{a.texts} texts of {a.length} tokens, {a.batch} at a time; load average {os.getloadavg()[0]:.1f}")
         kinds = [("in memory", {}, 0)]

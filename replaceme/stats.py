@@ -259,7 +259,8 @@ def _stream(model, batches, blocks, points, profile, feats, stay, desc, turn=0)-
     def enough(chunk): return racing() and n<8<=n+sum(len(b['attention_mask']) for _,b in chunk)
     for chunk,tell in _in_chunks(model, [*_gently(batches, profile, len(blocks))], desc, turn, until,
                                  lambda: waiting(sums, share), enough):
-        add_chunk(model, chunk, sums, points, profile, feats, *([tell] if tell else []))
+        if tell: add_chunk(model, chunk, sums, points, profile, feats, tell)
+        else: add_batch(model, chunk[0][1], sums, points, profile, feats, chunk[0][0])
         n += sum(len(b['attention_mask']) for _,b in chunk)
         if n>=8 and racing(): sums = {b: sums[b] for b in set(stay(profile)) & set(sums)}
     return sums

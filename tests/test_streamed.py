@@ -214,7 +214,7 @@ def test_each_layer_is_read_once_a_chunk_and_those_behind_the_last_end_never(lla
 def test_states_that_wait_stay_within_the_tokens_of_a_chunk(llama, monkeypatch):
     "Candidates keep states of their own, so that chunks are shorter while many of them are in the race"
     away, _ = open_layerwise(llama / "dense", tokens=400)
-    points, seen, plain = fold_points(away, range(5)), [], stats.add_chunk
+    seen, plain = [], stats.add_chunk
     def noting(model, chunk, sums, *a, **k):
         seen.append((sum(b["attention_mask"].numel() for _, b in chunk), len(chunk), stats.waiting(sums)))
         return plain(model, chunk, sums, *a, **k)
