@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BASES', 'RELEASE', 'WORDS', 'method_of', 'keys_of', 'Config', 'MapConfig', 'AnalyseConfig', 'PruneConfig',
-           'read_yaml', 'idle', 'read_by', 'field_of', 'in_our_words', 'check_together', 'settled', 'make_config',
-           'read_as', 'need', 'read_config']
+           'read_yaml', 'idle', 'read_by', 'field_of', 'in_our_words', 'check_streamed', 'check_together', 'settled',
+           'make_config', 'read_as', 'need', 'read_config']
 
 # %% ../nbs/22_config.ipynb #a79a268f
 import warnings
@@ -17,10 +17,11 @@ from .core import *
 from .keys import *
 from .plots import and_words
 from .models import Loading
-from .data import is_part
+from .data import is_part, parts_of
 from .evaluate import Asking, ASK_KEYS
 from .feed import Texts, Judged
 from .methods import *
+from .ours import Mapped, given_blocks
 from .curve import Budgeted
 from .draft import Drafts
 from .registry import METHODS
@@ -205,12 +206,48 @@ def _check_one_name(names): # that were given for one key
     if len(names)<2: return
     raise ReplaceMeError(f"{' and '.join(names)} all say which structure one map has: keep one.")
 
+# %% ../nbs/22_config.ipynb #5a1e0082
+def _fit_needs_more(cfg): # -> reasons why a method is more than one walk
+    m, k = method_of(cfg), keys_of(cfg)
+    if not isinstance(m, Mapped):
+        yield f"method {m.name} needs the whole model: use lstsq, remove, or auto with refit: 0"; return
+    if m.iterates: yield f"the solvers of method {m.name} read the activations in every step: use lstsq"; return
+    r = m.recipe(k, alone=cfg.alone)
+    if r.refit: yield f"{r.refit} layers behind the cut would be refitted: set refit to 0"
+    if r.map=='state': yield "merge is false: a map beside the layers is fitted to a model in memory"
+    several = k.num_A>1 or k.max_blocks>1 or k.blocks is not None and len(given_blocks(k))>1
+    if several: yield "each of several blocks is fitted when those before it are gone: remove one"
+    if cfg.layers_to_skip=='auto': yield "layers_to_skip is auto, which compares many pruned models"
+
+def _asks_more(cfg):
+    "Reasons beside the method"
+    if any(isinstance(d, str) and d=='self' for d in [*parts_of(cfg.dataset), *parts_of(cfg.eval_dataset)]): yield "a data set is self, which the model writes token by token: name another one"
+    if cfg.quantised: yield "weights in few bits are quantised as they are loaded, all of them"
+    for k in 'device_map', 'max_memory':
+        if getattr(cfg, k) is not None: yield f"{k} places layers: leave it out"
+    if cfg.distance_tokens=='all': yield "distance_tokens is all, which compares all layers' states at once"
+    if cfg.rungs: yield "recover trains a model in memory"
+    asked = asks(field_of(type(cfg), 'prompt'), cfg.prompt)
+    for k,v in dict(tasks=cfg.tasks, writing=cfg.writing, prompt=asked).items():
+        if v: yield f"{k} has whole models write or answer: score the saved model with evaluate_model"
+
+# %% ../nbs/22_config.ipynb #5a1e0083
+def check_streamed(cfg):
+    "Refuse what takes more than one layer at a time, or more than one walk of the texts through them"
+    if not cfg.stream_weights: return
+    fits = () if cfg.door=='analyse' or method_of(cfg) is None else _fit_needs_more(cfg)
+    why = next(iter([*fits, *_asks_more(cfg)]), None)
+    if why: raise ReplaceMeError(f"stream_weights is true, but {why}.")
+
 # %% ../nbs/22_config.ipynb #8ec20de8
 def check_together(cfg):
     "Refuse keys that contradict each other: those of each group, and those of the method"
     for g in (*BASES, *GROUPS):
         if 'together' in vars(g): g.together(cfg)
-    if (m := method_of(cfg)) is None: return
+    if (m := method_of(cfg)) is not None: _check_method(cfg, m)
+    check_streamed(cfg)
+
+def _check_method(cfg, m):
     m.check(keys_of(cfg))
     odd = [r for r in cfg.rungs if r not in ('lora', 'qlora')]
     if odd and not m.drops:

@@ -24,6 +24,7 @@ from .core import *
 from .group import *
 from .plots import *
 from .arch import judging, stack_config, run, input_device, sees
+from .layerwise import ends
 from .data import bare_ids, check_ids, n_embedded, special_ids
 from .keys import *
 
@@ -96,15 +97,19 @@ def _check_finite(losses):
                              "weights or activations overflow. Try dtype float32, or another block.")
 
 # %% ../nbs/13_evaluate.ipynb #d010bc52
+def _whole(ids): return dict(input_ids=ids, attention_mask=torch.ones_like(ids)) # a batch without padding
+
 def batch_loss(model,
                batches, # of `input_ids`, `attention_mask`
                desc='held-out loss')->float: # nats per predicted token
     "Mean loss over all predicted tokens of padded batches, text by text"
     rows = [ids[mask.bool()] for b in batches for ids,mask in zip(b['input_ids'], b['attention_mask'])]
     rows = [r for r in rows if len(r)>1]
-    bar = progress(my_share([*map(len, rows)]), desc=desc, unit=' texts', leave=False)
+    mine = my_share([*map(len, rows)])
+    ready = ends(model, [_whole(rows[i][None]) for i in mine])
+    bar = progress(ready, len(mine), desc, ' texts', leave=False)
     with together(), judging(model):
-        losses = {i: piece_losses(model, rows[i][None])[0]*(len(rows[i])-1) for i in bar}
+        losses = {mine[k]: piece_losses(model, rows[mine[k]][None])[0]*(len(rows[mine[k]])-1) for k in bar}
     return sum(gathered(losses))/sum(len(r)-1 for r in rows)
 
 # %% ../nbs/13_evaluate.ipynb #f2fb56dd
@@ -146,7 +151,7 @@ def all_losses(model, batches, # of pieces, `(B,S)` token ids
     mine = my_share([b.numel() for b in batches])
     bar, found = progress(None, sum(len(batches[i]) for i in mine), desc, ' pieces', leave=False), {}
     with together(), judging(model), bar:
-        for i in mine:
+        for i in (mine[k] for k in ends(model, [_whole(batches[i]) for i in mine])):
             found[i] = piece_losses(model, batches[i])
             bar.update(len(batches[i]))
     return [l for losses in gathered(found) for l in losses]

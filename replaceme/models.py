@@ -980,6 +980,9 @@ def tiny_vision(model_type='vit', # transformers' name of the family
     return model
 
 # %% ../nbs/01_models.ipynb #30b3360d
+def _not_streamed(k):
+    if not k.stream_weights: return "no weights are streamed: that takes stream_weights"
+
 @dataclasses.dataclass
 class Loading:
     "The dense model"
@@ -991,6 +994,10 @@ class Loading:
     device_map:str|int|dict|None = key(None, "auto, a device or {module: device}; null: an accelerator", LOAD)
     max_memory:dict|None = key(None, "of each device, with device_map auto: {0: 10GiB, cpu: 60GiB}", LOAD)
     trust_remote_code:bool = key(False, "run code that comes with the model's repository", LOAD)
+    stream_weights:bool = key(False, "leave the layers on the disk and read one at a time, each once for a "
+        "chunk of texts; for methods lstsq and remove, and auto with refit: 0", 'run map analyse')
+    stream_tokens:int = key(65536, "tokens whose states wait between two layers: more are faster, and take "
+        "more memory", 'run map analyse', (_not_streamed,), least=1)
 
 # %% ../nbs/01_models.ipynb #e5ac6baf
 def only_measures(k):

@@ -22,6 +22,7 @@ from .arch import *
 from .data import mask_tokens
 from .distance import *
 from .blocks import *
+from .layerwise import *
 from .stats import *
 from .solve import *
 from .optimize import *
@@ -399,6 +400,13 @@ def _through(points, k, r, job):
     asked = r.solver!='closed' or r.weights!='none' or k.get('weights') is not None
     return r if asked else replace(r, weights='inv_norm')
 
+# %% ../nbs/16_ours.ipynb #5a1e0072
+def _in_one_walk(points):
+    "Raise where a fit would read the texts again"
+    name = next((p.name for p in points if p.norm), None)
+    if name: raise ReplaceMeError(f"stream_weights is true, but a norm follows {name}, and a fit through it "
+                                  "reads the texts again and again: leave it out, or use method: remove.")
+
 # %% ../nbs/16_ours.ipynb #e19264dd
 @patch
 def prove(self:Mapped, model, job)->tuple: # (candidate blocks, or the given ones; the recipe for this model)
@@ -413,6 +421,7 @@ def prove(self:Mapped, model, job)->tuple: # (candidate blocks, or the given one
         with_linear(cut(model, [blocks[0]]), blocks[0].start-1, torch.eye(width(model)))
     if r.map in ('state', 'none'): return blocks, r
     blocks, points = _foldable(model, blocks, k.blocks is not None)
+    if layerwise(model): _in_one_walk(points)
     r = _through(points, k, r, job)
     return blocks, _fitting(model, points, k, r, job.writable)
 

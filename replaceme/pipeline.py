@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['recipe_of', 'feed_of', 'n_removed', 'job_of', 'check_pictures', 'check_rungs_fit', 'prove', 'make_result',
            'climb_rungs', 'calibrate', 'prune', 'output_path', 'load', 'score', 'top_classes', 'prove_places',
-           'paths_of', 'check_run', 'check_loaded', 'before_loading', 'run', 'profile_files', 'write_profile',
+           'paths_of', 'check_run', 'check_loaded', 'walked', 'before_loading', 'run', 'profile_files', 'write_profile',
            'profile_table', 'check_analysis', 'analyse', 'EvaluateConfig', 'check_evaluation', 'evaluate', 'load_pair',
            'evaluate_pair', 'scores_table', 'PRUNE', 'READ', 'LOAD', 'SCORE', 'EVERY', 'RECORD', 'key', 'asks',
            'Loading', 'Texts', 'Choosing', 'Iterating', 'Training', 'Saving', 'Config', 'MapConfig', 'AnalyseConfig',
@@ -17,7 +17,7 @@ __all__ = ['recipe_of', 'feed_of', 'n_removed', 'job_of', 'check_pictures', 'che
            'check_hub', 'push_folder', 'for_others']
 
 # %% ../nbs/22_pipeline.ipynb #07f461fe
-import contextlib, dataclasses, gc, io, warnings
+import contextlib, copy, dataclasses, gc, io, warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -53,6 +53,7 @@ from .curve import find_number
 
 # %% ../nbs/22_pipeline.ipynb #9c0a0161
 from .group import *
+from .layerwise import *
 from .speed import both_taken
 from .draft import cost_of_pace, drafting, guesses
 
@@ -219,6 +220,10 @@ def _bytes(model, pruned_layers):
 def load(cfg, quantised=True, # in 4 or 8 bit, if the config says so?
          keep_quantised=False): # see `load_model`
     "The model and tokenizer of a config; the model has run once, which reads memory-mapped weights in"
+    if cfg.door!='evaluate':
+        streamed, tokens = cfg.stream_weights, cfg.stream_tokens
+        common = cfg.dtype, cfg.token, cfg.trust_remote_code, cfg.revision
+        if streamed: return open_layerwise(cfg.model_path, *common, tokens)
     few = [bits and quantised for bits in (cfg.use_4bit, cfg.use_8bit)]
     model, inputs = load_model(cfg.model_path, cfg.dtype, cfg.device_map, few[0], cfg.token,
                                cfg.trust_remote_code,
@@ -386,7 +391,7 @@ def _score_before(model, pruned, tokenizer, k, text, result)->tuple: # (scores o
     except Exception as e:
         _unscored(result, e, "the pruned model is saved, but the dense model")
         return None, None
-    _try_errors(result, model, pruned, tokenizer, text)
+    if not layerwise(model): _try_errors(result, model, pruned, tokenizer, text)
     return before, None
 
 # %% ../nbs/22_pipeline.ipynb #0101874f
@@ -432,11 +437,13 @@ def _write(tmp, cfg, done, tokenizer, stages):
     if tmp is None: return pruned # the first process saves, the others keep theirs for the scores
     with stages('save'):
         if cfg.alone: save_transform(tmp, done); return pruned
-        save_checkpoint(pruned, tmp, inputs=tokenizer)
+        most = dict(max_shard_size=largest_part(pruned)) if layerwise(pruned) else {}
+        save_checkpoint(pruned, tmp, inputs=tokenizer, **most)
     ref, auto = outputs(pruned, dummy(pruned)), auto_class(pruned)
     own_code = method_of(cfg).own_code(keys_of(cfg)) or is_linear_model(pruned)
+    places = layer_places(pruned, beside_device()) if layerwise(pruned) else None
     del pruned
-    with stages('reload'): return reload(tmp, cfg, ref, auto, own_code)
+    with stages('reload'): return reload(tmp, cfg, ref, auto, own_code, places)
 
 # %% ../nbs/22_pipeline.ipynb #70abd48e
 def _describe(folder, cfg, result, yaml_text, stages, plots=()): # -> the names of the plots
@@ -446,6 +453,22 @@ def _describe(folder, cfg, result, yaml_text, stages, plots=()): # -> the names 
     write_record(folder, *shown, cfg.token)
     return spared('what stands beside the weights', write_provenance, folder, *shown, cfg.token,
                   cfg.push_to_hub, plots)
+
+# %% ../nbs/22_pipeline.ipynb #5a1e0092
+def _from_its_place(path, cfg, model):
+    "A pruned model whose layers are on the disk, once its folder is in its place"
+    places, keys = layer_places(model, beside_device()), dict(trust_remote_code=cfg.trust_remote_code)
+    del model
+    new = from_checkpoint(transformers.AutoModelForCausalLM, path, dtype='auto', use_safetensors=True,
+                          device_map=places, offload_folder=offload_folder(), **keys)
+    return run_layerwise(new.eval(), cfg.stream_tokens)
+
+def walked(cfg):
+    "The same configuration without what takes a walk for each token"
+    if not cfg.stream_weights: return cfg
+    new = copy.copy(cfg)
+    new.prompt, new.speed = None, False
+    return new
 
 # %% ../nbs/22_pipeline.ipynb #b258ee0c
 def _run(cfg, yaml_text, path, tmp, stages)->Result:
@@ -462,6 +485,7 @@ def _run(cfg, yaml_text, path, tmp, stages)->Result:
             put_in_place(tmp, path, RECORD)
     if stop: raise stop
     if before:
+        if cfg.stream_weights: pruned = _from_its_place(path, cfg, pruned)
         with stages('score'): _score_after(pruned, tokenizer, cfg, text, before, result)
         if tmp is not None:
             spared('the record with the scores', _describe, path, cfg, result, yaml_text, stages, plots)
@@ -478,6 +502,7 @@ def before_loading(cfg)->Path:
 # %% ../nbs/22_pipeline.ipynb #9f9e26ff
 def run(cfg, yaml_text=None)->tuple: # (Result, Path of the folder)
     "The whole recipe: a config in, a folder out"
+    cfg = walked(cfg)
     path, stages = before_loading(cfg), Stages()
     if not main_process() and world()[1]==1: # of processes that are not `grouped`, and train together
         return _prune(cfg, path, stages)[-1], path # the first one saves

@@ -161,13 +161,14 @@ def write_provenance(folder, result, yaml_text=None, token=None,
 def reload(folder, k, # keys of `Loading`
            ref, # outputs of the model in memory
            auto='AutoModelForCausalLM', # class that loads it
-           own_code=False): # does the checkpoint carry code of its own?
+           own_code=False, # does the checkpoint carry code of its own?
+           places=None): # a device map in the place of what the keys say
     "The checkpoint as any user of transformers would load it, proved to be the model that was saved"
     def other(why): return ReplaceMeError(f"the saved checkpoint does not load as the pruned model ({why}): "
                                           "nothing was kept. "
                                           "Its family rebuilds layers by their number; please report it.")
-    place = dict(device_map=placement(k.device_map), max_memory=as_memory(k.max_memory, k.device_map),
-                 offload_folder=offload_folder())
+    place = dict(device_map=places or placement(k.device_map), offload_folder=offload_folder(),
+                 max_memory=as_memory(k.max_memory, k.device_map))
     try: model = from_checkpoint(getattr(transformers, auto), folder, dtype='auto', use_safetensors=True,
                                  trust_remote_code=k.trust_remote_code or own_code, **place)
     except ReplaceMeError as e: raise other(e) from e

@@ -249,7 +249,7 @@ VALUES = dict(model_path="./tiny", budget="loss 9", merge=False, layers_to_skip=
               train_tokens=64, train_size=4, train_path="training", trainer=dict(learning_rate=1e-3), save_path="out", save_transform_only=True,
               push_to_hub="me/x", private=False, eval_dataset="texts.txt", eval_column="text", eval_subset="train", eval_split="train", eval_size=2,
               eval_length=32, tasks="say", limit=2, apply_chat_template=True, fewshot_as_multiturn=True, system_instruction="Be brief.", max_gen_toks=8,
-              run_code=True, equal_within=3., writing="text", writing_prompts=2, writing_tokens=9, draft=True, speed=False, speed_seconds=1., prompt="Hello?", seed=1)
+              run_code=True, equal_within=3., writing="text", writing_prompts=2, writing_tokens=9, draft=True, speed=False, speed_seconds=1., prompt="Hello?", seed=1, stream_weights=True, stream_tokens=64)
 
 
 def test_a_flag_may_switch_off_what_a_file_asks_for(tmp_path):
@@ -413,7 +413,7 @@ def noting(cfg):
 
 BASE = dict(model_path="./tiny", dataset="texts.txt", dataset_size=12, max_length=32, batch_size=4, layers_to_skip=2, eval_dataset="texts.txt", eval_size=2,
             eval_length=32, tasks="say", prompt="Hello?")
-GOES_WITH = dict(writing_prompts=dict(writing="text"), writing_tokens=dict(writing="text"), rank=dict(structure="rank"), budget=dict(layers_to_skip="auto"), draft=dict(writing="text"), borrow=dict(map="wide"), top_k=dict(select="loss"), private=dict(push_to_hub="me/x"), merge_consecutive=dict(num_A=2, layers_to_skip=1),
+GOES_WITH = dict(**{t: dict(stream_weights=True, tasks=None, prompt=None) for t in ("stream_weights", "stream_tokens")}, writing_prompts=dict(writing="text"), writing_tokens=dict(writing="text"), rank=dict(structure="rank"), budget=dict(layers_to_skip="auto"), draft=dict(writing="text"), borrow=dict(map="wide"), top_k=dict(select="loss"), private=dict(push_to_hub="me/x"), merge_consecutive=dict(num_A=2, layers_to_skip=1),
                  num_A=dict(layers_to_skip=1), fewshot_as_multiturn=dict(apply_chat_template=True), blocks=dict(layers_to_skip=None), max_memory=dict(device_map="auto"), dataset_subset=dict(dataset_split=None), eval_subset=dict(eval_split=None), lr=dict(solver="adam"),
                  simple=dict.fromkeys(("dataset", "dataset_size", "max_length")), **{t: dict(recover="fold") for t in ("train_tokens", "train_size", "train_path", "trainer")})
 
