@@ -654,7 +654,7 @@ def judging(self:Case, gone=0, read=True): # -> steps
 
 # %% ../nbs/23_cost.ipynb #23c05a04
 @patch(as_prop=True)
-def file_bytes(self:Case)->float:
+def stored(self:Case)->float:
     "Bytes of the files, or what they would hold: they are read whole, however few bits are kept of them"
     return self.h.bytes or sum(p.numel()*p.element_size() for p in self.h.model.parameters())
 
@@ -665,7 +665,7 @@ def files(self:Case, save=True): # -> steps
     kept = 1-self.gone/self.n
     dummy_ = written_by(self.shape, 16, 1)
     few = Work(moved=self.shape.bytes) if self.h.quantised or self.cfg.quantised else Work()
-    yield Step('load', 'weights, and 16 tokens through them', Work(read=self.file_bytes, builds=1)+dummy_+few)
+    yield Step('load', 'weights, and 16 tokens through them', Work(read=self.stored, builds=1)+dummy_+few)
     if not save or self.cfg.alone: return
     left = kept*sum(l.bytes for l in self.shape.layers)+self.shape.embedding+self.shape.head_bytes
     yield Step('save', 'the pruned model', Work(written=left))
@@ -1003,7 +1003,7 @@ def _notes(cfg, c): # a Case
 def _in_full(c): # a `Case` of quantised weights -> (steps, moments)
     whole = replace(c, shape=shape_of(c.h.model))
     W, late = whole.held_weights(), ('score', 'save', 'reload')
-    again = Step('load', 'the original weights', Work(read=c.file_bytes))
+    again = Step('load', 'the original weights', Work(read=c.stored))
     steps = [s for s in c.steps() if s.stage not in late]
     steps += [again, *(s for s in whole.steps() if s.stage in late)]
     moments = {k: v for k,v in c.moments().items() if k not in late}
@@ -1072,7 +1072,7 @@ def cost_of(cfg, h:Headers, speed=None, # measured by default
     speed = speed or measure_speed(c.shape, dtype, device, h.file, build, clock)
     steps, moments = _steps_of(cfg, c)
     texts = dict(calibration=c.fit, held_out=c.held, judged=c.judged)
-    out = Cost(type(cfg).command, str(cfg.model_path), h.model.num_parameters(), int(c.file_bytes),
+    out = Cost(type(cfg).command, str(cfg.model_path), h.model.num_parameters(), int(c.stored),
                h.bytes is not None, texts, steps, moments, speed, int(free), _notes(cfg, c))
     if not out.fits:
         out.advice = _less(cfg, h, free)

@@ -38,5 +38,5 @@ def test_one_cell_decides(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_outputs_are_kept_and_name_no_place_of_the_machine_that_made_them(name):
     outputs = json.dumps([c["outputs"] for c in CELLS[name] if c["cell_type"] == "code"])
-    assert "8,030,261,248 parameters" in outputs and "4 bits, narrow map" in outputs and "report" in outputs
+    assert "8,030,261,248 parameters" in outputs and "4 bits, narrow map" in outputs and "<iframe" in outputs
     assert not any(place in outputs for place in ("/tmp", "/root", "/home", "/work/"))
