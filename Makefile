@@ -23,7 +23,7 @@ pip = $(call quiet,$(PY) -m pip install -q $(1))
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint runtimes docs data export clean install install-dev model converter transformers4
+.PHONY: help demo test lint runtimes containers docs data export clean install install-dev model converter transformers4
 
 help: ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -55,6 +55,10 @@ runtimes: install-dev model .venv/.llama converter ## run a pruned model in llam
 	@$(PY) -m pytest tests/test_runtimes.py -q
 	@echo "== benchmarks/results/runtimes.json"
 	@$(PY) benchmarks/runtimes.py
+
+containers: install-dev ## build the image where docker runs, else install by its steps in a clean environment (minutes)
+	@if docker info >/dev/null 2>&1; then echo "== docker build"; docker build -t replaceme . && docker run --rm replaceme; \
+	else echo "== no docker: the steps"; REPLACEME_CONTAINERS=1 $(PY) -m pytest tests/test_containers.py -q; fi
 
 data: .venv/.library ## get the public texts and questions that the published numbers are about into .cache/data
 	@$(PY) benchmarks/data.py

@@ -678,14 +678,20 @@ def judging(self:Case, gone=0, read=True): # -> steps
             again = Text([(n, cfg.writing_tokens, n*cfg.writing_tokens)])
             yield Step('score', f'{n} texts read as a draft', self.passes(again, head=True, gone=gone))
 
+# %% ../nbs/23_cost.ipynb #23c05a04
+@patch(as_prop=True)
+def stored(self:Case)->float:
+    "Bytes of the files, or what they would hold: they are read whole, however few bits are kept of them"
+    return self.h.bytes or sum(p.numel()*p.element_size() for p in self.h.model.parameters())
+
 # %% ../nbs/23_cost.ipynb #23c05780
 @patch
 def files(self:Case, save=True): # -> steps
     "Loading at the beginning; saving and loading again in the end"
-    size, kept = self.h.bytes or self.shape.bytes, 1-self.gone/self.n
+    kept = 1-self.gone/self.n
     dummy_ = written_by(self.shape, 16, 1)
     few = Work(moved=self.shape.bytes) if self.h.quantised or self.cfg.quantised else Work()
-    yield Step('load', 'weights, and 16 tokens through them', Work(read=size, builds=1)+dummy_+few)
+    yield Step('load', 'weights, and 16 tokens through them', Work(read=self.stored, builds=1)+dummy_+few)
     if not save or self.cfg.alone: return
     left = kept*sum(l.bytes for l in self.shape.layers)+self.shape.embedding+self.shape.head_bytes
     yield Step('save', 'the pruned model', Work(written=left))
@@ -1022,6 +1028,16 @@ def _notes(cfg, c): # a Case
         said.append("the checkpoint is quantised: its weights are turned back into floating point numbers")
     return said
 
+# %% ../nbs/23_cost.ipynb #23c05a02
+def _in_full(c): # a `Case` of quantised weights -> (steps, moments)
+    whole = replace(c, shape=shape_of(c.h.model))
+    W, late = whole.held_weights(), ('score', 'save', 'reload')
+    again = Step('load', 'the original weights', Work(read=c.stored))
+    steps = [s for s in c.steps() if s.stage not in late]
+    steps += [again, *(s for s in whole.steps() if s.stage in late)]
+    moments = {k: v for k,v in c.moments().items() if k not in late}
+    return steps, moments | dict(fold={**W, **whole.changed()}) | whole.late_moments(W)
+
 # %% ../nbs/23_cost.ipynb #23c057a0
 def _steps_of(cfg, c): # by door -> (steps, moments)
     W, files = c.held_weights(), [*c.files(False)]
@@ -1030,13 +1046,8 @@ def _steps_of(cfg, c): # by door -> (steps, moments)
                  Step('calibrate', f'profile: {c.n} layers', c.passes(c.texts)+c.profile(c.texts))]
         return steps, dict(load=W, calibrate={**W, **c.activations(c.texts)})
     if cfg.door=='evaluate': return [*files, *c.judging()], dict(load=W) | c.late_moments(W)
-    moments = c.moments()
-    if cfg.quantised and not cfg.alone: # the original weights, once the quantised ones are gone
-        whole = shape_of(c.h.model)
-        moments['fold'] = dict(weights=whole.bytes, **c.changed())
-        again = Step('load', 'the original weights', Work(read=c.h.bytes or whole.bytes))
-        return [*c.steps(), again], moments
-    return c.steps(), moments
+    if cfg.quantised and not cfg.alone: return _in_full(c)
+    return c.steps(), c.moments()
 
 # %% ../nbs/23_cost.ipynb #69dce33b
 def _device(cfg):
@@ -1071,9 +1082,10 @@ def _less(cfg, h, free): # -> [(words, bytes of the peak)]
     return out
 
 # %% ../nbs/23_cost.ipynb #23c057a5
-def _offloaded(c, moments, W): # bytes on the device with accelerate's offload: one layer at a time
-    rest = max(sum(m.values()) for m in moments.values())-sum(W.values())
-    return rest+max(max(l.bytes for l in c.shape.layers), c.shape.embedding)
+def _offloaded(c, moments): # bytes on the device with accelerate's offload: one layer at a time
+    weights, whole = c.held_weights(), shape_of(c.h.model)
+    rest = max(sum(v for k,v in m.items() if k not in weights) for m in moments.values())
+    return rest+max(max(l.bytes for l in whole.layers), whole.embedding)
 
 # %% ../nbs/23_cost.ipynb #7df27e47
 def cost_of(cfg, h:Headers, speed=None, # measured by default
@@ -1089,14 +1101,13 @@ def cost_of(cfg, h:Headers, speed=None, # measured by default
     speed = speed or measure_speed(c.shape, dtype, device, h.file, build, clock)
     steps, moments = _steps_of(cfg, c)
     texts = dict(calibration=c.fit, held_out=c.held, judged=c.judged)
-    size = int(h.bytes or c.shape.bytes)
-    out = Cost(type(cfg).command, str(cfg.model_path), h.model.num_parameters(), size, h.bytes is not None,
-               texts, steps, moments, speed, int(free), _notes(cfg, c))
+    out = Cost(type(cfg).command, str(cfg.model_path), h.model.num_parameters(), int(c.stored),
+               h.bytes is not None, texts, steps, moments, speed, int(free), _notes(cfg, c))
     if not out.fits:
         out.advice = _less(cfg, h, free)
         words = 'device_map: auto (weights wait on the CPU or the disk)'
         if cfg.device_map is None:
-            out.advice.append((words, _offloaded(c, moments, c.held_weights())))
+            out.advice.append((words, _offloaded(c, moments)))
     return out
 
 # %% ../nbs/23_cost.ipynb #23c057b1

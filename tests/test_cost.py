@@ -295,3 +295,17 @@ def test_a_damaged_checkpoint_is_refused(tiny, tmp_path):
     (tmp_path / "m/model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(ReplaceMeError, match="Git LFS"):
         one(make_config(model_path=str(tmp_path / "m"), layers_to_skip=2, **LITTLE))
+
+
+def test_what_is_measured_in_four_bits_is_scored_and_saved_whole(tiny):
+    "The files are read whole, twice; what is saved has the bytes of the original weights, and four bits hold less until then"
+    pytest.importorskip("bitsandbytes")
+    keys = dict(model_path=str(tiny), layers_to_skip=2, method="lstsq", **LITTLE)
+    few, whole = one(make_config(use_4bit=True, **keys)), one(make_config(**keys))
+    def of(c, stage, field):
+        return sum(getattr(s.work, field) for s in c.steps if s.stage == stage)
+    assert of(few, "save", "written") == of(whole, "save", "written") and few.bytes == whole.bytes
+    assert of(few, "load", "read") == 2 * of(whole, "load", "read")
+    for moment in "score", "save":
+        assert sum(few.held[moment].values()) == sum(whole.held[moment].values())
+    assert sum(few.held["load"].values()) < sum(whole.held["load"].values()) < sum(few.held["fold"].values())
