@@ -2,19 +2,16 @@
 
     python benchmarks/streamed.py [--gb 1] [--texts 16] [--length 128] [--chunks 512 2048] [--limit 1] [--offload]
 
-Makes a Llama of random weights of about GB gigabytes in bfloat16, one file a layer, and prunes it by least squares (`run`, nothing scored, the last
-five candidates, a ridge since the tokens are few),
-each time in a process of its own: in memory, layer by layer with each size of a chunk, and with --offload through accelerate's offload to the
-disk. The layer by layer runs may map LIMIT GB more private memory than the libraries have (RLIMIT_DATA, which counts mapped files whole), or
-they end with a MemoryError.
-Peaks are those that a thread saw in /proc/self/status every 20 ms: `anon` is what the process holds, `file` is pages of mapped files, which
-the system takes back when it needs them (the libraries are among them), `high` is VmHWM, the most of both. One thread; what else runs on the
-machine changes the seconds, so the load average stands beside them.
+Makes a Llama of random weights of about GB gigabytes in bfloat16, one file a layer, and prunes it by least squares (`run`; nothing is scored,
+the last five candidates, a ridge since the tokens are few), each time in a process of its own: in memory, with --offload through accelerate's
+offload to the disk, and layer by layer with each size of a chunk. A layer by layer run ends with an error once it holds more than LIMIT GB.
+A thread looks into /proc/self/status every 20 ms: `anon` is what the process holds, `file` is pages of mapped files, which the system takes back
+when it needs them (the libraries are among them, and of a model in memory its weights), `high` is VmHWM, the most of both. One thread computes;
+what else runs on the machine changes the seconds, so the load average stands beside them.
 """
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -61,8 +58,9 @@ def make(folder, gb):
 
 class Watch(threading.Thread):
     "Peaks of this process"
-    def __init__(self):
+    def __init__(self, limit=0):
         super().__init__(daemon=True)
+        self.limit = limit or float("inf")
         self.peak, self.going = dict(RssAnon=0, RssFile=0, VmHWM=0), True
 
     def look(self):
@@ -73,6 +71,9 @@ class Watch(threading.Thread):
     def run(self):
         while self.going:
             self.look()
+            if self.peak["RssAnon"] > 1e9 * self.limit:
+                print(f"more than {self.limit} GB were held", file=sys.stderr)
+                os._exit(1)
             time.sleep(.02)
 
 
@@ -81,10 +82,7 @@ def child(keys, limit, out):
     import torch
     from replaceme.pipeline import make_config, run
     torch.set_num_threads(1)
-    if limit:
-        had = int(Path("/proc/self/status").read_text().split("VmData:")[1].split()[0]) * 1024
-        resource.setrlimit(resource.RLIMIT_DATA, (had + int(limit * 1e9),) * 2)
-    watch = Watch()
+    watch = Watch(limit)
     watch.look()
     start = dict(watch.peak)
     watch.start()
