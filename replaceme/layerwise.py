@@ -182,13 +182,16 @@ def ends(model, batches): # as for `taps` -> their numbers
             with stood_in(layers, put_out): yield k
 
 # %% ../nbs/05_layerwise.ipynb #5a1e0034
-def _refuse(model_path, why): raise ReplaceMeError(f"stream_weights is true, but model_path {model_path} {why}.")
+def _refuse(model_path, why):
+    raise ReplaceMeError(f"stream_weights is true, but model_path {model_path} {why}.")
 
 def _shell(model_path, dtype, token, trust_remote_code, revision): # -> the model without weights
     "What a checkpoint is, from its config and the headers of its files"
-    path, common = resolve(model_path), dict(token=token, revision=revision, trust_remote_code=trust_remote_code)
+    path = resolve(model_path)
+    common = dict(token=token, revision=revision, trust_remote_code=trust_remote_code)
     if adapter_config(path, model_path, token=token, revision=revision):
-        _refuse(model_path, "is an adapter, which is put into the weights of its base: merge and save it first")
+        _refuse(model_path, "is an adapter, which is put into the weights of its base: merge and save it "
+                            "first")
     config, cls, _, q = checked_source(path, model_path, None, common)
     if q: _refuse(model_path, "is quantised already: give the checkpoint that it was made from")
     with torch.device('meta'): shell = cls.from_config(config, trust_remote_code=trust_remote_code)

@@ -97,14 +97,15 @@ def test_all_blocks_of_a_result_are_marked():
     matplotlib.pyplot.close("all")
 
 
-INNER = """About Acts AnalyseConfig Answer Asked Asking Bench Bits Block Budget Budgeted Calibration Call Choosing
-         Closed Common CompareConfig Comparing Config Cut Distances Divergence Domain Equivalence EvaluateConfig
-         Features Feed FFN FileRows FoldPoint Gains Gram Group HeldOut InMemory Iterating Job Judged Kept Keys Known
-         LaCoKeys Line LinearConfig LinearMap LinearModel LLMPrunerKeys Loading LogLine Loss MapConfig Mapping Meter Method
-         Mix Nearest Network Norm NormBehind Part Parted Patched Piece Plan Point Probed PruneConfig Pupil Recipe
-         Removed Reread Reserved Row Rows Saving Share Shares SizedConfig SizedModel Speed Stages States Step Stream
-         Streamed StreamlineKeys SwiGLU Takes Targets Taught TextRows Texts Traced Training UIDLKeys Unmerged Ways Widths
-         Writer Writes Writing Written""".split()
+INNER = """About Acts AnalyseConfig Answer Asked Asking Bench Bits Block Borrowed Budget Budgeted Calibration Call Case
+         Choosing Closed Common CompareConfig Comparing Config Cost Cut Distances Divergence Domain Drafting
+         DraftRun Drafts Equivalence EvaluateConfig Exported Features Feed FFN FileRows FoldPoint Gains Gram
+         Group Headers HeldOut InMemory Iterating Job Judged Kept Keys Known LaCoKeys Layer Layerwise Line
+         LinearConfig LinearMap LinearModel LLMPrunerKeys Loading LogLine Loss MapConfig Mapping Meter Method
+         Mix Nearest Network Neurons Norm NormBehind Part Parted Patched Piece Place Plan Point Probed
+         PruneConfig Pupil Recipe Removed Reread Reserved Row Rows Saving Shape Share Shares SizedConfig
+         SizedModel Speed Stages States Step Stream Streamed StreamlineKeys SwiGLU Takes Targets Taught Text
+         TextRows Texts Traced Training UIDLKeys Unmerged Ways Widths Work Writer Writes Writing Written""".split()
 
 
 def test_no_public_result_is_without_a_plot():

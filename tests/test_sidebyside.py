@@ -495,9 +495,15 @@ def test_state_errors_are_those_of_the_hidden_states(tmp_path, keys, blocks):
     assert pic["grid"][0][0] == pytest.approx(errs[min(errs)][:, 0].mean().item(), abs=1e-6)
 
 
+# names of these rooms that are younger than the rooms, and were never found elsewhere
+SINCE = dict(speed="""CONTEXTS DOSES Meter Takes both_taken caches_at card_meter depth_bytes energy_meter image_ms image_pace pairs_within
+                      processor_meter untimed writing_pace""".split())
+
+
 @pytest.mark.parametrize("name", ["divergence", "intervals", "speed", "tasks", "scores"])
 def test_what_has_a_room_of_its_own_is_found_where_it_was(name):
     "Every public name of the rooms can be imported from `sidebyside`, and an error in them has the page it had"
     room = importlib.import_module(f"replaceme.{name}")
-    assert set(room.__all__) <= set(s.__all__) and all(getattr(s, n) is getattr(room, n) for n in room.__all__)
+    names = set(room.__all__) - {*SINCE.get(name, [])}
+    assert names <= set(s.__all__) and all(getattr(s, n) is getattr(room, n) for n in names)
     assert help_page(room.__name__) == help_page("replaceme.sidebyside")
