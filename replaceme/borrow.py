@@ -106,6 +106,7 @@ def join(a:Neurons, b:Neurons)->Neurons:
 # %% ../nbs/13_borrow.ipynb #b022000f
 def _own(old, new): return nn.Parameter(new.to(old).contiguous(), requires_grad=old.requires_grad)
 
+# %% ../nbs/13_borrow.ipynb #150ddd33
 @torch.no_grad()
 def settle(layer, p:Place, neurons:Neurons, d):
     "Let a layer have these neurons, as many as it had"
@@ -133,6 +134,7 @@ def worth(G:Tensor, # `(p,p)` float64
     W = torch.cholesky_solve(C, L)
     return W.square().sum(1)/torch.cholesky_inverse(L).diagonal(), W
 
+# %% ../nbs/13_borrow.ipynb #c0cc075c
 def eliminated(G, C, f, ridge=.1, part=.2)->Tensor: # `(f,)` numbers of the features that stay, in order
     "Take the least worthy features away, a part at a time"
     keep = torch.arange(len(G), device=G.device)
@@ -152,6 +154,7 @@ def _some(batches, tokens): # tokens that are enough
         at += n
     return out
 
+# %% ../nbs/13_borrow.ipynb #1e89741d
 @dataclass
 class _Streams:
     "What enters the layer before the cut, and what shall leave the block, batch by batch"
@@ -194,6 +197,7 @@ class Borrowed:
     of:dict # {layer of the dense model: neurons}
     removal_error:float # `|Y-A-M|^2 / |Y-A|^2` of the layer as it was
 
+# %% ../nbs/13_borrow.ipynb #3c90c58a
 def _removal_error(g, E):
     "The same as `fit_error` of what the first half of the features is worth today"
     G, C, E = g.XtX[:len(E),:len(E)], g.XtR[:len(E)], E.to(g.XtX)

@@ -223,8 +223,8 @@ def _fit_needs_more(cfg): # -> reasons why a method is more than one walk
 
 def _asks_more(cfg):
     "Reasons beside the method"
-    if any(isinstance(d, str) and d=='self' for d in [*parts_of(cfg.dataset), *parts_of(cfg.eval_dataset)]):
-        yield "a data set is self, which the model writes token by token: name another one"
+    names = [d for v in (cfg.dataset, cfg.eval_dataset) for d in parts_of(v) if isinstance(d, str)]
+    if 'self' in names: yield "a data set is self, which the model writes token by token: name another one"
     if cfg.quantised: yield "weights in few bits are quantised as they are loaded, all of them"
     for k in 'device_map', 'max_memory':
         if getattr(cfg, k) is not None: yield f"{k} places layers: leave it out"

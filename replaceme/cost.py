@@ -735,14 +735,19 @@ def steps(self:Case)->list: # of `Step`
 def held_weights(self:Case)->dict: # {part: bytes}
     "The dense model"
     s = self.shape
-    return dict(layers=sum(l.bytes for l in s.layers), embedding=s.embedding, head=s.head_bytes)
+    sizes = [l.bytes for l in s.layers]
+    # layer by layer, one computes and the next is read
+    layers = 2*max(sizes) if self.cfg.stream_weights else sum(sizes)
+    return dict(layers=layers, embedding=s.embedding, head=s.head_bytes)
 
 # %% ../nbs/23_cost.ipynb #8e6b64cf
 @patch
 def activations(self:Case, text)->dict: # {part: bytes}
     "What one layer makes of the largest batch"
     s, widest = self.shape, max(l.widest for l in self.shape.layers)
-    return {'activations of a batch': text.largest*s.item*(4*s.d+4*widest)}
+    waiting = min(self.cfg.stream_tokens, text.padded)*s.d*s.item if self.cfg.stream_weights else 0
+    more = {'states of a chunk': waiting} if waiting else {}
+    return {'activations of a batch': text.largest*s.item*(4*s.d+4*widest), **more}
 
 # %% ../nbs/23_cost.ipynb #25b212fc
 @patch
@@ -1013,12 +1018,15 @@ def case_of(cfg, h:Headers, free=None)->Case:
     gone = 0 if not prunes else n_removed(cfg) if cfg.layers_to_skip!='auto' else 1
     blocks = _blocks(cfg, len(shape.layers))
     judged = judged_of(h, cfg) if cfg.door in ('run', 'evaluate') else Text()
-    left = max(0., (free or 0.)-shape.bytes) # beside the weights
-    return Case(cfg, h, shape, fit, held, judged, r, blocks, gone, left)
+    case = Case(cfg, h, shape, fit, held, judged, r, blocks, gone)
+    case.free = max(0., (free or 0.)-sum(case.held_weights().values())) # beside the weights
+    return case
 
 # %% ../nbs/23_cost.ipynb #23c0579f
 def _notes(cfg, c): # a Case
     said = [c.h.note] if c.h.note else []
+    if cfg.stream_weights:
+        said.append("layers are read anew for each chunk, and to prove them, which is not in the time")
     if cfg.layers_to_skip=='auto':
         said.append("layers_to_skip is auto: one layer is counted, and the curve is not")
     if getattr(cfg, 'tasks', None) is not None: said.append("tasks are not counted")
@@ -1066,6 +1074,8 @@ def changes(cfg)->list: # of (words, {key: value})
     if cfg.dtype in (None, 'float32'): out.append(('dtype: bfloat16', dict(dtype='bfloat16')))
     if not cfg.quantised and cfg.door!='evaluate' and Bits in method_of(cfg).keys:
         out.append(('use_4bit: true', dict(use_4bit=True)))
+    if cfg.door in ('run', 'map', 'analyse') and not cfg.stream_weights:
+        out.append(('stream_weights: true (layers are read one by one)', dict(stream_weights=True)))
     return out
 
 # %% ../nbs/23_cost.ipynb #89f46e54
@@ -1112,6 +1122,7 @@ def cost_of(cfg, h:Headers, speed=None, # measured by default
 
 # %% ../nbs/23_cost.ipynb #23c057b1
 def _prune_case(cfg):
+    cfg = for_walks(cfg)
     path = before_loading(cfg)
     h = read_headers(cfg)
     check_loaded(cfg, path, h.model, h.inputs)

@@ -58,6 +58,7 @@ def _keeper(m): # -> accelerate's hook that has the weights of a module, or None
 def _away(m)->list: # names of the parameters of a module itself that are not in memory
     return [n for n,p in m.named_parameters(recurse=False) if p.is_meta]
 
+# %% ../nbs/05_layerwise.ipynb #5a1e01af
 def fetch(layer)->dict: # `{name of a module: {name of a parameter: Tensor}}`
     "Copies of the weights of a layer that are on the disk"
     def copied(h, n): return h.weights_map[n].detach().to(h.execution_device, copy=True)
@@ -119,6 +120,7 @@ def calls_of(model, batch)->tuple: # (state that enters layer 0, [(more argument
     with stood_in(layers, note): run(model, batch)
     return first_state[0], calls
 
+# %% ../nbs/05_layerwise.ipynb #5a1e01cf
 def _called(layer, x, more, named):
     return first(layer(hidden_states=x, **named) if more is None else layer(x, *more, **named))
 
@@ -169,6 +171,7 @@ def chunks(model, items, size, # `size(item)` is how many tokens an item has, wi
         n += size(item)
     if chunk: yield chunk
 
+# %% ../nbs/05_layerwise.ipynb #5a1e01ef
 @torch.no_grad()
 def ends(model, batches): # as for `taps` -> their numbers
     "Batch after batch, with the model ready for this batch"
@@ -185,13 +188,13 @@ def ends(model, batches): # as for `taps` -> their numbers
 def _refuse(model_path, why):
     raise ReplaceMeError(f"stream_weights is true, but model_path {model_path} {why}.")
 
+# %% ../nbs/05_layerwise.ipynb #5a1e01df
 def _shell(model_path, dtype, token, trust_remote_code, revision): # -> the model without weights
     "What a checkpoint is, from its config and the headers of its files"
     path = resolve(model_path)
     common = dict(token=token, revision=revision, trust_remote_code=trust_remote_code)
     if adapter_config(path, model_path, token=token, revision=revision):
-        _refuse(model_path, "is an adapter, which is put into the weights of its base: merge and save it "
-                            "first")
+        _refuse(model_path, "is an adapter, which changes its base: merge and save it first")
     config, cls, _, q = checked_source(path, model_path, None, common)
     if q: _refuse(model_path, "is quantised already: give the checkpoint that it was made from")
     with torch.device('meta'): shell = cls.from_config(config, trust_remote_code=trust_remote_code)
@@ -237,6 +240,7 @@ def beside_device(): # -> `cpu`, or the number of an accelerator
     "Where what is beside the layers stays, and where they are computed"
     return int(os.environ.get('LOCAL_RANK') or 0) if torch.accelerator.is_available() else 'cpu'
 
+# %% ../nbs/05_layerwise.ipynb #5a1e01bf
 def open_layerwise(model_path, # as for `load_model`
                    dtype=None, token=None, trust_remote_code=False, revision=None,
                    tokens=65536, # of a chunk

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['recipe_of', 'feed_of', 'n_removed', 'job_of', 'check_pictures', 'check_rungs_fit', 'prove', 'make_result',
            'climb_rungs', 'calibrate', 'prune', 'output_path', 'load', 'score', 'top_classes', 'prove_places',
-           'paths_of', 'check_run', 'check_loaded', 'walked', 'before_loading', 'run', 'profile_files', 'write_profile',
-           'profile_table', 'check_analysis', 'analyse', 'EvaluateConfig', 'check_evaluation', 'evaluate', 'load_pair',
-           'evaluate_pair', 'scores_table', 'PRUNE', 'READ', 'LOAD', 'SCORE', 'EVERY', 'RECORD', 'key', 'asks',
-           'Loading', 'Texts', 'Choosing', 'Iterating', 'Training', 'Saving', 'Config', 'MapConfig', 'AnalyseConfig',
-           'PruneConfig', 'read_yaml', 'idle', 'read_by', 'settled', 'make_config', 'read_as', 'check_hub_name',
-           'check_together', 'given_blocks', 'need', 'read_config', 'Result', 'versions', 'n_parameters',
-           'calibration_texts', 'calibration_batches', 'training_size', 'training_batches', 'load_pictures',
-           'picture_batches', 'check_blocks', 'ways_out', 'license_of', 'base_of', 'short_name', 'check_apart',
-           'check_own', 'eval_text', 'save_transform', 'write_record', 'write_provenance', 'reload', 'made_of',
-           'check_hub', 'push_folder', 'for_others']
+           'paths_of', 'check_run', 'check_loaded', 'for_walks', 'before_loading', 'run', 'profile_files',
+           'write_profile', 'profile_table', 'check_analysis', 'analyse', 'EvaluateConfig', 'check_evaluation',
+           'evaluate', 'load_pair', 'evaluate_pair', 'scores_table', 'PRUNE', 'READ', 'LOAD', 'SCORE', 'EVERY',
+           'RECORD', 'key', 'asks', 'Loading', 'Texts', 'Choosing', 'Iterating', 'Training', 'Saving', 'Config',
+           'MapConfig', 'AnalyseConfig', 'PruneConfig', 'read_yaml', 'idle', 'read_by', 'settled', 'make_config',
+           'read_as', 'check_hub_name', 'check_together', 'given_blocks', 'need', 'read_config', 'Result', 'versions',
+           'n_parameters', 'calibration_texts', 'calibration_batches', 'training_size', 'training_batches',
+           'load_pictures', 'picture_batches', 'check_blocks', 'ways_out', 'license_of', 'base_of', 'short_name',
+           'check_apart', 'check_own', 'eval_text', 'save_transform', 'write_record', 'write_provenance', 'reload',
+           'made_of', 'check_hub', 'push_folder', 'for_others']
 
 # %% ../nbs/22_pipeline.ipynb #07f461fe
 import contextlib, copy, dataclasses, gc, io, warnings
@@ -463,7 +463,8 @@ def _from_its_place(path, cfg, model):
                           device_map=places, offload_folder=offload_folder(), **keys)
     return run_layerwise(new.eval(), cfg.stream_tokens)
 
-def walked(cfg):
+# %% ../nbs/22_pipeline.ipynb #5a1e01ff
+def for_walks(cfg):
     "The same configuration without what takes a walk for each token"
     if not cfg.stream_weights: return cfg
     new = copy.copy(cfg)
@@ -502,7 +503,7 @@ def before_loading(cfg)->Path:
 # %% ../nbs/22_pipeline.ipynb #9f9e26ff
 def run(cfg, yaml_text=None)->tuple: # (Result, Path of the folder)
     "The whole recipe: a config in, a folder out"
-    cfg = walked(cfg)
+    cfg = for_walks(cfg)
     path, stages = before_loading(cfg), Stages()
     if not main_process() and world()[1]==1: # of processes that are not `grouped`, and train together
         return _prune(cfg, path, stages)[-1], path # the first one saves
