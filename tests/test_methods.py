@@ -242,7 +242,7 @@ def test_streamline_by_the_loss_of_the_next_token(place):
     assert r["training"]["after"] == pytest.approx(batch_loss(small, held), rel=1e-4) and r["training"]["after"] < r["training"]["before"]
 
 
-@pytest.mark.parametrize("method, more, rungs", [("auto", dict(trainer=dict(learning_rate=1e-3, cut=dict(learning_rate=3e-4))), ["fold", "cut"]), ("lstsq", dict(merge=False), "fold"), ("uidl", {}, "lora"), ("shortgpt", {}, "layer"),
+@pytest.mark.parametrize("method, more, rungs", [("auto", dict(borrow=False, trainer=dict(learning_rate=1e-3, cut=dict(learning_rate=3e-4))), ["fold", "cut"]), ("lstsq", dict(merge=False), "fold"), ("uidl", {}, "lora"), ("shortgpt", {}, "layer"),
                                                  ("streamline", dict(network="ffn"), "layer")], ids=str)
 def test_recovery_goes_through_the_whole_run(place, tmp_path, method, more, rungs):
     "What was trained is what is saved, scored and reported; the budget is one for all"
