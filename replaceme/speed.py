@@ -272,12 +272,13 @@ def processor_meter(folder='/sys/class/powercap')->Meter|None:
     files, turns = [], []
     try:
         for zone in sorted(Path(folder).glob('intel-rapl:*')):
-            if not (zone/'name').read_text().startswith('package'): continue # a part of one, or all there is
-            int((zone/'energy_uj').read_text())
+            name = (zone/'name').read_text(encoding='utf-8')
+            if not name.startswith('package'): continue # a part of one, or all there is
+            int((zone/'energy_uj').read_text(encoding='utf-8'))
             files.append(zone/'energy_uj')
-            turns.append(int((zone/'max_energy_range_uj').read_text())+1)
+            turns.append(int((zone/'max_energy_range_uj').read_text(encoding='utf-8'))+1)
     except (OSError, ValueError): return None
-    return Meter(lambda: [int(f.read_text()) for f in files], turns) if files else None
+    return Meter(lambda: [int(f.read_text(encoding='utf-8')) for f in files], turns) if files else None
 
 # %% ../nbs/20_speed.ipynb #6c1e0a08
 def card_meter(devices)->Meter|None: # CUDA devices

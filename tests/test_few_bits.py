@@ -42,7 +42,7 @@ def same(a, b, tol):
 WAYS = [dict(num_A=2, layers_to_skip=2), dict(max_blocks=2, layers_to_skip=3), dict(blocks=[[1, 2], [3, 5], [6, 7]])]
 
 
-@pytest.mark.parametrize("kind", [dict(), dict(map="wide"), dict(affine=True), dict(method="auto", select="distance", refit=0), dict(merge=False), dict(method="remove")], ids=str)
+@pytest.mark.parametrize("kind", [dict(), dict(map="wide"), dict(affine=True), dict(method="auto", select="distance", refit=0, borrow=False), dict(merge=False), dict(method="remove")], ids=str)
 def test_maps_beside_the_weights_are_the_maps_in_them(kind):
     "In float64 to nine digits: the same maps, and the same model, as where every map is folded before the next is fitted"
     model = tiny_model("llama", layers=8).double()

@@ -589,7 +589,7 @@ def test_a_device_map_is_a_mapping_in_yaml_in_json_and_in_python(capsys):
             "model.layers.2": "disk", "model.layers.3": "disk"}
     model, _ = load_model(folder, device_map=half)
     assert {str(p.device) for p in model.model.layers[3].parameters()} == {"meta"} and str(model.lm_head.weight.device) == "cpu"
-    common = ["--model_path", str(folder), "--dataset", "texts.jsonl", "--max_length", "64", "--layers_to_skip", "1", "--eval_dataset", "null", "--prompt", "null"]
+    common = ["--model_path", str(folder), "--dataset", "texts.jsonl", "--max_length", "64", "--layers_to_skip", "1", "--eval_dataset", "null", "--prompt", "null", "--borrow", "false"]
     cli.run_replaceme([*common, "--save_path", "one", "--device_map", json.dumps(half)])
     Path("c.yaml").write_text("device_map: {'': cpu}\n")
     cli.run_replaceme([*common, "--save_path", "two", "--config", "c.yaml"])

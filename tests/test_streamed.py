@@ -122,7 +122,7 @@ def test_sums_and_profile_do_not_depend_on_the_chunk(llama, tokens, size):
     assert (g.XtR - ref.XtR).norm() <= 1e-10 * ref.XtR.norm()
 
 
-@pytest.mark.parametrize("more", [dict(method="remove"), dict(method="auto", refit=0), dict(ridge="auto", select="fit", top_k=2), dict(map="wide", weights="inv_norm"),
+@pytest.mark.parametrize("more", [dict(method="remove"), dict(method="auto", refit=0, borrow=False), dict(ridge="auto", select="fit", top_k=2), dict(map="wide", weights="inv_norm"),
                                   dict(structure="diag", mask=.2), dict(blocks=[[2, 4]], layers_to_skip=None), dict(sinks="allow", metric="cosine", alpha=.1)],
                          ids=lambda m: "-".join(m))
 def test_every_recipe_of_one_walk_is_the_one_in_memory(llama, more):
