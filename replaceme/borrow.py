@@ -246,8 +246,8 @@ def _lenders(dense, model, at, block):
     "(place, neurons of the layer, of each layer that goes), the last empty where nothing can be borrowed"
     both = [layers_of(model)[at-1], *(layers_of(dense)[l] for l in range(*block))]
     if any(q.is_meta for l in both for q in l.parameters()):
-        warnings.warn("no neurons are borrowed: these layers' weights are not in memory (borrow: false does not "
-                      "try).", ReplaceMeWarning, stacklevel=4)
+        warnings.warn("no neurons are borrowed: these layers' weights are not in memory (borrow: false does "
+                      "not try).", ReplaceMeWarning, stacklevel=4)
         return None, None, []
     place, d = mlp_place(model, at-1), width(model)
     mine = None if place is None else neurons_of(layers_of(model)[at-1], place, d, block.start-1)
