@@ -207,7 +207,7 @@ def _removal_error(g, E):
 def _asked_sums(asked, streams, a, b, weights):
     "The sums over what two sets of neurons notice"
     p, d = 2*asked.place.f, asked.d
-    g = Gram(p, d, asked.point.device, torch.zeros(p, d))
+    g = Gram(p, d, asked.point.device, torch.zeros(p, d), single=True)
     feats = Features(wide=True, weights=weights)
     with together():
         for batch,x,Y in zip(streams.batches, streams.enter, streams.target):
@@ -219,7 +219,8 @@ def _asked_sums(asked, streams, a, b, weights):
 # %% ../nbs/13_borrow.ipynb #b022001a
 def _as_chosen(asked, streams, a, b, keep, both):
     "Do the neurons that stay notice in their new place what they did?"
-    batch, x = streams.batches[0], streams.enter[0]
+    batch = {k: v[:1] for k,v in streams.batches[0].items()} # one text
+    x = streams.enter[0][:n_tokens([batch])]
     want = torch.cat([asked.notice(n, batch, x)[0] for n in (a, b)], 1)[:,keep]
     got, _ = asked.notice(both.take(keep), batch, x)
     return (got-want).norm() <= max(1e-3, 8*torch.finfo(asked.one.dtype).eps)*want.norm()

@@ -32,30 +32,45 @@ class Gram:
                  d=None, # columns of `R`; as many as `X` by default
                  device=None,
                  E=None, # `(p,d)`: `X@E` is what stands there today; None is the identity
-                 affine=False): # is the last column of `X` a column of ones?
+                 affine=False, # is the last column of `X` a column of ones?
+                 single=False): # products of a piece in float32? The pieces are added up in float64
         if torch.device(device or 'cpu').type=='mps': device = 'cpu' # no float64 there
         zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=device)
         self.XtX, self.XtR, self.RtR, self.n = zeros(p, p), zeros(p, d or p), zeros(()), 0
         self.E, self.affine = torch.eye(p).to(self.XtX) if E is None else E.detach().to(self.XtX), affine
+        self.dtype = torch.float32 if single else torch.float64
 
     def add(self, X:Tensor, # `(T,p)`
             R:Tensor, # `(T,d)`
             w=None): # `(T,)` weights of the tokens; None is 1
         "Add the rows of a batch"
         w = torch.ones(len(X), device=X.device) if w is None else w
-        for x,r,u in zip(X.split(1024), R.split(1024), w.split(1024)): # float64 copies of a part at a time
-            x, r, u = [o.to(self.XtX.device).double() for o in (x, r, u)]
+        for x,r,u in zip(X.split(1024), R.split(1024), w.split(1024)): # copies of a part at a time
+            x, r, u = [o.to(self.XtX.device, self.dtype) for o in (x, r, u)]
             ux = u[:,None]*x
-            self.XtX.addmm_(ux.T, x); self.XtR.addmm_(ux.T, r)
-            self.RtR += (u*r.pow(2).sum(1)).sum(); self.n += len(x)
+            self._square(ux, x)
+            self.XtR += ux.T@r
+            self.RtR += (u.double()*r.double().pow(2).sum(1)).sum(); self.n += len(x)
 
-    def __add__(self, other):
-        "The sums over the tokens of both"
-        new = Gram(*self.XtR.shape, self.XtX.device, self.E, self.affine)
-        for k in ('XtX', 'XtR', 'RtR', 'n'): setattr(new, k, getattr(self, k)+getattr(other, k))
-        return new
+# %% ../nbs/07_stats.ipynb #619496fa
+@patch
+def _square(self:Gram, ux, x, tile=512): # columns at a time
+    "Add `ux'x`, which is symmetric: what stands above the diagonal stands below it, too"
+    for i in range(0, x.shape[1], tile):
+        P = ux[:,i:i+tile].T@x[:,i:]
+        self.XtX[i:i+tile,i:] += P
+        self.XtX[i+tile:,i:i+tile] += P[:,tile:].T
 
-    def __repr__(self): return f'Gram({self.XtX.shape[0]}x{self.XtR.shape[1]}, {self.n} tokens)'
+# %% ../nbs/07_stats.ipynb #0c4b2a03
+@patch
+def __add__(self:Gram, other):
+    "The sums over the tokens of both"
+    new = Gram(*self.XtR.shape, self.XtX.device, self.E, self.affine)
+    for k in ('XtX', 'XtR', 'RtR', 'n'): setattr(new, k, getattr(self, k)+getattr(other, k))
+    return new
+
+@patch
+def __repr__(self:Gram): return f'Gram({self.XtX.shape[0]}x{self.XtR.shape[1]}, {self.n} tokens)'
 
 # %% ../nbs/07_stats.ipynb #9c0a0103
 Gram.totals = 'XtX', 'XtR', 'RtR', 'n' # what `add_up` adds up over processes

@@ -31,3 +31,13 @@ def save_tiny():
         tiny_tokenizer().save_pretrained(folder / "tiny")
         return folder
     return save
+
+
+@pytest.fixture
+def two_kinds(save_tiny, tmp_path, monkeypatch):
+    "A folder to be in, with `tiny` and texts of two kinds, a.txt and b.txt; what is kept goes there too"
+    monkeypatch.chdir(save_tiny(tmp_path))
+    monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path / "cache"))
+    Path("a.txt").write_text("The map stands in for the layers that went, one two three. " * 60)
+    Path("b.txt").write_text("def f(x): return [x, x]\n\n" * 80)
+    return tmp_path

@@ -2,7 +2,6 @@
 import copy
 import dataclasses
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,15 +43,6 @@ def prompts(pair):
 @pytest.fixture(scope="module")
 def texts(pair, prompts):
     return greedy_texts(pair[0], pair[2], prompts, 24)
-
-
-@pytest.fixture
-def place(save_tiny, tmp_path, monkeypatch):
-    monkeypatch.chdir(save_tiny(tmp_path))
-    monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path / "cache"))
-    Path("a.txt").write_text("The map stands in for the layers that went, one two three. " * 60)
-    Path("b.txt").write_text("def f(x): return [x, x]\n\n" * 80)
-    return tmp_path
 
 
 def next_token(model, ids):
@@ -205,7 +195,7 @@ def test_texts_that_are_too_short_for_a_run():
 
 # the doors
 
-def test_it_is_off_unless_asked_for(place, monkeypatch):
+def test_it_is_off_unless_asked_for(two_kinds, monkeypatch):
     for door in "pipeline", "sidebyside", "compare", "scores":
         monkeypatch.setattr(f"replaceme.{door}.guesses", lambda *a, **k: pytest.fail("something was drafted"), raising=False)
     result, path = run(make_config(**SHORT, **{**FEW, "draft": False}, speed=False, save_path="out"))
@@ -213,7 +203,7 @@ def test_it_is_off_unless_asked_for(place, monkeypatch):
 
 
 @pytest.mark.parametrize("speed", [True, False])
-def test_a_run_says_what_the_pruned_model_is_worth_as_a_draft(place, speed):
+def test_a_run_says_what_the_pruned_model_is_worth_as_a_draft(two_kinds, speed):
     "The numbers are those of the two saved models; the cost is that of the seconds in the same record, where there are any"
     from replaceme.models import load_model
     from replaceme.pipeline import eval_text
@@ -231,7 +221,7 @@ def test_a_run_says_what_the_pruned_model_is_worth_as_a_draft(place, speed):
     assert result.draft.runs[0].k == 1 and report_html(Result(said)).count("As a draft") == 1
 
 
-def test_two_models_side_by_side(place, monkeypatch):
+def test_two_models_side_by_side(two_kinds, monkeypatch):
     "Both orders of a model and a cut of it; what was read is kept, seconds are not"
     tiny = tiny_model("llama", layers=6)
     cut(tiny, [Block(2, 4)]).save_pretrained("out")
@@ -246,12 +236,12 @@ def test_two_models_side_by_side(place, monkeypatch):
     assert timed.draft.guessed == pair.draft.guessed and timed.draft.cost[0] == pytest.approx(1 / timed.speeds[0].rate_ratio[0])
     assert any(x.startswith("speed-up as a draft, best k=") for x in (r[0] for r in timed.rows()))
     monkeypatch.undo()
-    monkeypatch.chdir(place)
+    monkeypatch.chdir(two_kinds)
     itself = evaluate(make_config(EvaluateConfig, compare=["./tiny", "./tiny"], speed=False, **keys))
     assert itself.draft.guessed[0] == 1
 
 
-def test_methods_are_compared_as_drafts(place):
+def test_methods_are_compared_as_drafts(two_kinds):
     "Columns of the table and the sheet, found again the second time, and nothing of it where it is not asked for"
     keys = dict(model_path="./tiny", dataset="a.txt", dataset_size=8, max_length=32, eval_dataset="b.txt", eval_size=4, eval_length=32,
                 methods=["lstsq", "remove"], layers=[2], save_path="rows")

@@ -1,6 +1,5 @@
 """What both models take, in every run: turns, a dose of seconds, bytes by hand, and where it stands. Nothing here depends on how fast a computer is."""
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,15 +19,6 @@ from replaceme.result import Result
 def pair():
     dense, tok = tiny_model(layers=6), tiny_tokenizer()
     return dense, cut(dense, [Block(2, 4)]), tok
-
-
-@pytest.fixture
-def place(save_tiny, tmp_path, monkeypatch):
-    monkeypatch.chdir(save_tiny(tmp_path))
-    monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path / "cache"))
-    Path("a.txt").write_text("The map stands in for the layers that went, one two three. " * 60)
-    Path("b.txt").write_text("def f(x): return [x, x]\n\n" * 80)
-    return tmp_path
 
 
 KEYS = dict(model_path="./tiny", dataset="a.txt", dataset_size=8, max_length=32, layers_to_skip=2, method="lstsq", ridge=.1, prompt=None,
@@ -128,7 +118,7 @@ def test_windows_and_states():
     assert s._all_bytes((tiny_model("recurrent_gemma"),) * 2)["caches"] == []
 
 
-def test_weights_that_lie_elsewhere_are_weighed_and_not_timed(place, pair):
+def test_weights_that_lie_elsewhere_are_weighed_and_not_timed(two_kinds, pair):
     "Offloaded to the disk: the bytes are the same, and the reason stands in the place of the seconds"
     away, _ = load_model("./tiny", device_map={"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu",
                                                **{f"model.layers.{i}": "disk" if i > 2 else "cpu" for i in range(6)}})
@@ -142,7 +132,7 @@ def test_weights_that_lie_elsewhere_are_weighed_and_not_timed(place, pair):
 
 # a run
 
-def test_a_run_writes_it_down(place, monkeypatch):
+def test_a_run_writes_it_down(two_kinds, monkeypatch):
     "Numbers of the fake clock in the record, the table, the card and the page; the models that are timed are the dense and the pruned one"
     calls = fake_times(monkeypatch, None)
     result, path = run(make_config(**KEYS, speed_seconds=0.))
@@ -155,7 +145,7 @@ def test_a_run_writes_it_down(place, monkeypatch):
     assert "+100.0%" in card and "| first token (ms)" in card and repr(result).count("tokens/s") == 2
 
 
-def test_it_can_be_left_out(place, monkeypatch):
+def test_it_can_be_left_out(two_kinds, monkeypatch):
     monkeypatch.setattr(pipeline, "both_taken", lambda *a, **k: pytest.fail("something was timed"))
     result, path = run(make_config(**KEYS, speed=False))
     assert "speed" not in result and "speed" not in result["seconds"] and "<h2>Speed" not in (path / "report.html").read_text()
@@ -170,7 +160,7 @@ def test_it_can_be_left_out(place, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [ReplaceMeError("no prompt"), RuntimeError("no kernel"), torch.OutOfMemoryError("full")])
-def test_what_goes_wrong_costs_nothing_else(place, monkeypatch, error):
+def test_what_goes_wrong_costs_nothing_else(two_kinds, monkeypatch, error):
     def broken(*a, **k): raise error
     monkeypatch.setattr(s, "token_times", broken)
     with pytest.warns(ReplaceMeWarning, match="goes without seconds and bytes"):
@@ -178,7 +168,7 @@ def test_what_goes_wrong_costs_nothing_else(place, monkeypatch, error):
     assert "speed" not in result and result.perplexity.after.value and (path / "report.html").exists()
 
 
-def test_whoever_interrupts_it_has_the_pruned_model(place, monkeypatch):
+def test_whoever_interrupts_it_has_the_pruned_model(two_kinds, monkeypatch):
     def stop(*a, **k): raise KeyboardInterrupt
     monkeypatch.setattr(pipeline, "both_taken", stop)
     with pytest.warns(ReplaceMeWarning, match="the pruned model is complete"), pytest.raises(KeyboardInterrupt):
@@ -187,7 +177,7 @@ def test_whoever_interrupts_it_has_the_pruned_model(place, monkeypatch):
 
 
 @pytest.mark.parametrize("method, more", [("slicegpt", {}), ("linearpatch", {}), ("auto", dict(merge=False))])
-def test_methods_with_files_of_their_own(place, monkeypatch, method, more):
+def test_methods_with_files_of_their_own(two_kinds, monkeypatch, method, more):
     "Narrower layers, and a map beside them: the bytes are those of the model in memory"
     fake_times(monkeypatch, None)
     keys = {k: v for k, v in KEYS.items() if k != "ridge"}

@@ -37,15 +37,6 @@ def prompts(pair):
     return [pair[2](w)["input_ids"] for w in WORDS]
 
 
-@pytest.fixture
-def place(save_tiny, tmp_path, monkeypatch):
-    monkeypatch.chdir(save_tiny(tmp_path))
-    monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path / "cache"))
-    Path("a.txt").write_text("The map stands in for the layers that went, one two three. " * 60)
-    Path("b.txt").write_text("def f(x): return [x, x]\n\n" * 80)
-    return tmp_path
-
-
 SHORT = dict(model_path="./tiny", dataset="a.txt", dataset_size=8, max_length=32, layers_to_skip=2, method="lstsq", ridge=.1, prompt=None,
              eval_dataset="b.txt", eval_size=6, eval_length=48)
 FEW = dict(writing="text", writing_prompts=4, writing_tokens=10)
@@ -180,14 +171,14 @@ def test_prompts(pair):
 
 # the doors
 
-def test_it_is_off_unless_asked_for(place, monkeypatch):
+def test_it_is_off_unless_asked_for(two_kinds, monkeypatch):
     monkeypatch.setattr("replaceme.writing.greedy_texts", lambda *a, **k: pytest.fail("something was written"))
     result, path = run(make_config(**SHORT, save_path="out"))
     assert "writing" not in result and "<h2>Writing" not in (path / "report.html").read_text()
 
 
 @pytest.mark.parametrize("kind", ["text", "chat"])
-def test_a_run_says_what_became_of_writing(place, kind):
+def test_a_run_says_what_became_of_writing(two_kinds, kind):
     "The numbers are those of the two saved models, and stand in the record, the page, the card and the table"
     result, path = run(make_config(**SHORT, **{**FEW, "writing": kind}, save_path="out"))
     said = json.loads((path / "replaceme.json").read_text())["writing"]
@@ -205,7 +196,7 @@ def test_a_run_says_what_became_of_writing(place, kind):
     assert "first 8 tokens the same" in card and "loss on the dense model" in card and "repeated 4-grams" in repr(result)
 
 
-def test_one_model_and_two(place, capsys, monkeypatch):
+def test_one_model_and_two(two_kinds, capsys, monkeypatch):
     "Of one its repeats, of two everything; both from the cache the second time; a flag does it too"
     from replaceme.cli import evaluate_model
     run(make_config(**{**SHORT, "eval_dataset": None, "eval_size": 24, "eval_length": 512}, save_path="out"))
@@ -221,7 +212,7 @@ def test_one_model_and_two(place, capsys, monkeypatch):
     monkeypatch.setattr("replaceme.writing.greedy_texts", lambda *a, **k: pytest.fail("it was written again"))
     assert evaluate(both).writing == pair.writing
     monkeypatch.undo()
-    monkeypatch.chdir(place)
+    monkeypatch.chdir(two_kinds)
     evaluate_model(["--model_path", "out", "--eval_dataset", "null", "--writing", "chat", "--writing_prompts", "2", "--writing_tokens", "5", "--cache", "false"])
     assert "repeated 4-grams (%), 2 texts of 5 tokens" in capsys.readouterr().out
 
@@ -235,7 +226,7 @@ def test_keys_that_mean_nothing_are_refused(keys, said):
         make_config(model_path="x", layers_to_skip=2, **keys)
 
 
-def test_what_cannot_be_written_is_said_before_anything_is_pruned(place, monkeypatch):
+def test_what_cannot_be_written_is_said_before_anything_is_pruned(two_kinds, monkeypatch):
     monkeypatch.setattr("replaceme.pipeline.calibrate", lambda *a, **k: pytest.fail("it was pruned"))
     with pytest.raises(ReplaceMeError, match="lower writing_tokens"):
         run(make_config(**SHORT, **{**FEW, "writing_tokens": 500}, save_path="out"))
@@ -309,8 +300,8 @@ def test_written_answers_are_paired_and_compared(pair, tmp_path):
         equivalences(records[0], task_records(pruned, tok, folder))
 
 
-def test_a_run_and_two_models_side_by_side_say_what_is_equal(place):
-    folder = write_task(place / "t", n=5)
+def test_a_run_and_two_models_side_by_side_say_what_is_equal(two_kinds):
+    folder = write_task(two_kinds / "t", n=5)
     result, path = run(make_config(**SHORT, tasks=folder, equal_within=60., save_path="out"))
     e = json.loads((path / "replaceme.json").read_text())["equivalence"]["says"]["exact_match"]
     assert e["margin"] == .6 and e["verdict"] == ("equal" if -.6 < e["low"] and e["high"] < .6 else "undecided")
@@ -324,12 +315,12 @@ def test_a_run_and_two_models_side_by_side_say_what_is_equal(place):
 
 # the set that is called generation
 
-def local_set(place):
+def local_set(two_kinds):
     "Four tasks of these names, of which one runs programs"
     for name in ev.GENERATION:
         more = dict(generation_kwargs=dict(until=["\n"])) if name != "ifeval" else {}
-        write_task(place / "t", name, 3, **more, **(dict(unsafe_code=True) if name == "humaneval_plus" else {}))
-    return str(place / "t")
+        write_task(two_kinds / "t", name, 3, **more, **(dict(unsafe_code=True) if name == "humaneval_plus" else {}))
+    return str(two_kinds / "t")
 
 
 @pytest.fixture
@@ -374,9 +365,9 @@ def test_programs_are_run_where_that_is_asked_for(tmp_path, fresh, pair, monkeyp
     assert set(got) == set(ev.GENERATION) and got["humaneval_plus"]["allowed"] == 1. and "HF_ALLOW_CODE_EVAL" not in os.environ
 
 
-def test_the_room_for_answers_is_a_key(place, monkeypatch):
+def test_the_room_for_answers_is_a_key(two_kinds, monkeypatch):
     "It reaches what is written, at each door, and scores of two lengths are kept apart"
-    folder = write_task(place / "t", n=2)
+    folder = write_task(two_kinds / "t", n=2)
     seen, inner = [], ev._lm_eval
 
     def noted(model, tok, loaded, *a, **k):
@@ -412,7 +403,7 @@ def test_a_task_that_needs_a_package(tmp_path):
     assert "hub" not in str(e.value)
 
 
-def test_methods_are_compared_by_what_they_write(place, monkeypatch):
+def test_methods_are_compared_by_what_they_write(two_kinds, monkeypatch):
     "Columns of the table and the sheet; found again the second time, and nothing of it where it is not asked for"
     keys = dict(model_path="./tiny", dataset="a.txt", dataset_size=8, max_length=32, eval_dataset="b.txt", eval_size=4, eval_length=32,
                 methods=["lstsq", "remove"], layers=[2], save_path="rows")
