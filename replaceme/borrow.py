@@ -123,7 +123,7 @@ def settle(layer, p:Place, neurons:Neurons, d):
             m.bias = _own(m.bias, b)
 
 # %% ../nbs/13_borrow.ipynb #b0220013
-def worth(G:Tensor, # `(p,p)` float64
+def worth(G:Tensor, # `(p,p)`
           C:Tensor, # `(p,d)`
           ridge=.1, # of the mean diagonal
          )->tuple: # `(p,)`, and the weights `(p,d)`
@@ -167,7 +167,7 @@ def _streams(dense, model, batches, at, end):
     for b in over_tokens(batches, 'states for borrowing'):
         mask = b['attention_mask']
         def look(i, x, n, to):
-            if i==n: to.append(masked(x, mask))
+            if i==n: to.append(masked(x, mask).cpu())
         if dense is model:
             tap(model, b, lambda i,x: (look(i, x, at-1, out.enter), look(i, x, end, out.target)), until=end)
         else:
@@ -238,28 +238,33 @@ def _placed(model, i, place, neurons, W):
     return new
 
 # %% ../nbs/13_borrow.ipynb #b02200e0
-def borrow_bytes(p)->int: # features: twice the neurons of a layer
-    "Memory for a choice: the sums, and what single precision makes of them, four times"
-    return (8+4*4)*p*p
+def borrow_bytes(f, d, item)->int: # neurons of a layer, width of the stream, bytes of a number in it
+    "Memory for a choice: sums and what is made of them, rows of neurons, states of 8 tokens a neuron"
+    return (8+4*4)*(2*f)**2 + 4*2*4*f*d + 2*8*f*d*item
 
 # %% ../nbs/13_borrow.ipynb #b02200e1
+def _enough(model, place)->bool:
+    "Is there memory for a choice? If there is not, it is said"
+    device = input_device(model)
+    need, free = borrow_bytes(place.f, width(model), model.dtype.itemsize), from_first(free_memory, device)
+    if need>free: _not_borrowed(f"choosing takes {need/1e9:.1f} GB and {free/1e9:.1f} GB are free")
+    return need<=free
+
+def _not_borrowed(why):
+    warnings.warn(f"no neurons are borrowed: {why} (borrow: false does not try).", ReplaceMeWarning,
+                  stacklevel=5)
+
+# %% ../nbs/13_borrow.ipynb #b02200e2
 def _lenders(dense, model, at, block):
-    "(place, neurons of the layer, of each layer that goes), the last empty where nothing can be borrowed"
-    both = [layers_of(model)[at-1], *(layers_of(dense)[l] for l in range(*block))]
-    if any(q.is_meta for l in both for q in l.parameters()):
-        warnings.warn("no neurons are borrowed: these layers' weights are not in memory (borrow: false does "
-                      "not try).", ReplaceMeWarning, stacklevel=4)
+    "(place, neurons of the layer, numbers of layers that lend), the last empty where nothing can be borrowed"
+    both = {l: layers_of(dense)[l] for l in reversed(range(*block))}
+    if any(q.is_meta for l in [layers_of(model)[at-1], *both.values()] for q in l.parameters()):
+        _not_borrowed("these layers' weights are not in memory")
         return None, None, []
     place, d = mlp_place(model, at-1), width(model)
-    mine = None if place is None else neurons_of(layers_of(model)[at-1], place, d, block.start-1)
-    if mine is None: return place, mine, []
-    need, free = borrow_bytes(2*place.f), from_first(free_memory, input_device(model))
-    if need>free:
-        warnings.warn(f"no neurons are borrowed: choosing takes {need/1e9:.1f} GB and {free/1e9:.1f} GB are "
-                      "free (borrow: false does not try).", ReplaceMeWarning, stacklevel=4)
-        return place, mine, []
-    of = [neurons_of(layers_of(dense)[l], place, d, l) for l in reversed(range(*block))]
-    return place, mine, [n for n in of if n is not None]
+    if place is None or not _enough(model, place): return place, None, []
+    mine = neurons_of(layers_of(model)[at-1], place, d, block.start-1)
+    return place, mine, [i for i,l in both.items() if mine and neurons_of(l, place, d, i)]
 
 # %% ../nbs/13_borrow.ipynb #b022001b
 @torch.no_grad()
@@ -273,7 +278,8 @@ def borrow(dense, model, # the model whose layer `at-1` borrows; the dense one i
         some = [b for _,b in my_batches(_some(batches, 8*place.f))]
         streams = _streams(dense, model, some, at, block.end)
     asked, plain = _Asked(model, at-1, place), None
-    for other in progress(others, desc='neurons to borrow', unit=' layers'):
+    for i in progress(others, desc='neurons to borrow', unit=' layers'):
+        other = neurons_of(layers_of(dense)[i], place, asked.d, i)
         g = _asked_sums(asked, streams, mine, other, weights)
         if plain is None: plain = _removal_error(g, asked.E)
         G, C = g.XtX.float(), g.XtR.float()

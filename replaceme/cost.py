@@ -801,7 +801,8 @@ def moments(self:Case)->dict: # {moment: {part: bytes}}
     more = self.measured_sums() if self.recipe else {}
     if self.texts.shapes: out['calibrate'] = {**W, **self.activations(self.texts), **more}
     if (q := self.borrows()):
-        out['borrow'] = {**W, **self.activations(self.texts), 'sums of neurons to borrow': borrow_bytes(q)}
+        choice = {'choice of neurons to borrow': borrow_bytes(q//2, s.d, s.item)}
+        out['borrow'] = {**W, **self.activations(self.texts), **choice}
     if self.recipe:
         out['fit'] = {**W, **self.activations(self.texts), **self.fitted_sums(), **self.changed()}
     if cfg.trains:

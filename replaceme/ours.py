@@ -28,6 +28,7 @@ from .solve import *
 from .optimize import *
 from .merge import *
 from .unmerged import *
+from .borrow import *
 from .search import *
 from .feed import *
 from .methods import *
@@ -407,6 +408,14 @@ def _in_one_walk(points):
     if name: raise ReplaceMeError(f"stream_weights is true, but a norm follows {name}, and a fit through it "
                                   "reads the texts again and again: leave it out, or use method: remove.")
 
+# %% ../nbs/16_ours.ipynb #0b0220b2
+def _lendable(model, blocks):
+    "Raise where neurons were asked for that cannot be told apart"
+    i = blocks[0].start-1
+    if mlp_place(model, i) is None:
+        raise ReplaceMeError(f"borrow: the neurons of layer {i} cannot be told apart: an MLP alone between a "
+                             "norm and the stream, in memory, has such. Leave borrow out.")
+
 # %% ../nbs/16_ours.ipynb #e19264dd
 @patch
 def prove(self:Mapped, model, job)->tuple: # (candidate blocks, or the given ones; the recipe for this model)
@@ -423,7 +432,9 @@ def prove(self:Mapped, model, job)->tuple: # (candidate blocks, or the given one
     blocks, points = _foldable(model, blocks, k.blocks is not None)
     if layerwise(model): _in_one_walk(points)
     r = _through(points, k, r, job)
-    return blocks, _fitting(model, points, k, r, job.writable)
+    r = _fitting(model, points, k, r, job.writable)
+    if k.get('borrow'): _lendable(model, blocks)
+    return blocks, r
 
 # %% ../nbs/16_ours.ipynb #a390ce12
 def measured_at(model, k:Choosing)->str:

@@ -87,6 +87,23 @@ def test_the_saved_folder_is_the_model(family, tmp_path):
     assert "borrowed from the layers that went" in " ".join(_kind_words(res))
 
 
+def test_weights_that_are_not_in_memory_are_said(tmp_path):
+    from replaceme.models import load_model
+    tiny_model("llama", layers=6).save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu", **{f"model.layers.{i}": "disk" if i == 3 else "cpu" for i in range(6)}}
+    dense, _ = load_model(tmp_path / "m", device_map=places)
+    with pytest.warns(UserWarning, match="no neurons are borrowed: these layers' weights are not in memory"):
+        assert borrow(dense, dense, texts(2), 2, BLOCK) == (dense, None)
+
+
+def test_what_was_asked_for_and_cannot_be_is_refused(tmp_path):
+    keys = dict(dataset=data_of(tmp_path), dataset_size=16, max_length=32, blocks=[list(BLOCK)], refit=0, method="auto")
+    with pytest.raises(ReplaceMeError, match="borrow: the neurons of layer 1 cannot be told apart"):
+        prune(tiny_model("gemma2", layers=6), tiny_tokenizer(), borrow=True, **keys)
+    assert not prune(tiny_model("gemma2", layers=6), tiny_tokenizer(), **keys)[1].fit.borrowed
+
+
 def test_what_does_not_go_together_is_refused(tmp_path):
     for keys, why in ((dict(method="lstsq"), "a wide map"), (dict(method="auto", map="narrow"), "a wide map"), (dict(method="auto", merge=False), "merge is false")):
         with pytest.raises(ReplaceMeError, match=why):
