@@ -335,6 +335,8 @@ def slicegpt(model, batches,
 # %% ../nbs/16_slicegpt.ipynb #99615658
 class SliceGPT(Method):
     name, title, paper, keys, drops = 'slicegpt', 'SliceGPT', '2401.15024', (Widths,), False
+    formula = r'X^\top X = Q \Lambda Q^\top,\qquad W \mapsto Q_{:k}^\top W'
+    use = "All layers must stay, and each may get narrower."
 
     def own_code(self, k): return not k.plain
     def remove(self, model, batches, job): return slicegpt(model, batches, job.n, plain=job.keys.plain)

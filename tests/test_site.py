@@ -122,3 +122,26 @@ def test_every_page_opens(width, tmp_path):
     for page, said in out.items():
         assert said["title"] and not said["missing"], page
         assert said["wide"] <= width, f"{page} is {said['wide']} pixels wide"
+
+
+CHOOSE = """<script>
+for (const [col, value] of Object.entries(CHOICE)) {
+  const pick = document.querySelector(`#all-methods select[data-col="${col}"]`);
+  pick.value = value; pick.dispatchEvent(new Event('change'));
+}
+const left = [...document.querySelectorAll('#all-methods tbody tr')].filter(r => !r.hidden);
+document.body.innerHTML = `<pre id="out">${JSON.stringify(left.map(r => [...r.cells].slice(0, 2).map(c => c.textContent)))}</pre>`;
+</script>"""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
+@pytest.mark.parametrize("choice", [{}, {0: "auto"}, {1: "6"}, {0: "LaCo", 1: "8"}])
+def test_the_table_of_methods_shows_what_is_chosen_without_a_network(choice, tmp_path):
+    page = (DOCS / "tutorials/methods.html").read_text(encoding="utf-8")
+    (tmp_path / "page.html").write_text(page + CHOOSE.replace("CHOICE", json.dumps(choice)), encoding="utf-8")
+    p = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", f"--user-data-dir={tmp_path / 'user'}",
+                        "--virtual-time-budget=10000", "--dump-dom", (tmp_path / "page.html").as_uri()], capture_output=True, text=True, timeout=120)
+    left = json.loads(html.unescape(re.search(r'<pre id="out">(.*?)</pre>', p.stdout, re.S)[1]))
+    every = [r for name in ("methods", "widths") for r in json.loads((ROOT / f"benchmarks/results/{name}/comparison.json").read_text())["rows"] if r["n"]]
+    wanted = [[r["method"], str(r["n"])] for r in every if all([r["method"], str(r["n"])][int(c)] == v for c, v in choice.items())]
+    assert sorted(left) == sorted(wanted) and len(left) > 0
