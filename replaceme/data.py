@@ -6,20 +6,20 @@
 __all__ = ['SPARE', 'ROLES', 'HELD_OUT', 'FORMATS', 'UNREAD', 'PACKED', 'TEXT_FILES', 'MAGIC', 'READERS', 'PARTS', 'NAMED',
            'LOOK', 'Source', 'SOURCES', 'MIXES', 'HOW', 'OPENINGS', 'RECIPE', 'IMAGE_FILES', 'spanned', 'seam',
            'reader', 'stream_ids', 'first_tokens', 'decoded', 'Piece', 'bare_ids', 'special_ids', 'begun', 'token_ids',
-           'pad_rows', 'at_least', 'batches', 'n_embedded', 'check_ids', 'hidden_tokens', 'mask_tokens', 'cut_stream',
-           'python_docs', 'unboxed', 'as_chat', 'is_chat', 'content_text', 'as_message', 'NoText', 'chat_text',
-           'pick_split', 'split_of', 'one_voice', 'opened', 'file_format', 'is_text', 'open_text', 'read_text',
-           'looks_like_json', 'table_kind', 'json_table', 'json_row', 'json_rows', 'csv_rows', 'column_rows',
-           'FileRows', 'by_split', 'in_folder', 'in_file', 'open_dataset', 'is_data', 'memory_rows', 'InMemory',
-           'sliced', 'open_rows', 'as_text', 'exchange_of', 'as_columns', 'pick_columns', 'row_text', 'schema_of',
-           'only', 'guarded', 'looked_at', 'table_texts', 'first_exchange', 'exists', 'find_source', 'holds_rows',
-           'parts_of', 'Part', 'is_part', 'as_part', 'named', 'read_table', 'pick', 'Reserved', 'reserved_cache',
-           'sample_ids', 'rows_at_once', 'first_id', 'user_turn', 'opening', 'first_ids', 'repeats', 'poor',
-           'sample_texts', 'own_texts', 'is_path', 'files_in', 'text_files', 'text_splits', 'kind_of', 'plain_only',
-           'read_shares', 'portions', 'interleave', 'source_key', 'shares_of', 'mixture', 'short_data_name',
-           'data_name', 'plan', 'how_of', 'load_parts', 'load_texts', 'synthetic_images', 'as_rgb', 'open_image',
-           'image_files', 'drawn', 'is_image', 'pick_images', 'undecoded', 'table_images', 'load_images', 'pixels',
-           'image_batches']
+           'pad_rows', 'at_least', 'batches', 'n_embedded', 'check_ids', 'hidden_tokens', 'mask_tokens', 'pack',
+           'cut_stream', 'python_docs', 'unboxed', 'as_chat', 'is_chat', 'content_text', 'as_message', 'NoText',
+           'chat_text', 'pick_split', 'split_of', 'one_voice', 'opened', 'file_format', 'is_text', 'open_text',
+           'read_text', 'looks_like_json', 'table_kind', 'json_table', 'json_row', 'json_rows', 'csv_rows',
+           'column_rows', 'FileRows', 'by_split', 'in_folder', 'in_file', 'open_dataset', 'is_data', 'memory_rows',
+           'InMemory', 'sliced', 'open_rows', 'as_text', 'exchange_of', 'as_columns', 'pick_columns', 'row_text',
+           'schema_of', 'only', 'guarded', 'looked_at', 'table_texts', 'first_exchange', 'exists', 'find_source',
+           'holds_rows', 'parts_of', 'Part', 'is_part', 'as_part', 'named', 'read_table', 'pick', 'Reserved',
+           'reserved_cache', 'sample_ids', 'rows_at_once', 'first_id', 'user_turn', 'opening', 'first_ids', 'repeats',
+           'poor', 'sample_texts', 'own_texts', 'is_path', 'files_in', 'text_files', 'text_splits', 'kind_of',
+           'plain_only', 'read_shares', 'portions', 'interleave', 'source_key', 'shares_of', 'mixture',
+           'short_data_name', 'data_name', 'plan', 'how_of', 'pack_to', 'load_parts', 'load_texts', 'synthetic_images',
+           'as_rgb', 'open_image', 'image_files', 'drawn', 'is_image', 'pick_images', 'undecoded', 'table_images',
+           'load_images', 'pixels', 'image_batches']
 
 # %% ../nbs/03_data.ipynb #6193d1e8
 import ast, bz2, gzip, hashlib, io, json, lzma, math, re, uuid, warnings, zipfile, zlib
@@ -229,16 +229,29 @@ def mask_tokens(batches, # dicts with `input_ids` and `attention_mask`, `(B,S)`;
         return out
     return [{**b, 'attention_mask': masked(b['attention_mask'])} for b in batches]
 
+# %% ../nbs/03_data.ipynb #c2f9fe13
+def _begun_once(ids, before):
+    "Token ids without the special tokens that stand before every piece"
+    ids = iter(ids)
+    first = list(islice(ids, len(before)))
+    return chain([] if first==before else first, ids)
+
+# %% ../nbs/03_data.ipynb #c2f9fe11
+def pack(texts, # texts or open files, or `Piece`s
+         tokenizer, max_length=512): # tokens in a piece, special tokens among them; yields `Piece`s
+    "Texts strung together and cut into pieces, each when it is asked for; the last may be shorter"
+    before, _ = special_ids(tokenizer)
+    at_least(max_length=(max_length, len(before)+1))
+    ids = chain.from_iterable(_begun_once(bare_ids(t, tokenizer), before) for t in texts)
+    while row := list(islice(ids, max_length-len(before))): yield Piece(decoded(row, tokenizer), row)
+
 # %% ../nbs/03_data.ipynb #2669c83b
 def cut_stream(text, # a text, or an open file
                tokenizer,
                max_length=512, # tokens in a piece, special tokens among them
               ): # yields `Piece`s
     "The pieces of a stream, each when it is asked for; the last piece may be shorter"
-    before, _ = special_ids(tokenizer)
-    at_least(max_length=(max_length, len(before)+1))
-    ids = stream_ids(text, tokenizer)
-    while row := list(islice(ids, max_length-len(before))): yield Piece(decoded(row, tokenizer), row)
+    return pack([text], tokenizer, max_length)
 
 # %% ../nbs/03_data.ipynb #c2f9fe4d
 def python_docs(tokenizer, max_length=512): # yields `Piece`s
@@ -889,7 +902,8 @@ def table_texts(rows, # iterable of dicts
                 size=None, # texts; all by default
                 name='', # of the data set
                 again=only, # see `looked_at`
-               )->list: # of str
+                pack_to=None, # tokens, see `pack`; None leaves each row a text
+               )->list: # of str, or of `Piece`s
     "The first `size` texts of a table; empty ones do not count"
     columns, rows = looked_at(rows, column, again)
     reasons, done = [], []
@@ -900,7 +914,8 @@ def table_texts(rows, # iterable of dicts
             else:
                 if text.strip(): done.append(i); yield text
             if len(reasons)>=LOOK and not done: return
-    found = list(progress(islice(texts(), size), size, 'texts', delay=2, leave=False))
+    given = texts() if pack_to is None else pack(texts(), tokenizer, pack_to)
+    found = list(progress(islice(given, size), size, 'texts', delay=2, leave=False))
     if reasons and not found:
         raise NoText(f"dataset {name}: none of {len(reasons)} rows gives a text; the first, {reasons[0]}")
     if reasons:
@@ -969,7 +984,7 @@ def parts_of(dataset)->list: # of names, and of data sets in memory
     return [InMemory(dataset)] if holds_rows(dataset) else list(dataset)
 
 # %% ../nbs/03_data.ipynb #8ec02b54
-HOW = ('column', 'subset', 'split', 'share')
+HOW = ('column', 'subset', 'split', 'share', 'pack')
 
 class Part(str):
     "The name of a data set, with `how` it is read"
@@ -994,6 +1009,9 @@ def as_part(d)->Part:
         if k not in ('path', *HOW):
             raise ReplaceMeError(f"dataset {d['path']}: unknown key {k!r}.{nearest(k, HOW)} A data set has a "
                                  f"path, and as far as it needs them {', '.join(HOW)}.")
+    if d.get('pack') not in (None, True, False):
+        raise ReplaceMeError(f"dataset {d['path']}: pack is {d['pack']!r}: say true, to string its rows "
+                             "together, or false.")
     return Part(str(d['path']), **{k: v for k,v in d.items() if k!='path'})
 
 # %% ../nbs/03_data.ipynb #05c92fa0
@@ -1011,7 +1029,8 @@ def named(dataset):
 
 # %% ../nbs/03_data.ipynb #b0cd565a
 def read_table(dataset, # what `open_rows` takes, or a name in `SOURCES`
-               tokenizer, column=None, subset=None, split=None, size=64, token=None)->list: # of str
+               tokenizer, column=None, subset=None, split=None, size=64, token=None,
+               pack_to=None)->list: # as of `table_texts`
     "The first texts of a table"
     source, (subset, split) = find_source(dataset), split_of(subset, split)
     subset = subset or source.subset
@@ -1021,7 +1040,7 @@ def read_table(dataset, # what `open_rows` takes, or a name in `SOURCES`
     with one_voice(dataset):
         rows = open_rows(source.path, subset, split, token)
         if source.prepare: rows = map(source.prepare, rows)
-        return table_texts(rows, tokenizer, column, size, _called(dataset), again)
+        return table_texts(rows, tokenizer, column, size, _called(dataset), again, pack_to)
 
 # %% ../nbs/03_data.ipynb #4b622bdc
 def pick(logits, # `(B,V)`
@@ -1415,6 +1434,11 @@ def how_of(d, column=None, subset=None, split=None)->tuple: # (column, subset, s
     own = [getattr(d, 'how', {}).get(k) for k in ('column', 'subset', 'split')]
     return tuple(a if o is None else o for o,a in zip(own, (column, subset, split)))
 
+# %% ../nbs/03_data.ipynb #b52c6f65
+def pack_to(d, max_length)->int|None: # tokens
+    "The length of the pieces if the rows of a data set are strung together, see `pack`; else None"
+    return max_length if getattr(d, 'how', {}).get('pack') else None
+
 # %% ../nbs/03_data.ipynb #b52c6f64
 def load_parts(dataset='self', # see the table at the top; a list is a mixture
                shares=None, # of each data set in the list; see `read_shares`
@@ -1433,10 +1457,11 @@ def load_parts(dataset='self', # see the table at the top; a list is a mixture
     "The first texts of each data set in a mixture"
     _check_sizes(size, shares, max_length, batch_size)
     def part(d, kind, n):
-        if kind=='table': return read_table(d, tokenizer, *how_of(d, column, subset, split), n, token)
+        how = *how_of(d, column, subset, split), n, token
+        if kind=='table': return read_table(d, tokenizer, *how, pack_to(d, max_length))
         if kind=='self': return own_texts(model, tokenizer, n, max_length, batch_size, seed)
         if kind=='python-docs': return list(islice(python_docs(tokenizer, max_length), n))
-        _, at = split_of(*how_of(d, None, subset, split)[1:])
+        _, at = split_of(*how[1:3])
         return list(islice(read_text(_of_split(d, at), tokenizer, max_length), n))
     parts = mixture(dataset, shares)
     kinds, counts = [kind_of(d) for d,_ in parts], plan(parts, size)

@@ -769,3 +769,33 @@ def test_killed(tmp_path, when):
     texts = own_texts(MODEL, TOK, size=2, max_length=12)
     assert texts == sample_texts(MODEL, TOK, size=2, max_length=12)
     assert len(entries(tmp_path)) == 1  # what the killed run left beside it is gone
+
+
+def test_rows_strung_together_are_the_pieces_that_are_judged(smol_tokenizer, tmp_path):
+    "`pack: true` gives the tokens of the rows in their order, in full pieces, as perplexity cuts them; other parts stay as they are."
+    from replaceme.data import as_part
+    from replaceme.evaluate import cut_pieces
+    rows = [[dict(role="user", content=f"How much is {i} and {i}?"), dict(role="assistant", content=f"It is {2*i}.")] for i in range(40)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps(dict(messages=r)) for r in rows))
+    (tmp_path / "a.txt").write_text("One two three. " * 200)
+    apart = load_texts(str(tmp_path / "chats.jsonl"), tokenizer=smol_tokenizer, size=None)
+    part = as_part(dict(path=str(tmp_path / "chats.jsonl"), share=3, pack=True))
+    packed = load_texts([part, as_part(dict(path=str(tmp_path / "a.txt"), share=1))], tokenizer=smol_tokenizer, size=16, max_length=48)
+    chats = [p for p in packed if "One two" not in p]
+    assert len(chats) == 12 and {len(token_ids(p, smol_tokenizer)) for p in packed} == {48}
+    assert [token_ids(p, smol_tokenizer) for p in chats] == cut_pieces(smol_tokenizer, apart, 48, 12).tolist()
+
+
+def test_packed_rows_are_read_no_further_than_needed_and_begin_once():
+    "A stream without an end is packed; special tokens stand before each piece and not before each row."
+    from replaceme.data import special_ids, table_texts
+    def endless():
+        while True:
+            yield dict(text="<s>one two three four five")
+    tok = tiny_tokenizer(add_bos=True)
+    pieces = table_texts(endless(), tok, size=5, pack_to=9)
+    before, _ = special_ids(tok)
+    assert before and len(pieces) == 5
+    for p in pieces:
+        ids = token_ids(p, tok)
+        assert len(ids) == 9 and ids[:len(before)] == before and before[0] not in ids[len(before):]
