@@ -137,7 +137,7 @@ document.body.innerHTML = `<pre id="out">${JSON.stringify(left.map(r => [...r.ce
 @pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
 @pytest.mark.parametrize("choice", [{}, {0: "auto"}, {1: "6"}, {0: "LaCo", 1: "8"}])
 def test_the_table_of_methods_shows_what_is_chosen_without_a_network(choice, tmp_path):
-    page = (DOCS / "tutorials/methods.html").read_text(encoding="utf-8")
+    page = (DOCS / "tutorials/all_methods.html").read_text(encoding="utf-8")
     (tmp_path / "page.html").write_text(page + CHOOSE.replace("CHOICE", json.dumps(choice)), encoding="utf-8")
     p = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", f"--user-data-dir={tmp_path / 'user'}",
                         "--virtual-time-budget=10000", "--dump-dom", (tmp_path / "page.html").as_uri()], capture_output=True, text=True, timeout=120)
