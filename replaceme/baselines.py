@@ -405,8 +405,9 @@ class UIDLKeys:
 class UIDL(Method):
     name, title, paper, keys = 'uidl', 'UIDL', '2403.17887', (UIDLKeys,)
     chose, instead = 'across which the last token of a text turns least', 'Nothing stands in their place.'
-    formula = r's = \arg\min_s \operatorname{mean}_i\; \tfrac1\pi\arccos\cos(S_s^{(i)}, S_{s+n}^{(i)})'
-    use = "A long training follows anyway, and the choice of block is all that is needed."
+    formula = r's = \arg\min_s \operatorname{mean}_i\; \tfrac1\pi\angle(S_s^{(i)}, S_{s+n}^{(i)})'
+    does = "they go; nothing in their place"
+    use = "you will heal with a long training anyway"
     silence = 'simple takes the deepest layers, whatever a text says, and reads none'
 
     def reads(self, k): return not k.simple
@@ -419,7 +420,8 @@ class UIDL(Method):
 class ShortGPT(Method):
     name, title, paper = 'shortgpt', 'ShortGPT', '2403.03853'
     formula = r'\mathrm{BI}_l = 1 - \operatorname{mean}_t \cos(x_l^{(t)}, x_{l+1}^{(t)})'
-    use = "Layers may go one here and one there, and no map is wanted."
+    does = "the least influential go, wherever they are"
+    use = "never alone; its influences are a cheap look at a model"
     instead = 'Nothing stands in their place.'
 
     def remove(self, model, batches, job): return shortgpt(model, batches, job.n)
@@ -448,7 +450,8 @@ class LaCo(Method):
     name, title, paper, keys, most_texts = 'laco', 'LaCo', '2402.11187', (LaCoKeys,), 10
     did = 'collapsed into layers before them'
     formula = r'\theta_l^* = \theta_l + \sum_{k=1}^{m} (\theta_{l+k} - \theta_l)'
-    use = "It is to be compared with; SmolLM2 did not survive it."
+    does = "their differences are added to a layer before them"
+    use = "the model's layers are much alike; its threshold must be tried out for each model"
     instead = ('The differences between their weights and those of the layer that takes them were added to '
                'that '
                'layer, which keeps its shape.')
@@ -467,7 +470,8 @@ class LinearPatch(Method):
     name, title, paper = 'linearpatch', 'LinearPatch', '2505.24680'
     chose = 'whose two ends are nearest to each other over all tokens'
     formula = r'S \mapsto S\,P,\qquad P = H_d\,\mathrm{diag}(r)\,H_d^\top'
-    use = "A matrix of its own is no matter, and d numbers are all that may be fitted."
+    does = "a rescaling in a Hadamard basis stands in, a matrix more"
+    use = "nothing may be fitted but one number a channel"
 
     def own_code(self, k): return True
     def prove(self, model, job):

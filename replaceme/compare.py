@@ -27,7 +27,7 @@ from .core import *
 from .kept import *
 from .models import *
 from .arch import *
-from .data import RECIPE, check_ids, kind_of, mixture
+from .data import RECIPE, check_ids, data_name, kind_of, mixture
 from .blocks import *
 from .evaluate import *
 from .evaluate import _check_choices, _check_finite
@@ -903,7 +903,7 @@ def about(bench, cfg)->dict:
     conf = {k: v for k,v in dataclasses.asdict(cfg).items() if k in (*SHARED, 'methods', 'layers', 'seeds')
             and k!='token'}
     return dict(model=str(cfg.model_path), fingerprint=bench.facts['model']['weights'],
-                n_layers=len(layers_of(bench.model)), calibration=no_path(cfg.dataset),
+                n_layers=len(layers_of(bench.model)), calibration=data_name(cfg.dataset, cfg.dataset_shares),
                 text=no_path(text_name(cfg.eval_dataset)), kinds=bench.kinds, pieces=len(bench.ids),
                 length=bench.ids.shape[1], tasks=tasks,
                 seeds=cfg.seeds, device=bench.facts['device'],

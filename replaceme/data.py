@@ -6,8 +6,8 @@
 __all__ = ['SPARE', 'ROLES', 'HELD_OUT', 'FORMATS', 'UNREAD', 'PACKED', 'TEXT_FILES', 'MAGIC', 'READERS', 'PARTS', 'NAMED',
            'LOOK', 'Source', 'SOURCES', 'MIXES', 'HOW', 'OPENINGS', 'RECIPE', 'IMAGE_FILES', 'spanned', 'seam',
            'reader', 'stream_ids', 'first_tokens', 'decoded', 'Piece', 'bare_ids', 'special_ids', 'begun', 'token_ids',
-           'pad_rows', 'at_least', 'batches', 'n_embedded', 'check_ids', 'hidden_tokens', 'mask_tokens', 'pack',
-           'cut_stream', 'python_docs', 'unboxed', 'as_chat', 'is_chat', 'content_text', 'as_message', 'NoText',
+           'pad_rows', 'at_least', 'batches', 'n_embedded', 'check_ids', 'hidden_tokens', 'mask_tokens', 'packed_ids',
+           'pack', 'cut_stream', 'python_docs', 'unboxed', 'as_chat', 'is_chat', 'content_text', 'as_message', 'NoText',
            'chat_text', 'pick_split', 'split_of', 'one_voice', 'opened', 'file_format', 'is_text', 'open_text',
            'read_text', 'looks_like_json', 'table_kind', 'json_table', 'json_row', 'json_rows', 'csv_rows',
            'column_rows', 'FileRows', 'by_split', 'in_folder', 'in_file', 'open_dataset', 'is_data', 'memory_rows',
@@ -17,9 +17,9 @@ __all__ = ['SPARE', 'ROLES', 'HELD_OUT', 'FORMATS', 'UNREAD', 'PACKED', 'TEXT_FI
            'reserved_cache', 'sample_ids', 'rows_at_once', 'first_id', 'user_turn', 'opening', 'first_ids', 'repeats',
            'poor', 'sample_texts', 'own_texts', 'is_path', 'files_in', 'text_files', 'text_splits', 'kind_of',
            'plain_only', 'read_shares', 'portions', 'interleave', 'source_key', 'shares_of', 'mixture',
-           'short_data_name', 'data_name', 'plan', 'how_of', 'pack_to', 'load_parts', 'load_texts', 'synthetic_images',
-           'as_rgb', 'open_image', 'image_files', 'drawn', 'is_image', 'pick_images', 'undecoded', 'table_images',
-           'load_images', 'pixels', 'image_batches']
+           'short_data_name', 'data_name', 'plan', 'how_of', 'piece_length', 'load_parts', 'load_texts',
+           'synthetic_images', 'as_rgb', 'open_image', 'image_files', 'drawn', 'is_image', 'pick_images', 'undecoded',
+           'table_images', 'load_images', 'pixels', 'image_batches']
 
 # %% ../nbs/03_data.ipynb #6193d1e8
 import ast, bz2, gzip, hashlib, io, json, lzma, math, re, uuid, warnings, zipfile, zlib
@@ -237,13 +237,17 @@ def _begun_once(ids, before):
     return chain([] if first==before else first, ids)
 
 # %% ../nbs/03_data.ipynb #c2f9fe11
-def pack(texts, # texts or open files, or `Piece`s
-         tokenizer, max_length=512): # tokens in a piece, special tokens among them; yields `Piece`s
-    "Texts strung together and cut into pieces, each when it is asked for; the last may be shorter"
+def packed_ids(texts, # texts or open files, or `Piece`s
+               tokenizer, max_length=512): # tokens in a piece, special tokens among them; yields lists of ids
+    "Texts strung together and cut, each piece when it is asked for; bare, and the last may be shorter"
     before, _ = special_ids(tokenizer)
     at_least(max_length=(max_length, len(before)+1))
     ids = chain.from_iterable(_begun_once(bare_ids(t, tokenizer), before) for t in texts)
-    while row := list(islice(ids, max_length-len(before))): yield Piece(decoded(row, tokenizer), row)
+    while row := list(islice(ids, max_length-len(before))): yield row
+
+def pack(texts, tokenizer, max_length=512): # as of `packed_ids`; yields `Piece`s
+    "Texts strung together and cut into pieces"
+    return (Piece(decoded(row, tokenizer), row) for row in packed_ids(texts, tokenizer, max_length))
 
 # %% ../nbs/03_data.ipynb #2669c83b
 def cut_stream(text, # a text, or an open file
@@ -902,7 +906,7 @@ def table_texts(rows, # iterable of dicts
                 size=None, # texts; all by default
                 name='', # of the data set
                 again=only, # see `looked_at`
-                pack_to=None, # tokens, see `pack`; None leaves each row a text
+                piece_length=None, # tokens; then rows are strung together, see `pack`
                )->list: # of str, or of `Piece`s
     "The first `size` texts of a table; empty ones do not count"
     columns, rows = looked_at(rows, column, again)
@@ -914,7 +918,7 @@ def table_texts(rows, # iterable of dicts
             else:
                 if text.strip(): done.append(i); yield text
             if len(reasons)>=LOOK and not done: return
-    given = texts() if pack_to is None else pack(texts(), tokenizer, pack_to)
+    given = texts() if piece_length is None else pack(texts(), tokenizer, piece_length)
     found = list(progress(islice(given, size), size, 'texts', delay=2, leave=False))
     if reasons and not found:
         raise NoText(f"dataset {name}: none of {len(reasons)} rows gives a text; the first, {reasons[0]}")
@@ -1030,7 +1034,7 @@ def named(dataset):
 # %% ../nbs/03_data.ipynb #b0cd565a
 def read_table(dataset, # what `open_rows` takes, or a name in `SOURCES`
                tokenizer, column=None, subset=None, split=None, size=64, token=None,
-               pack_to=None)->list: # as of `table_texts`
+               piece_length=None)->list: # as of `table_texts`
     "The first texts of a table"
     source, (subset, split) = find_source(dataset), split_of(subset, split)
     subset = subset or source.subset
@@ -1040,7 +1044,8 @@ def read_table(dataset, # what `open_rows` takes, or a name in `SOURCES`
     with one_voice(dataset):
         rows = open_rows(source.path, subset, split, token)
         if source.prepare: rows = map(source.prepare, rows)
-        return table_texts(rows, tokenizer, column, size, _called(dataset), again, pack_to)
+        return table_texts(rows, tokenizer, column, size, _called(dataset), again,
+                           piece_length)
 
 # %% ../nbs/03_data.ipynb #4b622bdc
 def pick(logits, # `(B,V)`
@@ -1380,7 +1385,8 @@ def short_data_name(d)->str: # one data set
     "Its name, without folders"
     if isinstance(d, InMemory): return str(d)
     is_file = isinstance(d, Path) or isinstance(d, str) and is_path(d)
-    return Path(d).name or str(d) if is_file else _called(d)
+    name = Path(d).name or str(d) if is_file else _called(d)
+    return f'{name}, packed' if piece_length(d, 1) else name
 
 def data_name(dataset, # as in `load_texts`
               shares=None)->str:
@@ -1435,7 +1441,7 @@ def how_of(d, column=None, subset=None, split=None)->tuple: # (column, subset, s
     return tuple(a if o is None else o for o,a in zip(own, (column, subset, split)))
 
 # %% ../nbs/03_data.ipynb #b52c6f65
-def pack_to(d, max_length)->int|None: # tokens
+def piece_length(d, max_length)->int|None: # tokens
     "The length of the pieces if the rows of a data set are strung together, see `pack`; else None"
     return max_length if getattr(d, 'how', {}).get('pack') else None
 
@@ -1458,7 +1464,7 @@ def load_parts(dataset='self', # see the table at the top; a list is a mixture
     _check_sizes(size, shares, max_length, batch_size)
     def part(d, kind, n):
         how = *how_of(d, column, subset, split), n, token
-        if kind=='table': return read_table(d, tokenizer, *how, pack_to(d, max_length))
+        if kind=='table': return read_table(d, tokenizer, *how, piece_length(d, max_length))
         if kind=='self': return own_texts(model, tokenizer, n, max_length, batch_size, seed)
         if kind=='python-docs': return list(islice(python_docs(tokenizer, max_length), n))
         _, at = split_of(*how[1:3])
@@ -1588,6 +1594,8 @@ def _images_only(dataset):
     if isinstance(dataset, (list, tuple)):
         raise ReplaceMeError(f"dataset is a list of {len(dataset)}: images come from one data set, "
                              "there are no mixtures of them.")
+    if piece_length(dataset, 1): raise ReplaceMeError(
+        f"dataset {dataset}: pack strings texts together, and images are looked at one by one: leave it out.")
     if not isinstance(dataset, (str, Path)): return
     known = str(dataset).lower() in MIXES or find_source(dataset) in SOURCES.values()
     if kind_of(dataset) in ('self', 'python-docs') or known:

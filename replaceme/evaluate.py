@@ -25,7 +25,7 @@ from .group import *
 from .plots import *
 from .arch import judging, stack_config, run, input_device, sees
 from .layerwise import ends
-from .data import bare_ids, check_ids, n_embedded, special_ids
+from .data import check_ids, n_embedded, packed_ids, special_ids
 from .keys import *
 
 # %% ../nbs/13_evaluate.ipynb #c3dbecad
@@ -55,18 +55,14 @@ def cut_pieces(tokenizer,
     "The first pieces of a text, each begun as the tokenizer begins a text; a short text is one shorter piece"
     if isinstance(text, torch.Tensor): return text
     before, _ = special_ids(tokenizer)
-    step = max(length-len(before), 1)
-    need = step*max(pieces, 0)
-    def bare(t):
-        ids = list(islice(bare_ids(t, tokenizer), need+len(before)))
-        return ids[len(before):] if ids[:len(before)]==before else ids
     texts = [text] if isinstance(text, str) else text
-    ids = list(islice(chain.from_iterable(map(bare, texts)), need))
-    rows = [[*before, *ids[i:i+step]] for i in range(0, len(ids)-step+1, step)] or [[*before, *ids]]
+    ids = packed_ids(texts, tokenizer, max(length, len(before)+1))
+    rows = [[*before, *row] for row in islice(ids, max(pieces, 0))] or [before]
     if min(len(rows[0]), length)<2 or length<=len(before) or pieces<1:
-        raise ReplaceMeError(f"perplexity needs two tokens or more to predict one: the text has {len(ids)}, "
-                             f"length is {length} and pieces {pieces}. Give a longer text.")
-    return torch.tensor(rows)
+        raise ReplaceMeError("perplexity needs two tokens or more to predict one: the text has "
+                             f"{len(rows[0])-len(before)}, length is {length} and pieces {pieces}. "
+                             "Give a longer text.")
+    return torch.tensor([row for row in rows if len(row)==len(rows[0])])
 
 # %% ../nbs/13_evaluate.ipynb #f4027e6a
 def piece_losses(model,

@@ -474,7 +474,8 @@ class LLMPruner(Method):
     name, title, paper, drops, most_texts = 'llm_pruner', 'LLM-Pruner', '2305.11627', False, 10
     keys = (LLMPrunerKeys, Widths)
     formula = r'I = \Big|\sum_k w_k\,\partial\mathcal L/\partial w_k\Big|'
-    use = "All layers must stay, and heads and neurons may go where the loss misses them least."
+    does = "all stay, with fewer heads and neurons"
+    use = "all layers must stay, and heads and neurons may go where the loss misses them least"
 
     def own_code(self, k): return not k.plain
     def remove(self, model, batches, job):

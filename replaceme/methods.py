@@ -43,7 +43,8 @@ class Method:
     "A way to make a model smaller"
     name = '' # in the YAML
     title, paper = '', None # for people; the number on arXiv
-    formula, use = '', '' # what it computes, in LaTeX; when to take it, a sentence
+    formula = '' # what it computes, in LaTeX
+    does, use = '', '' # what happens to the layers, and when to take it: clauses of a table
     keys = () # groups of the keys that it reads, each a dataclass
     peer = True # is it somebody else's, and compared with ours?
     drops = True # do whole layers go?

@@ -311,7 +311,8 @@ def _check_iterating(k, structure):
 class Auto(Mapped):
     name, title = 'auto', 'ReplaceMe, auto'
     formula = r'\min_W \sum_t c_t\,\lVert h_t W - r_t\rVert^2 + \lambda\,\bar g\,\lVert W - W_0\rVert^2'
-    use = "Nothing shall be trained, and an ordinary checkpoint shall come out. Start here."
+    does = "a wide map is folded into the MLP before the cut; block by outcome, layers behind refitted"
+    use = "nothing else is asked for: start here"
     keys = (Bits, Choosing, Comparing, Mapping, Closed, Unmerged)
     defaults = dict(map='wide', weights='inv_norm', ridge='auto', select='loss', top_k=5, refit=2,
                     borrow=True)
@@ -320,14 +321,16 @@ class Auto(Mapped):
 class LeastSquares(Mapped):
     name, title, paper = 'lstsq', 'ReplaceMe, least squares', '2505.02819'
     formula = r'T = \arg\min_T \lVert M T - (B - A)\rVert^2'
-    use = "The paper's numbers are to be met, or a third of the minutes of auto must do."
+    does = "a fitted map is folded into the MLP before the cut"
+    use = "you want the paper's numbers, or the minutes of auto are too many"
     keys = (Bits, Choosing, Comparing, Mapping, Closed, Unmerged)
 
 # %% ../nbs/16_ours.ipynb #87d2506f
 class Cosine(Mapped):
     name, title, paper = 'cosine', 'ReplaceMe, cosine', '2505.02819'
     formula = r'T = \arg\min_T \sum_t 1-\cos(m_t T + a_t,\; b_t)'
-    use = "The paper's other estimator is wanted. It takes longer than a closed form."
+    does = "a map fitted step by step is folded into the MLP before the cut"
+    use = "you want the paper's other estimator"
     keys, iterates = (Bits, Choosing, Mapping, Iterating), True
 
     def refusal(self, group, f):
@@ -342,7 +345,8 @@ class Cosine(Mapped):
 # %% ../nbs/16_ours.ipynb #7735f9e1
 class Remove(Mapped):
     name, title = 'remove', 'Plain removal'
-    formula, use = r'\hat S_{s+n} = S_s', "No map can be folded, or a floor for the others is wanted."
+    formula, does = r'\hat S_{s+n} = S_s', 'they go; nothing in their place'
+    use = 'no map can be folded, or you want a floor'
     keys, defaults = (Bits, Choosing, Comparing), dict(map='none')
 
     def refusal(self, group, f):

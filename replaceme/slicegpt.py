@@ -336,7 +336,8 @@ def slicegpt(model, batches,
 class SliceGPT(Method):
     name, title, paper, keys, drops = 'slicegpt', 'SliceGPT', '2401.15024', (Widths,), False
     formula = r'X^\top X = Q \Lambda Q^\top,\qquad W \mapsto Q_{:k}^\top W'
-    use = "All layers must stay, and each may get narrower."
+    does = "all stay, cut to the principal components of the stream"
+    use = "all layers must stay, and each may get narrower"
 
     def own_code(self, k): return not k.plain
     def remove(self, model, batches, job): return slicegpt(model, batches, job.n, plain=job.keys.plain)

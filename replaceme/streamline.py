@@ -148,7 +148,8 @@ class Streamline(Method):
     name, title, paper, keys = 'streamline', 'LLM-Streamline', '2403.19135', (StreamlineKeys,)
     chose = 'across which the cosine over all tokens is largest'
     formula = r'\min_\theta \sum_t \lVert f_\theta(x_s^{(t)}) - x_{s+n}^{(t)}\rVert^2'
-    use = "One network may be trained in the place of the layers, and there are tokens enough for it."
+    does = "one more goes; one layer, or a small network, is trained in its place"
+    use = "you can train, but on hidden states only"
 
     def trains(self, k): return k.network!='none'
     def own_code(self, k): return k.network in ('ffn', 'swiglu')

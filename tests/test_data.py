@@ -793,9 +793,31 @@ def test_packed_rows_are_read_no_further_than_needed_and_begin_once():
         while True:
             yield dict(text="<s>one two three four five")
     tok = tiny_tokenizer(add_bos=True)
-    pieces = table_texts(endless(), tok, size=5, pack_to=9)
+    pieces = table_texts(endless(), tok, size=5, piece_length=9)
     before, _ = special_ids(tok)
     assert before and len(pieces) == 5
     for p in pieces:
         ids = token_ids(p, tok)
         assert len(ids) == 9 and ids[:len(before)] == before and before[0] not in ids[len(before):]
+
+
+@pytest.mark.parametrize("pack", ["yes", 2, [1]])
+def test_pack_is_true_or_false(pack):
+    with pytest.raises(ReplaceMeError, match="a.jsonl: pack is"):
+        data.as_part(dict(path="a.jsonl", pack=pack))
+
+
+def test_images_are_not_strung_together(tmp_path):
+    with pytest.raises(ReplaceMeError, match="pack strings texts together"):
+        data.load_images(data.as_part(dict(path=str(tmp_path), pack=True)))
+
+
+def test_a_packed_part_is_named_so_and_dealt_with_like_any_text(tmp_path):
+    "In the name, in training, where all of it is read, and where it is what is judged"
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(dict(text=f"This is text {i}.")) for i in range(20)))
+    part = data.as_part(dict(path=str(tmp_path / "a.jsonl"), pack=True))
+    assert data_name(part) == "a.jsonl, packed" and data_name(data.as_part(dict(path=str(tmp_path / "a.jsonl"), pack=False))) == "a.jsonl"
+    every = load_texts(part, tokenizer=TOK, size=None, max_length=32)
+    apart = load_texts(str(tmp_path / "a.jsonl"), tokenizer=TOK, size=None)
+    assert [i for p in every for i in p.ids] == [i for t in apart for i in token_ids(t, TOK)]
+    assert [len(p.ids) for p in every[:-1]] == [32] * (len(every) - 1) and 0 < len(every[-1].ids) <= 32

@@ -373,3 +373,12 @@ def test_what_makes_layers_narrower_is_a_method_like_the_others(place, monkeypat
         r.plot()
     with pytest.raises(ReplaceMeError, match=f"recover: cut trains what stands at a cut, and method {method} cuts no layer out: use lora"):
         make_config(**keys, recover="cut")
+
+
+@pytest.mark.parametrize("name", [*METHODS])
+def test_a_method_says_what_it_does_and_when_to_take_it(name):
+    "What the pages of the methods are made from"
+    m = METHODS[name]
+    for clause in (m.does, m.use):
+        assert 10 < len(clause) < 110 and not clause.endswith(".") and "|" not in clause and not clause[0].isupper()
+    assert m.formula and "$" not in m.formula
