@@ -92,6 +92,19 @@ def test_list_is_one_stream(tok):
     assert torch.equal(cut_pieces(tok, parts, 32, 4), cut_pieces(tok, TEXT, 32, 4))
 
 
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("length, pieces", [(7, 100), (7, 3), (2, 5), (1000, 4)])
+def test_pieces_are_full_and_what_is_left_over_is_not_judged(bos, length, pieces):
+    "Against the rows cut by hand; one text shorter than a piece is a piece"
+    tok = tiny_tokenizer(add_bos=bos)
+    texts = ["Some words.", "And", " more of them, to the end."]
+    ids = [i for t in texts for i in tok(t, add_special_tokens=False)["input_ids"]]
+    step = length - bos
+    rows = [ids[i:i+step] for i in range(0, len(ids), step)]
+    full = [r for r in rows if len(r) == step] or rows[:1]
+    assert cut_pieces(tok, texts, length, pieces).tolist() == [[tok.bos_token_id] * bos + r for r in full[:pieces]]
+
+
 def test_prefix_of_a_long_text_gives_the_same_pieces(tok):
     long = TEXT * 50
     expected = torch.tensor(tok(long)["input_ids"][:96]).view(3, 32)
