@@ -1386,7 +1386,7 @@ def short_data_name(d)->str: # one data set
     if isinstance(d, InMemory): return str(d)
     is_file = isinstance(d, Path) or isinstance(d, str) and is_path(d)
     name = Path(d).name or str(d) if is_file else _called(d)
-    return f'{name}, packed' if piece_length(d, 1) else name
+    return f'{name} (packed)' if piece_length(d, 1) else name
 
 def data_name(dataset, # as in `load_texts`
               shares=None)->str:

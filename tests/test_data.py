@@ -816,7 +816,7 @@ def test_a_packed_part_is_named_so_and_dealt_with_like_any_text(tmp_path):
     "In the name, in training, where all of it is read, and where it is what is judged"
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(dict(text=f"This is text {i}.")) for i in range(20)))
     part = data.as_part(dict(path=str(tmp_path / "a.jsonl"), pack=True))
-    assert data_name(part) == "a.jsonl, packed" and data_name(data.as_part(dict(path=str(tmp_path / "a.jsonl"), pack=False))) == "a.jsonl"
+    assert data_name(part) == "a.jsonl (packed)" and data_name(data.as_part(dict(path=str(tmp_path / "a.jsonl"), pack=False))) == "a.jsonl"
     every = load_texts(part, tokenizer=TOK, size=None, max_length=32)
     apart = load_texts(str(tmp_path / "a.jsonl"), tokenizer=TOK, size=None)
     assert [i for p in every for i in p.ids] == [i for t in apart for i in token_ids(t, TOK)]
