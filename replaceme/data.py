@@ -13,13 +13,13 @@ __all__ = ['SPARE', 'ROLES', 'HELD_OUT', 'FORMATS', 'UNREAD', 'PACKED', 'TEXT_FI
            'column_rows', 'FileRows', 'by_split', 'in_folder', 'in_file', 'open_dataset', 'is_data', 'memory_rows',
            'InMemory', 'sliced', 'open_rows', 'as_text', 'exchange_of', 'as_columns', 'pick_columns', 'row_text',
            'schema_of', 'only', 'guarded', 'looked_at', 'table_texts', 'first_exchange', 'exists', 'find_source',
-           'holds_rows', 'parts_of', 'Part', 'is_part', 'as_part', 'named', 'read_table', 'pick', 'Reserved',
-           'reserved_cache', 'sample_ids', 'rows_at_once', 'first_id', 'user_turn', 'opening', 'first_ids', 'repeats',
-           'poor', 'sample_texts', 'own_texts', 'is_path', 'files_in', 'text_files', 'text_splits', 'kind_of',
-           'plain_only', 'read_shares', 'portions', 'interleave', 'source_key', 'shares_of', 'mixture',
-           'short_data_name', 'data_name', 'plan', 'how_of', 'piece_length', 'load_parts', 'load_texts',
-           'synthetic_images', 'as_rgb', 'open_image', 'image_files', 'drawn', 'is_image', 'pick_images', 'undecoded',
-           'table_images', 'load_images', 'pixels', 'image_batches']
+           'holds_rows', 'parts_of', 'Part', 'is_part', 'as_part', 'piece_length', 'named', 'read_table', 'pick',
+           'Reserved', 'reserved_cache', 'sample_ids', 'rows_at_once', 'first_id', 'user_turn', 'opening', 'first_ids',
+           'repeats', 'poor', 'sample_texts', 'own_texts', 'is_path', 'files_in', 'text_files', 'text_splits',
+           'kind_of', 'plain_only', 'read_shares', 'portions', 'interleave', 'source_key', 'shares_of', 'mixture',
+           'short_data_name', 'data_name', 'plan', 'how_of', 'load_parts', 'load_texts', 'synthetic_images', 'as_rgb',
+           'open_image', 'image_files', 'drawn', 'is_image', 'pick_images', 'undecoded', 'table_images', 'load_images',
+           'pixels', 'image_batches']
 
 # %% ../nbs/03_data.ipynb #6193d1e8
 import ast, bz2, gzip, hashlib, io, json, lzma, math, re, uuid, warnings, zipfile, zlib
@@ -1018,6 +1018,11 @@ def as_part(d)->Part:
                              "together, or false.")
     return Part(str(d['path']), **{k: v for k,v in d.items() if k!='path'})
 
+# %% ../nbs/03_data.ipynb #b52c6f65
+def piece_length(d, max_length)->int|None: # tokens
+    "The length of the pieces if the rows of a data set are strung together, see `pack`; else None"
+    return max_length if getattr(d, 'how', {}).get('pack') else None
+
 # %% ../nbs/03_data.ipynb #05c92fa0
 def named(dataset):
     "The same with a name for all that is in memory, as a configuration keeps it"
@@ -1439,11 +1444,6 @@ def how_of(d, column=None, subset=None, split=None)->tuple: # (column, subset, s
     "How a data set is read: as it says itself, or else as was said for all"
     own = [getattr(d, 'how', {}).get(k) for k in ('column', 'subset', 'split')]
     return tuple(a if o is None else o for o,a in zip(own, (column, subset, split)))
-
-# %% ../nbs/03_data.ipynb #b52c6f65
-def piece_length(d, max_length)->int|None: # tokens
-    "The length of the pieces if the rows of a data set are strung together, see `pack`; else None"
-    return max_length if getattr(d, 'how', {}).get('pack') else None
 
 # %% ../nbs/03_data.ipynb #b52c6f64
 def load_parts(dataset='self', # see the table at the top; a list is a mixture
