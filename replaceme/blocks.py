@@ -148,11 +148,13 @@ def partitions(distance, # `distance(s, e)`, or a matrix with `D[s][e]`; not fin
 
 # %% ../nbs/06_blocks.ipynb #e54edfa1
 def contenders(blocks, # candidates
-               mean, # their mean distances so far
-               stderr, # and the standard errors
+               mean, # their mean distances so far, `(C,)`
+               apart, # standard errors of the differences between two, `(C,C)`, as from `Profile.apart`
+               texts, # that they are over
                z=3., # how cautious to be
-              k=1, # how many are wanted
+               k=1, # how many are wanted
               )->list:
     "The candidates that may still turn out among the best `k`"
-    bound = sorted(m+z*s for m,s in zip(mean, stderr))[min(k, len(blocks))-1]
-    return [b for b,m,s in zip(blocks, mean, stderr, strict=True) if m-z*s<=bound]
+    z += (z**3+z)/(4*max(1, texts-1)) # Student's quantile to first order
+    better = (mean[:,None]-mean[None] > z*apart).sum(1)
+    return [b for b,n in zip(blocks, better.tolist(), strict=True) if n<k]

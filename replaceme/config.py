@@ -15,6 +15,7 @@ import yaml
 
 from .core import *
 from .keys import *
+from .resume import Resuming
 from .plots import and_words
 from .models import Loading
 from .data import is_part, parts_of
@@ -33,7 +34,7 @@ from .writing import Writes
 # %% ../nbs/22_config.ipynb #9d9d964c
 # besides those of the methods
 BASES = (Asked, Loading, Texts, Budgeted, Training, Saving, Judged, Asking, Writes, Drafts, Takes,
-         Common)
+         Resuming, Common)
 
 def method_of(cfg)->Method|None:
     "The method of a configuration"

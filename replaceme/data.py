@@ -48,6 +48,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .core import *
 from .group import *
+from .resume import *
 from .kept import *
 from .models import *
 from .arch import judging, stack_config
@@ -1183,8 +1184,13 @@ def _written(model, tokenizer, which, u, rows, step):
     starts = [first_ids(i, model, tokenizer, min(64, most)) for i in which]
     rows = min(rows, math.ceil(len(which)/world()[1])) # each process writes some
     parts = [(u[which][j:j+rows], starts[j:j+rows]) for j in range(0, len(which), rows)]
-    with together():
-        mine = {i: sample_ids(model, *parts[i], step).tolist() for i in my_share([len(p) for p,_ in parts])}
+    def write(u, starts):
+        p = next_pass('own text', starts, u.sum().item())
+        if p and p.done: return p.data['ids']
+        ids = sample_ids(model, u, starts, step).tolist()
+        if p: p.note(1, end=True, ids=ids)
+        return ids
+    with together(): mine = {i: write(*parts[i]) for i in my_share([len(p) for p,_ in parts])}
     return [r for part in gathered(mine) for r in part]
 
 # %% ../nbs/03_data.ipynb #1a32cd91

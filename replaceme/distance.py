@@ -99,28 +99,32 @@ def pair_distances(H:Tensor, # states `(L+1,B,d)`: what enters each layer, and w
 # %% ../nbs/05_distance.ipynb #4ca21e1f
 class Profile:
     "Mean distance of every pair of depths, and the norms that betray a sink, as running sums"
-    totals = 'sum sq cross norms texts rows rows_sq norm_texts'.split() # what adds up over texts
+    totals = 'sum sq cross counts both norms norm_texts'.split() # what adds up over texts
     def __init__(self, n_layers, # decoder layers `L`
                  metric='angular',
                  tokens='last'): # what whoever fills it shall add: the `last` token of each text, or `all`
-        self.n_layers, self.metric, self.tokens, self.texts = n_layers, metric, tokens, 0
-        self.rows, self.rows_sq = 0, 0 # sums of `T_i` and `T_i^2`
+        self.n_layers, self.metric, self.tokens = n_layers, metric, tokens
+        self.counts = torch.zeros(3, n_layers+1, dtype=torch.float64) # texts, `T_i`, `T_i^2` at each depth
         self.sum = torch.zeros(n_layers+1, n_layers+1, dtype=torch.float64) # of `y_i`
         self.sq, self.cross = self.sum.clone(), self.sum.clone() # of `y_i^2` and `y_i T_i`
+        self.n, self.both = None, torch.zeros(0, 0, dtype=torch.float64) # see `set_rivals`
         self.norm_texts, self.norms = 0, torch.zeros(3, n_layers+1, dtype=torch.float64) # see `add_norms`
 
 # %% ../nbs/05_distance.ipynb #4eb0310e
 @patch
-def _count(self:Profile, y, T): # `(L+1,L+1,B)`, each of `B` texts the sum over its `T` rows
-    y, B = y.cpu(), y.shape[-1]
-    self.sum += y.sum(-1); self.sq += y.pow(2).sum(-1); self.cross += T*y.sum(-1)
-    self.texts += B; self.rows += T*B; self.rows_sq += T*T*B
+def _count(self:Profile, y, T): # `(m,m,B)` up to a depth, each of `B` texts the sum over its `T` rows
+    y, m, B = y.cpu(), len(y), y.shape[-1]
+    self.sum[:m,:m] += y.sum(-1); self.sq[:m,:m] += y.pow(2).sum(-1); self.cross[:m,:m] += T*y.sum(-1)
+    self.counts[:,:m] += torch.tensor([[B], [T*B], [T*T*B]])
+    if self.n is not None and (C := m-self.n)>0:
+        d = y.diagonal(self.n) # `(B,C)`, of the blocks that race
+        self.both[:C,:C] += d.T@d
 
 @patch
 def add(self:Profile,
-        H:Tensor, # `(L+1,B,d)`, one row a text; with `tokens`, `(L+1,T,d)`, the tokens of one text
+        H:Tensor, # `(m,B,d)`, one row a text; with `tokens`, `(m,T,d)`, the tokens of one text; `m<=L+1`
         tokens=False): # are the rows the tokens of one text?
-    "Add the texts of a batch, or all tokens of one text"
+    "Add the texts of a batch, or all tokens of one text, up to some depth"
     chunks = _pair_chunks(H, self.metric)
     if tokens: self._count(sum(D.sum(-1, keepdim=True) for D in chunks), H.shape[1])
     else:
@@ -128,21 +132,42 @@ def add(self:Profile,
 
 # %% ../nbs/05_distance.ipynb #77ebab05
 @patch(as_prop=True)
+def texts(self:Profile)->int: return int(self.counts[0,0])
+
+@patch(as_prop=True)
 def mean(self:Profile): # `(L+1,L+1)`
-    return self.sum/self.rows
+    return self.sum/self.counts[1]
 
 @patch(as_prop=True)
 def stderr(self:Profile): # `(L+1,L+1)`, infinite for a single text
     "Standard error of each mean, between texts"
-    left = (self.sq - 2*self.mean*self.cross + self.mean**2*self.rows_sq).clamp(min=0)
-    if self.texts<2: return torch.full_like(left, torch.inf)
-    return (left*self.texts/(self.texts-1)).sqrt()/self.rows
+    N, rows, rows_sq = self.counts
+    left = (self.sq - 2*self.mean*self.cross + self.mean**2*rows_sq).clamp(min=0)
+    return torch.where(N<2, torch.inf, (left*N/(N-1)).sqrt()/rows)
 
 # %% ../nbs/05_distance.ipynb #0b62ee47
 @patch
-def of_length(self:Profile, n)->list: # entry `i` is the distance of the block `[i+1, i+1+n)`
-    "Distances of all blocks of `n` layers that leave a layer before them"
-    return self.mean.diagonal(n)[1:].tolist()
+def of_length(self:Profile, n, # layers of a block
+              first=1, # where the first of them starts
+             )->list: # entry `i` is the distance of the block `[i+first, i+first+n)`
+    "Distances of all blocks of `n` layers, by default of those that leave a layer before them"
+    return self.mean.diagonal(n)[first:].tolist()
+
+# %% ../nbs/05_distance.ipynb #5a2e0002
+@patch
+def set_rivals(self:Profile, n): # layers of a block
+    "From now on remember what it takes to compare the blocks of `n` layers with each other"
+    self.n, C = n, self.n_layers+1-n
+    self.both = torch.zeros(C, C, dtype=torch.float64) # sums of `y_i^a y_i^b`, by where the blocks start
+
+@patch
+def apart(self:Profile, starts): # of the blocks to compare, all of whose layers every text went through
+    "Standard errors of the differences between the mean distances of rivals, `(C,C)`"
+    at, (N, rows, rows_sq) = torch.tensor(starts), self.counts[:,0]
+    D, c = self.mean.diagonal(self.n)[at], self.cross.diagonal(self.n)[at]
+    Q = self.both[at][:,at] - D[:,None]*c - c[:,None]*D + D[:,None]*D*rows_sq
+    v = (Q.diagonal()[:,None] - 2*Q + Q.diagonal()).clamp(min=0)
+    return (v*N/(N-1)).sqrt()/rows if N>1 else torch.full_like(v, torch.inf)
 
 # %% ../nbs/05_distance.ipynb #0473551c
 SINK = 20 # a token is a sink where its norm is more than so many times the median of its text

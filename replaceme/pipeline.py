@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['recipe_of', 'feed_of', 'n_removed', 'job_of', 'check_pictures', 'check_rungs_fit', 'prove', 'make_result',
-           'climb_rungs', 'calibrate', 'prune', 'output_path', 'load', 'score', 'top_classes', 'prove_places',
+           'climb_rungs', 'calibrate', 'go_on', 'prune', 'output_path', 'load', 'score', 'top_classes', 'prove_places',
            'paths_of', 'check_run', 'check_loaded', 'for_walks', 'before_loading', 'run', 'profile_files',
            'write_profile', 'profile_table', 'check_analysis', 'analyse', 'EvaluateConfig', 'check_evaluation',
            'evaluate', 'load_pair', 'evaluate_pair', 'scores_table', 'PRUNE', 'READ', 'LOAD', 'SCORE', 'EVERY',
@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from .core import *
 from .kept import *
 from .keys import *
+from .resume import *
 from .plots import *
 from .models import *
 from .arch import *
@@ -183,13 +184,22 @@ def _names(v):
     return [_names(x) for x in v] if isinstance(v, list) else str(v) if isinstance(v, InMemory) else v
 
 # %% ../nbs/22_pipeline.ipynb #244dcb8c
+def _told(cfg)->dict:
+    "The keys of a configuration as plain data, but for what is secret"
+    return {k: _names(v) for k,v in dataclasses.asdict(cfg).items() if k!='token'}
+
 def _finish(result, cfg, stages, loaded, model, pruned):
     "Costs and provenance"
-    conf = {k: _names(v) for k,v in dataclasses.asdict(cfg).items() if k!='token'}
     result.update(parameters=dict(before=n_parameters(model), after=n_parameters(pruned)),
-                  seconds=dict(stages.seconds), peak_memory=peak_memory(), loaded_memory=loaded, config=conf,
+                  seconds=dict(stages.seconds), peak_memory=peak_memory(), loaded_memory=loaded, config=_told(cfg),
                   versions=versions(), seed=cfg.seed, base=base_of(cfg, model))
     return result
+
+def go_on(cfg, model, tokenizer): # a context
+    "Note what the passes of a run find, so that the same command goes on from there"
+    every = cfg.resume_every
+    facts = every is not None and [{**_told(cfg), 'resume_every': None}, identity(model, tokenizer), versions()]
+    return resumable(facts, every)
 
 # %% ../nbs/22_pipeline.ipynb #5f3c6205
 def prune(model, tokenizer, # as loaded by `load_model` or by transformers
@@ -418,12 +428,13 @@ def _in_full(cfg, done, stages):
     return model, tokenizer
 
 # %% ../nbs/22_pipeline.ipynb #6eea5b8e
-def _prune(cfg, path, stages)->tuple: # (dense model, tokenizer, text to score on, Pruned, Result)
-    "Everything up to the pruned model"
+def _prune(cfg, path, stages, stack)->tuple: # (dense model, tokenizer, text to score on, Pruned, Result)
+    "Everything up to the pruned model; `stack` is an ExitStack that ends with the run"
     with stages('load'): model, tokenizer = load(cfg)
     check_loaded(cfg, path, model, tokenizer)
     loaded = resident_memory(); reset_peak_memory()
     text = feed_of(model, tokenizer, cfg).judged()
+    stack.enter_context(go_on(cfg, model, tokenizer))
     done, result = calibrate(model, tokenizer, cfg, stages, writable=not cfg.quantised)
     if cfg.quantised:
         del model; gc.collect()
@@ -472,9 +483,9 @@ def for_walks(cfg):
     return new
 
 # %% ../nbs/22_pipeline.ipynb #b258ee0c
-def _run(cfg, yaml_text, path, tmp, stages)->Result:
+def _run(cfg, yaml_text, path, tmp, stages, stack)->Result:
     "Prune, save to `tmp`, put that in its place, and score"
-    model, tokenizer, text, done, result = _prune(cfg, path, stages)
+    model, tokenizer, text, done, result = _prune(cfg, path, stages, stack)
     with stages('score'): before, stop = _score_before(model, done.model, tokenizer, cfg, text, result)
     if cfg.speed and not stop:
         with stages('speed'): stop = _time_both(model, done.model, tokenizer, cfg, result)
@@ -506,9 +517,9 @@ def run(cfg, yaml_text=None)->tuple: # (Result, Path of the folder)
     cfg = for_walks(cfg)
     path, stages = before_loading(cfg), Stages()
     if not main_process() and world()[1]==1: # of processes that are not `grouped`, and train together
-        return _prune(cfg, path, stages)[-1], path # the first one saves
-    with only_first(new_folder(path, RECORD, alone=True)) as tmp:
-        try: result = _run(cfg, yaml_text, path, tmp, stages)
+        with contextlib.ExitStack() as stack: return _prune(cfg, path, stages, stack)[-1], path # the first saves
+    with only_first(new_folder(path, RECORD, alone=True)) as tmp, contextlib.ExitStack() as stack:
+        try: result = _run(cfg, yaml_text, path, tmp, stages, stack)
         except KeyboardInterrupt:
             if tmp is not None and (not tmp.exists() or (tmp/RECORD).exists()):
                 warnings.warn(f"interrupted: the pruned model is complete in {path}, without all scores.",
@@ -594,7 +605,8 @@ def analyse(cfg): # -> (Profile, files written)
     facts = dict(texts=text_digests(bs),
                  **{k: v for k,v in profile_facts(model, Keys(cfg, Choosing, Mapping)).items()
                     if k in ('model', 'mask')})
-    collect(model, mask_tokens(bs, cfg.mask, cfg.seed) if cfg.mask else bs, [], {}, profile, desc='profile')
+    with go_on(cfg, model, tokenizer):
+        collect(model, mask_tokens(bs, cfg.mask, cfg.seed) if cfg.mask else bs, [], {}, profile, desc='profile')
     more = cfg.layers_to_skip, cfg.min_distance_layer, cfg.sinks=='avoid'
     return profile, from_first(write_profile, profile, out, *more, **facts)
 

@@ -20,7 +20,8 @@ from .core import *
 from .group import *
 from .plots import *
 from .arch import *
-from .kept import identity
+from .kept import identity, text_digests
+from .resume import *
 from .activations import *
 from .distance import *
 from .blocks import *
@@ -212,16 +213,18 @@ def states_at_cut(dense, model, batches, at, end, fit:Fit, folder)->Cut:
 # times unknowns a column over tokens; measured on SmolLM2, where half and twice as much change little
 RIDGE = 2
 
-def _sums_behind(one, cut, point, feats, d):
+def _sums_behind(one, cut, point, feats, d, ridge):
     "The sums that bring the output of a layer to the target"
-    g = feats.sums([point], d)
-    with together():
-        for k,batch in enumerate(cut.batches):
-            (h,), S = through(one, batch, cut.ours[k], [point])
-            Y = cut.target[k].to(S.device)
-            g.add(feats.rows(None, [h]), Y-S, feats.weigh(Y))
-    add_up([g])
-    return g
+    def take(feats):
+        g = feats.sums([point], d)
+        with together():
+            for k,batch in enumerate(cut.batches):
+                (h,), S = through(one, batch, cut.ours[k], [point])
+                Y = cut.target[k].to(S.device)
+                g.add(feats.rows(None, [h]), Y-S, feats.weigh(Y))
+        add_up([g])
+        return g
+    return exactly(take, feats, ridge)
 
 # %% ../nbs/14_search.ipynb #ccd04136
 def _output_matrices(model, i)->list: # of FoldPoint
@@ -271,8 +274,8 @@ def refit_layer(dense, model, i, # layer of `model`
     for k,batch in enumerate(cut.batches): cut.target[k] = through(theirs, batch, cut.target[k])[1]
     for point in _output_matrices(model, i):
         here = _same_point(point, layers_of(one)[0])
-        g = _sums_behind(one, cut, here, feats, d)
-        fit = lstsq_map(g, ridge=RIDGE*len(g.XtX)/g.n)
+        ridge = RIDGE*feats.width([here], d)/summed(n_tokens(cut.batches))[0]
+        fit = lstsq_map(_sums_behind(one, cut, here, feats, d, ridge), ridge=ridge)
         if here.norm is not None: fit = _gain_behind(one, cut, here, fit, feats)
         for p in (here, point): put_wide(p, fit)
         done.append(dict(layer=j, matrix=point.name, ridge=fit.ridge, error=fit.error,
@@ -428,8 +431,8 @@ def choose(model, found, # Measured
         trial = linear = solve_trial(found.sums[b], found.held[b], r)
         if r.map not in ('state', 'none') and norm_at(model, b.start-1):
             trial = through_norm(model, model, few, b, b.start, linear, r.weights)
-        loss = outcome(model, stand_in(model, b, trial), held,
-                       f'held-out loss of {b}') if r.select=='loss' else None
+        says, small = f'held-out loss of {b}', stand_in(model, b, trial) if r.select=='loss' else None
+        loss = small and noted(lambda: outcome(model, small, held, says), says, text_digests(held))
         rows.append(dict(blocks=[list(b)], distance=d, fit_error=fit_error(found.held[b], linear.T),
                          loss=loss))
     return ranked[winner(rows, r.select)][1], rows
@@ -453,7 +456,8 @@ def prune_several(model, batches, held,
     ways = ways[:r.top_k] if r.select!='distance' else ways[:1]
     rows, trial = [], replace(r.trial, ridge=1e-2 if r.ridge=='auto' else r.ridge)
     for d,blocks in ways if len(ways)>1 else []:
-        loss = outcome(model, fit_blocks(model, batches, [], blocks, trial).model, held, 'held-out loss')
+        small = fit_blocks(model, batches, [], blocks, trial).model
+        loss = noted(lambda: outcome(model, small, held), f'held-out loss of {blocks}', text_digests(held))
         rows.append(dict(blocks=[list(b) for b in blocks], distance=d, loss=loss))
     done = fit_blocks(model, batches, held, ways[winner(rows, 'loss') if rows else 0][1], r)
     done.choice = rows
