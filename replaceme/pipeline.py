@@ -20,7 +20,6 @@ __all__ = ['recipe_of', 'feed_of', 'n_removed', 'job_of', 'check_pictures', 'che
 import contextlib, copy, dataclasses, gc, io, warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
-
 import torch, transformers
 from matplotlib.figure import Figure
 from .core import *
@@ -191,15 +190,14 @@ def _told(cfg)->dict:
 def _finish(result, cfg, stages, loaded, model, pruned):
     "Costs and provenance"
     result.update(parameters=dict(before=n_parameters(model), after=n_parameters(pruned)),
-                  seconds=dict(stages.seconds), peak_memory=peak_memory(), loaded_memory=loaded, config=_told(cfg),
-                  versions=versions(), seed=cfg.seed, base=base_of(cfg, model))
+                  seconds=dict(stages.seconds), peak_memory=peak_memory(), loaded_memory=loaded,
+                  config=_told(cfg), versions=versions(), seed=cfg.seed, base=base_of(cfg, model))
     return result
 
 def go_on(cfg, model, tokenizer): # a context
     "Note what the passes of a run find, so that the same command goes on from there"
-    every = cfg.resume_every
-    facts = every is not None and [{**_told(cfg), 'resume_every': None}, identity(model, tokenizer), versions()]
-    return resumable(facts, every)
+    if (every := cfg.resume_every) is None: return contextlib.nullcontext()
+    return resumable([{**_told(cfg), 'resume_every': None}, identity(model, tokenizer), versions()], every)
 
 # %% ../nbs/22_pipeline.ipynb #5f3c6205
 def prune(model, tokenizer, # as loaded by `load_model` or by transformers
@@ -517,7 +515,8 @@ def run(cfg, yaml_text=None)->tuple: # (Result, Path of the folder)
     cfg = for_walks(cfg)
     path, stages = before_loading(cfg), Stages()
     if not main_process() and world()[1]==1: # of processes that are not `grouped`, and train together
-        with contextlib.ExitStack() as stack: return _prune(cfg, path, stages, stack)[-1], path # the first saves
+        with contextlib.ExitStack() as stack: # the first one saves
+            return _prune(cfg, path, stages, stack)[-1], path
     with only_first(new_folder(path, RECORD, alone=True)) as tmp, contextlib.ExitStack() as stack:
         try: result = _run(cfg, yaml_text, path, tmp, stages, stack)
         except KeyboardInterrupt:
@@ -605,8 +604,9 @@ def analyse(cfg): # -> (Profile, files written)
     facts = dict(texts=text_digests(bs),
                  **{k: v for k,v in profile_facts(model, Keys(cfg, Choosing, Mapping)).items()
                     if k in ('model', 'mask')})
-    with go_on(cfg, model, tokenizer):
-        collect(model, mask_tokens(bs, cfg.mask, cfg.seed) if cfg.mask else bs, [], {}, profile, desc='profile')
+    if cfg.mask: bs = mask_tokens(bs, cfg.mask, cfg.seed)
+    with resumable([facts, str(out), versions()], cfg.resume_every):
+        collect(model, bs, [], {}, profile, desc='profile')
     more = cfg.layers_to_skip, cfg.min_distance_layer, cfg.sinks=='avoid'
     return profile, from_first(write_profile, profile, out, *more, **facts)
 

@@ -124,5 +124,5 @@ def noted(make, *of): # `make()` computes it: plain data
 @dataclass
 class Resuming:
     "Going on where a run was ended"
-    resume_every:int|None = key(60, "seconds of calibration that are lost at most when a run is killed; the same "
-        "command goes on from there. null notes nothing", 'run map analyse', least=0)
+    resume_every:int|None = key(60, "seconds of calibration that are lost at most when a run is killed; "
+        "the same command goes on from there. null notes nothing", 'run map analyse', least=0)

@@ -280,8 +280,8 @@ class Race:
         "Those that are surely not among the best leave"
         if profile.texts<self.least: return
         self.blocks, _ = without_sinks(self.blocks, find_sinks(profile) if self.avoid else {})
-        D, starts = profile.of_length(len(self.blocks[0]), 0), [b.start for b in self.blocks]
-        self.blocks = contenders(self.blocks, torch.tensor(D)[starts], profile.apart(starts), profile.texts, k=self.k)
+        starts, D = [b.start for b in self.blocks], torch.tensor(profile.of_length(len(self.blocks[0]), 0))
+        self.blocks = contenders(self.blocks, D[starts], profile.apart(starts), profile.texts, k=self.k)
         self.until = max(b.end for b in self.blocks)
 
 # %% ../nbs/07_stats.ipynb #ab47b9bc
@@ -352,7 +352,9 @@ class _Sums:
         self.grams = {b: g for b,g in self.grams.items() if self.race is None or b in self.race.blocks}
 
     def put_back(self, p): # a `Pass` that was noted
-        if self.race: self.race.blocks, self.race.until = [Block(*b) for b in p.data['race'][0]], p.data['race'][1]
+        if self.race:
+            left, self.race.until = p.data['race']
+            self.race.blocks = [Block(*b) for b in left]
         self.grams = {Block(*b): self.grams[Block(*b)] for b in p.data['blocks']}
         p.put_back(self.named())
 
@@ -361,10 +363,10 @@ def _texts(chunk): return sum(len(b['attention_mask']) for _,b in chunk)
 
 def _stream(model, batches, blocks, points, profile, feats, race, desc, turn=0)->dict: # as for `collect`
     "The sums of this process's share of the batches; `turn` is the process that the largest one falls to"
-    d, L, asked = width(model), len(layers_of(model)), [[] if feats.state else [points[b.start-1]] for b in blocks]
-    new = dict(zip(blocks, (feats.sums(p, d, input_device(model)) for p in asked)))
-    s, share = _Sums(new, profile, race), feats.width(asked[0] if asked else [], d)/d
-    bs = [*_gently(batches, profile, len(blocks))]
+    d, L = width(model), len(layers_of(model))
+    own = {b: [] if feats.state else [points[b.start-1]] for b in blocks}
+    s = _Sums({b: feats.sums(p, d, input_device(model)) for b,p in own.items()}, profile, race)
+    share, bs = feats.width(next(iter(own.values()), []), d)/d, [*_gently(batches, profile, len(blocks))]
     p, k = next_pass(desc, turn, str(blocks), str(feats), text_digests(bs)), 0
     if p and (k := p.done): s.put_back(p)
     def until(): return max(b.end for b in s.grams) if profile is None else race and race.until or L
@@ -539,8 +541,8 @@ def _sure(self:_Candidates, sums, batches)->dict: # {Block: Gram} of the texts o
     "The same, taken again where float32 was not enough"
     def again(b):
         def take(feats):
-            return sums[b] if feats is self.feats else collect(self.model, batches, [b], self.points, feats=feats,
-                                                               desc=f'sums {b}')
+            if feats is self.feats: return sums[b]
+            return collect(self.model, batches, [b], self.points, feats=feats, desc=f'sums {b}')[b]
         return exactly(take, self.feats)
     return {b: again(b) for b in sums}
 

@@ -249,7 +249,7 @@ VALUES = dict(model_path="./tiny", budget="loss 9", merge=False, layers_to_skip=
               train_tokens=64, train_size=4, train_path="training", trainer=dict(learning_rate=1e-3), save_path="out", save_transform_only=True,
               push_to_hub="me/x", private=False, eval_dataset="texts.txt", eval_column="text", eval_subset="train", eval_split="train", eval_size=2,
               eval_length=32, tasks="say", limit=2, apply_chat_template=True, fewshot_as_multiturn=True, system_instruction="Be brief.", max_gen_toks=8,
-              run_code=True, equal_within=3., writing="text", writing_prompts=2, writing_tokens=9, draft=True, speed=False, speed_seconds=1., prompt="Hello?", seed=1, stream_weights=True, stream_tokens=64)
+              run_code=True, equal_within=3., writing="text", writing_prompts=2, writing_tokens=9, draft=True, speed=False, speed_seconds=1., prompt="Hello?", seed=1, stream_weights=True, stream_tokens=64, resume_every=9)
 
 
 def test_a_flag_may_switch_off_what_a_file_asks_for(tmp_path):
