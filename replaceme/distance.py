@@ -120,6 +120,7 @@ def _count(self:Profile, y, T): # `(m,m,B)` up to a depth, each of `B` texts the
         d = y.diagonal(self.n) # `(B,C)`, of the blocks that race
         self.both[:C,:C] += d.T@d
 
+# %% ../nbs/05_distance.ipynb #ee733b83
 @patch
 def add(self:Profile,
         H:Tensor, # `(m,B,d)`, one row a text; with `tokens`, `(m,T,d)`, the tokens of one text; `m<=L+1`
@@ -134,10 +135,12 @@ def add(self:Profile,
 @patch(as_prop=True)
 def texts(self:Profile)->int: return int(self.counts[0,0])
 
+# %% ../nbs/05_distance.ipynb #ac756e45
 @patch(as_prop=True)
 def mean(self:Profile): # `(L+1,L+1)`
     return self.sum/self.counts[1]
 
+# %% ../nbs/05_distance.ipynb #4dcf8403
 @patch(as_prop=True)
 def stderr(self:Profile): # `(L+1,L+1)`, infinite for a single text
     "Standard error of each mean, between texts"
@@ -160,6 +163,7 @@ def set_rivals(self:Profile, n): # layers of a block
     self.n, C = n, self.n_layers+1-n
     self.both = torch.zeros(C, C, dtype=torch.float64) # sums of `y_i^a y_i^b`, by where the blocks start
 
+# %% ../nbs/05_distance.ipynb #67a8ce38
 @patch
 def apart(self:Profile, starts): # of the blocks to compare, all of whose layers every text went through
     "Standard errors of the differences between the mean distances of rivals, `(C,C)`"

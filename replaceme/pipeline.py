@@ -187,6 +187,7 @@ def _told(cfg)->dict:
     "The keys of a configuration as plain data, but for what is secret"
     return {k: _names(v) for k,v in dataclasses.asdict(cfg).items() if k!='token'}
 
+# %% ../nbs/22_pipeline.ipynb #82a2bfd9
 def _finish(result, cfg, stages, loaded, model, pruned):
     "Costs and provenance"
     result.update(parameters=dict(before=n_parameters(model), after=n_parameters(pruned)),
@@ -194,6 +195,7 @@ def _finish(result, cfg, stages, loaded, model, pruned):
                   config=_told(cfg), versions=versions(), seed=cfg.seed, base=base_of(cfg, model))
     return result
 
+# %% ../nbs/22_pipeline.ipynb #86ec6727
 def go_on(cfg, model, tokenizer): # a context
     "Note what the passes of a run find, so that the same command goes on from there"
     if (every := cfg.resume_every) is None: return contextlib.nullcontext()

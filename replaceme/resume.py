@@ -30,6 +30,7 @@ def write_note(file, data, tensors):
     save_file(some, tmp, metadata=dict(note=json.dumps(data)))
     os.replace(tmp, file)
 
+# %% ../nbs/00_resume.ipynb #0f37c172
 def read_note_of(file)->tuple|None: # (data, tensors)
     "What was written, or None"
     try:
@@ -44,6 +45,7 @@ def held_by(sums)->tuple: # `{name: object with totals}` -> (numbers, tensors)
     tensors = {k: v for k,v in both.items() if isinstance(v, torch.Tensor)}
     return {k: v for k,v in both.items() if k not in tensors}, tensors
 
+# %% ../nbs/00_resume.ipynb #84899953
 def put_back(sums, numbers, tensors): # as from `held_by`
     "Have sums hold what they held"
     for n,s in sums.items():
@@ -81,8 +83,10 @@ class Journal:
         self.seen[name := digest_of(of)] += 1
         return Pass(self.folder/f'{name}-{self.seen[name]}.{world()[0]}.safetensors', self.every)
 
+# %% ../nbs/00_resume.ipynb #ef6dfe0b
 _OPEN = [] # at most one
 
+# %% ../nbs/00_resume.ipynb #cef5f781
 def next_pass(*of)->Pass|None: # None where nothing is noted
     "The next pass of the run that this is part of"
     return _OPEN[-1].next(*of) if _OPEN else None
@@ -93,6 +97,7 @@ def _clear(folder, days=14):
     for old in folder.glob('*'):
         if time.time()-old.stat().st_mtime>days*86400: shutil.rmtree(old, ignore_errors=True)
 
+# %% ../nbs/00_resume.ipynb #57d5b4b3
 @contextmanager
 def resumable(facts, # plain data: everything that what is inside depends on
               every): # seconds of work that a kill may cost; None notes nothing

@@ -73,6 +73,7 @@ def __add__(self:Gram, other):
     for k in ('XtX', 'XtR', 'RtR', 'n'): setattr(new, k, getattr(self, k)+getattr(other, k))
     return new
 
+# %% ../nbs/07_stats.ipynb #7494f5fd
 @patch
 def __repr__(self:Gram): return f'Gram({self.XtX.shape[0]}x{self.XtR.shape[1]}, {self.n} tokens)'
 
@@ -97,6 +98,7 @@ def _seconds(x, times=3): # of a product with itself, the shortest
         return perf_counter()-start
     return min(once() for _ in range(times))
 
+# %% ../nbs/07_stats.ipynb #b2c029de
 @functools.cache
 def slow_float64(device)->bool: # measured once
     "Are products in float64 more than four times as slow as in float32, and those true to float32?"
@@ -117,6 +119,7 @@ def sure(g:Gram,
     e = torch.linalg.eigvalsh(s[:,None]*A*s)
     return bool(e[0]>0 and e[-1]/e[0]*2**-24<10**-digits)
 
+# %% ../nbs/07_stats.ipynb #fbbc9d01
 def exactly(take, feats, ridge=0.)->Gram: # `take(feats)` makes the sums
     "Sums that can be solved: in float64 where float32 would not do"
     g = take(feats)
@@ -174,6 +177,7 @@ def rows(self:Features, ms, hs): # contributions `(T,d)` and inputs `(T,f)` of t
     X = torch.cat(hs, dim=-1) if self.wide else sum(ms)
     return torch.cat([X, torch.ones_like(X[:,:1])], dim=-1) if self.affine else X
 
+# %% ../nbs/07_stats.ipynb #70dbfac3
 @patch
 def weigh(self:Features, y): # target states `(T,d)` -> `(T,)` or None
     "The weights of tokens"
@@ -297,6 +301,7 @@ def over_tokens(batches, desc):
             yield b
             bar.update(n_tokens([b]))
 
+# %% ../nbs/07_stats.ipynb #adbd7ad3
 def over_mine(batches, desc, turn=0, done=0): # -> (texts before it, batch), one after the other
     "The same of this process's share of them, but for the first that are done"
     mine = my_batches(batches, turn)[done:]
@@ -318,6 +323,7 @@ def waiting(sums, share=1.)->float: # {Block: Gram}; width of the features over 
     def begun(i): return len({b.start for b in sums if b.start<=i<b.end})
     return 1 + (1+share)*max((begun(b.start) for b in sums), default=0)
 
+# %% ../nbs/07_stats.ipynb #69506334
 def _in_chunks(model, batches, desc, turn, done, until, waits, enough): # -> (chunk, what is told of layers)
     "This process's share of the batches, but for those that are done, with a progress bar"
     if layerwise(model) is None:
@@ -361,6 +367,7 @@ class _Sums:
 # %% ../nbs/07_stats.ipynb #5a2e0031
 def _texts(chunk): return sum(len(b['attention_mask']) for _,b in chunk)
 
+# %% ../nbs/07_stats.ipynb #dfe4023e
 def _stream(model, batches, blocks, points, profile, feats, race, desc, turn=0)->dict: # as for `collect`
     "The sums of this process's share of the batches; `turn` is the process that the largest one falls to"
     d, L = width(model), len(layers_of(model))
