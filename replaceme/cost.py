@@ -501,17 +501,30 @@ def at_once(self:Case)->bool:
     n = sums_kept(self.recipe) and len(self.blocks)*(1+bool(self.held.shapes))
     return self.cfg.distances_path is None and fit_at_once(n, self.p, self.shape.d, self.free//4)
 
+# %% ../nbs/23_cost.ipynb #5a2e0201
+@patch(as_prop=True)
+def first(self:Case)->int:
+    "Tokens before the race begins"
+    return sum(t for *_,t in self.fit.shapes[:math.ceil(8/self.cfg.batch_size)])
+
+@patch
+def profiling(self:Case, top): # for how many of the best there are sums -> steps
+    "The profile; once the race has begun, up to where the last of the middle candidates ends"
+    whole = self.passes(self.texts)+self.profile(self.texts)
+    if not top: yield Step('calibrate', f'profile: {self.n} layers', whole); return
+    begun, until = 1-self.first/max(1, self.texts.tokens), min(self.n, self.end+(top-1)/2)
+    spared = max(0., begun*(1-until/self.n))
+    yield Step('calibrate', f'profile: {self.n} layers, then {until:.0f}', (1-spared)*whole)
+    if spared: yield Step('calibrate', 'layers behind, where the race goes on', spared*whole, False)
+
 # %% ../nbs/23_cost.ipynb #94756a25
 @patch
 def measuring(self:Case): # -> steps
     "Profile, and the sums by which a block is chosen"
-    top, n = sums_kept(self.recipe), len(self.blocks)
-    if self.cfg.distances_path is None:
-        yield Step('calibrate', f'profile: {self.n} layers', self.passes(self.texts)+self.profile(self.texts))
+    top, n, rest = sums_kept(self.recipe), len(self.blocks), self.texts.tokens-self.first
+    if self.cfg.distances_path is None: yield from self.profiling(top)
     if self.at_once:
-        first = sum(t for *_,t in self.fit.shapes[:math.ceil(8/self.cfg.batch_size)])
-        rest = self.texts.tokens-first
-        sure = sums(self.shape, first, self.p, n)+sums(self.shape, rest, self.p, min(top, n))
+        sure = sums(self.shape, self.first, self.p, n)+sums(self.shape, rest, self.p, min(top, n))
         yield Step('calibrate', f'sums of {n} candidates, then of the best {top}', sure)
         more = sums(self.shape, rest, self.p, max(0, n-top))
         if n>top: yield Step('calibrate', 'sums of candidates that stay in the race', more, False)
