@@ -518,6 +518,12 @@ def sums_kept(r:Recipe)->int:
     "For how many of the best blocks a calibration keeps sums"
     return r.top_k if r.select!='distance' else int(r.solver=='closed' and r.map!='wide')
 
+# %% ../nbs/16_ours.ipynb #5a2e0401
+def _reached(profile)->list|None:
+    "Texts that went as far as each state, where not all went through all layers"
+    texts = [int(t) for t in profile.counts[0]] if profile else []
+    return texts if len(set(texts))>1 else None
+
 # %% ../nbs/16_ours.ipynb #43f386a4
 def _one(model, fit, held, job, r, blocks, known):
     "One block: measured, chosen and fitted"
@@ -541,6 +547,7 @@ def _one(model, fit, held, job, r, blocks, known):
     rows = {m: found.profile.of_length(m)
             for m in range(1, n)} if found.profile else known.rows(n) if known else {}
     d = dict((b, d) for d,b in found.ranked)[done.blocks[0]]
+    done.distance.texts = _reached(found.profile)
     return done, rows, d, found.sinks, [b for _,b in found.avoided]
 
 # %% ../nbs/16_ours.ipynb #603963e3
@@ -589,7 +596,7 @@ def prune(self:Mapped, model, job, plan)->Pruned: # from `prove`
     done, rows, d, sinks, avoided = (_several if several else _one)(model, fit, held, job, r, blocks, known)
     check_blocks(model, done.blocks)
     done.distance = Distances(k.metric, measured_at(model, k), d, {str(n): row for n,row in rows.items()},
-                              sinks, avoided)
+                              sinks, avoided, texts=done.distance.texts)
     done.stands, done.held_out = fit_words(r, done), r.needs_held
     done.tokens, done.texts = n_tokens([*fit, *held]), sum(len(b['attention_mask']) for b in batches)
     return done

@@ -126,7 +126,7 @@ def _distance_facts(done):
     "What the layers were chosen by"
     d = dataclasses.asdict(done.distance)
     d['avoided'] = [list(b) for b in done.distance.avoided]
-    return {k: v for k,v in d.items() if k!='block' or v is not None}
+    return {k: v for k,v in d.items() if k not in ('block', 'texts') or v is not None}
 
 # %% ../nbs/22_pipeline.ipynb #069d7505
 def make_result(model, cfg, done)->Result:

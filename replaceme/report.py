@@ -944,6 +944,7 @@ def _drawings(result):
 # %% ../nbs/20_report.ipynb #032d1bef
 _BY_START = 'How much each run of {n} layers turns the hidden state. The lowest point changes it least.'
 _BY_LENGTH = 'All lengths at once, dark is near. Rings: best start for each length. Square: what is gone.'
+_FEWER = ' Runs that end behind layer {} are over fewer texts, down to {} of {}: by then none could win.'
 _HOLDS = ' {how}: holds a layer that makes or takes away the attention sink.'
 
 def _pictures(result):
@@ -957,6 +958,8 @@ def _pictures(result):
         yield _picture(lambda ax: plot_influence(bi, kw['block'], ax), (4.8,2.6), 'Influence of each layer',
                        'How much each layer turns its input. Dark: removed.')
     if len(prof)>1:
+        if (t := result.distance.texts):
+            hatched += _FEWER.format(max(i for i,k in enumerate(t) if k==t[0])-1, t[-1], t[0])
         yield _picture(lambda ax: plot_heatmap(prof, ax=ax, **kw), (4.8,3.6), 'Distance by start and length',
                        _BY_LENGTH + hatched)
 

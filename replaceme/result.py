@@ -92,6 +92,7 @@ class Errors(Record):
 class Distance(Record):
     "What the layers that went were chosen by"
     metric:str; tokens:str; value:float; profile:dict; sinks:object; avoided:list; block:list
+    texts:list
 
 class Candidate(Record):
     "Blocks that could have gone, and what they were judged by"

@@ -309,6 +309,7 @@ class Distances:
     sinks:dict|None = None # {layer: how much of the sink it makes or takes away}
     avoided:list = field(default_factory=list) # blocks that were nearer and hold a sink
     block:list|None = None # the block that was nearest, where others went
+    texts:list|None = None # that reached each state, where some went no further than they had to
 
 # %% ../nbs/14_search.ipynb #7e179d4c
 @dataclass

@@ -12,7 +12,7 @@ from replaceme.blocks import Block, candidates
 from replaceme.core import ReplaceMeWarning
 from replaceme.distance import Profile
 from replaceme.merge import replace_block
-from replaceme.models import tiny_model
+from replaceme.models import tiny_model, tiny_tokenizer
 from replaceme.search import Recipe, fit_blocks
 from replaceme.solve import lstsq_map
 from replaceme.stats import Features, collect_between, measure
@@ -83,6 +83,18 @@ def test_held_out_texts_go_no_further_either():
     fold_points(model, range(5))
     found, seen = texts_through(model, lambda: measure(model, bs[:5], candidates(6, 2), Profile(6), held=bs[5:]))
     assert found.profile.counts[0, -1] == 8 and found.held[found.block].n == 20 * 24 and seen[4] == seen[5] < seen[3]
+
+
+def test_the_report_says_which_distances_are_over_fewer_texts(tmp_path, monkeypatch):
+    from replaceme.pipeline import prune
+    from replaceme.report import report_html
+    (tmp_path / "t.txt").write_text(" ".join(f"The map number {i} stands in for {i * i} layers that went, nearly." for i in range(400)))
+    model, tok = calm(2, 3), tiny_tokenizer()
+    said = {}
+    for n in (24, 6):
+        _, result = prune(model, tok, 2, method="lstsq", dataset=str(tmp_path / "t.txt"), dataset_size=n, max_length=32, batch_size=2, prompt=None)
+        said[n] = result.distance.texts, "Runs that end behind layer 3 are over fewer texts, down to 8 of 24" in report_html(result)
+    assert said == {24: ([24] * 5 + [8] * 2, True), 6: ([], False)}
 
 
 # sums in float32
