@@ -21,7 +21,8 @@ def masked(x:Tensor, # hidden states, `(B,S,d)` or already flattened `(B*S,d)`
            mask:Tensor, # 1 for real tokens, `(B,S)`
           )->Tensor: # `(T,d)`, a copy
     "The rows of real tokens"
-    return x.reshape(-1, x.shape[-1])[mask.reshape(-1).bool().to(x.device)]
+    rows = mask.reshape(-1).nonzero()[:,0] # numbers, by which a device need not wait for their count
+    return x.reshape(-1, x.shape[-1])[rows.to(x.device, non_blocking=True)]
 
 # %% ../nbs/04_activations.ipynb #39ecc760
 def last_rows(x:Tensor, # hidden states, `(B,S,d)`

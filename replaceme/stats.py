@@ -204,15 +204,15 @@ class _Watch:
 
     def see(self, x): # a state, `(B,S,d)`
         x = x.view(*self.mask.shape, -1)
-        if self.whole: self.norms.append(x.float().norm(dim=-1).cpu())
-        self.rows.append(x.clone() if self.profile.tokens=='all' else last_rows(x, self.mask).float().cpu())
+        if self.whole: self.norms.append(x.float().norm(dim=-1))
+        self.rows.append(x.clone() if self.profile.tokens=='all' else last_rows(x, self.mask).float())
 
     def tell(self):
-        "Add to the profile"
+        "Add to the profile, once the batch is through: nothing is copied to the host before"
         if self.whole:
-            for mask,norms in zip(self.mask, torch.stack(self.norms).unbind(1)):
+            for mask,norms in zip(self.mask, torch.stack([n.cpu() for n in self.norms]).unbind(1)):
                 self.profile.add_norms(norms[:,mask])
-        if self.profile.tokens=='last': return self.profile.add(torch.stack(self.rows))
+        if self.profile.tokens=='last': return self.profile.add(torch.stack([r.cpu() for r in self.rows]))
         for i,mask in enumerate(self.mask):
             rows = [r[i,mask.to(r.device)].cpu() for r in self.rows]
             self.profile.add(torch.stack(rows), tokens=True)
@@ -222,7 +222,8 @@ def _callbacks(mask, # of the batch, `(B,S)`
                sums, # {Block: Gram} to add to
                feats, # Features
                watch, # _Watch of the profile, or None
-               until): # the last state, checked for NaN and infinity
+               until, # the last state
+               fine): # a list that is given whether that state is free of NaN and infinity
     "What to do with the hidden states and MLP contributions of one batch as they pass"
     S, X, edges = {}, {}, {i for b in sums for i in b}
     def mlp(i, m, h): X[i+1] = feats.rows([masked(m, mask)], [masked(h, mask)] if feats.wide else None)
@@ -230,7 +231,7 @@ def _callbacks(mask, # of the batch, `(B,S)`
         if watch is not None: watch.see(x)
         if i not in edges and i!=until: return
         x = masked(x, mask)
-        if i==until and not x.isfinite().all(): raise FloatingPointError
+        if i==until: fine.append(x.isfinite().all())
         for b,g in sums.items():
             if b.end==i: g.add(X[b.start], x.to(S[b.start].device)-S[b.start], feats.weigh(x))
         for s in [s for s in S if all(b.end<=i for b in sums if b.start==s)]: del S[s], X[s]
@@ -248,17 +249,15 @@ def add_chunk(model, chunk, # of (texts before it, batch), as from `my_batches`
               tell=lambda i: None, # called after each layer of a model on the disk
               until=None): # the last state that the profile wants; by default the very last
     "Add batches to the sums of every candidate, and to the profile; no layer that nobody needs is run"
-    bs, at = [b for _,b in chunk], []
+    bs, fine = [b for _,b in chunk], [[] for _ in chunk]
     L, ends = len(layers_of(model)), [b.end for b in sums]
     if until is None: until = max(ends) if profile is None else L
     watches = [None if profile is None else _Watch(profile, b['attention_mask'], until==L) for b in bs]
-    calls = [_callbacks(b['attention_mask'], sums, feats, w, until) for b,w in zip(bs, watches)]
+    calls = [_callbacks(b['attention_mask'], sums, feats, w, until, f) for b,w,f in zip(bs, watches, fine)]
     mlps = {} if feats.state else {b.start-1: points[b.start-1] for b in sums}
-    def hidden(k, i, x):
-        at[:] = [k]
-        calls[k][0](i, x)
-    try: taps(model, bs, hidden, lambda k, *a: calls[k][1](*a), mlps, until, tell)
-    except FloatingPointError: blame_nonfinite(model, bs[at[0]], chunk[at[0]][0])
+    taps(model, bs, lambda k, *a: calls[k][0](*a), lambda k, *a: calls[k][1](*a), mlps, until, tell)
+    for (before,batch),ok in zip(chunk, fine): # here the host waits, once for all
+        if not all(ok): blame_nonfinite(model, batch, before)
     for w in watches:
         if w is not None: w.tell()
 

@@ -148,3 +148,30 @@ def test_a_whole_recipe_ends_nearly_where_it_does_in_float64(monkeypatch):
             outs.append(fit_blocks(model, bs, held, [Block(2, 4)], r).model(ids).logits)
     removed = replace_block(model, Block(2, 4), None)(ids).logits
     assert 0 < (outs[0] - outs[1]).norm() < 1e-2 * (outs[0] - removed).norm()
+
+
+# no waiting: an accelerator has the next layer's work before the last one's is done
+
+@pytest.mark.parametrize("tokens,k,feats", [("last", 1, Features()), ("all", 4, Features(wide=True, weights="inv_norm")), ("last", 2, Features(state=True))], ids=str)
+def test_nothing_is_asked_of_the_device_while_a_batch_goes_through_the_layers(monkeypatch, tokens, k, feats):
+    from torch.utils._python_dispatch import TorchDispatchMode
+    events, cpu = [], torch.Tensor.cpu
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            asks = func is torch.ops.aten._local_scalar_dense.default
+            asks |= func is torch.ops.aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
+            if asks:
+                events.append(str(func))
+            return func(*args, **(kwargs or {}))
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda t: (events.append("cpu"), cpu(t))[1])
+    model, bs = calm(2, 3), batches(20)
+    layers = layers_of(model)
+    on = [layers[0].register_forward_hook(lambda m, a, x: events.append("begin" if x.shape[1] == 24 else "probe")), layers[3].register_forward_pre_hook(lambda *a: events.append("end"))]
+    with hooks(*on), Watching():
+        measure(model, bs, candidates(6, 2), Profile(6, tokens=tokens), feats, k=k)
+    between, inside = [], False
+    for e in events:
+        inside = e == "begin" or inside and e != "end"
+        between += [e] if inside and e != "begin" else []
+    assert between == [] and events.count("begin") >= 20 / 4 and "cpu" in events
