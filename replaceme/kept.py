@@ -68,11 +68,23 @@ def _known_digest(seen, name, t):
     return seen[name][1]
 
 # %% ../nbs/00_kept.ipynb #071f6a65
+def _packed(p): return getattr(getattr(p, 'quant_state', None), 'packing_format_for_cpu', False)
+
+def _held(model)->dict: # {name: tensor}
+    "What a model holds. Of NF4 on some CPUs `state_dict` would unpack the weights in place, and not as they were"
+    packed = {n: p for n,p in model.named_parameters() if _packed(p)}
+    if not packed: return model.state_dict()
+    states = {n: p.quant_state for n,p in packed.items()}
+    states |= {f'{n}.nested': s.state2 for n,s in states.items() if s.state2 is not None}
+    scales = {f'{n}.{k}': getattr(s, k) for n,s in states.items() for k in ('absmax', 'code')}
+    return {**dict(model.named_parameters()), **dict(model.named_buffers()), **scales}
+
+# %% ../nbs/00_kept.ipynb #5a2e0501
 def fingerprint(model)->str: # 16 hexadecimal digits
     "A hash of the model's weights: equal weights, equal fingerprint, wherever they are stored"
     from transformers.integrations.accelerate import load_offloaded_parameter # importing it early is slow
     h, seen = xxhash.xxh3_64(), _SEEN.setdefault(model, {})
-    for name,p in sorted(model.state_dict().items()):
+    for name,p in sorted(_held(model).items()):
         if not isinstance(p, torch.Tensor): continue
         if p.is_meta: p = load_offloaded_parameter(model, name)
         h.update(f'{name} {tuple(p.shape)} {p.dtype}'.encode())

@@ -10,6 +10,7 @@ from replaceme import pipeline
 from replaceme.arch import hooks, layers_of
 from replaceme.blocks import Block
 from replaceme.data import batches, load_texts
+from replaceme.kept import fingerprint
 from replaceme.models import load_model, tiny_model, tiny_tokenizer
 from replaceme.pipeline import make_config, read_config, run
 from replaceme.search import beside, fit_beside, fit_blocks, stand_ins
@@ -144,3 +145,20 @@ def test_what_a_quantised_model_cannot_judge_is_still_refused():
     for k, v in dict(select="loss", refit=1, recover="cut").items():
         with pytest.raises(Exception, match=f"{k} is {v!r}, but the 4 bit model only measures"):
             make_config(method="lstsq", use_4bit=True, num_A=1, **{k: v})
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_hash_leaves_the_model_as_it_is(place, bits):
+    "On some CPUs the state_dict of NF4 weights turns them into something else; whatever is kept is found by such a hash"
+    pytest.importorskip("bitsandbytes")
+    model, tok = load_model("./wide", **{f"use_{bits}bit": True})
+    ids = torch.arange(3, 35)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        found = [fingerprint(model) for _ in range(3)]
+        assert torch.equal(model(ids).logits, before) and len(set(found)) == 1
+        other, _ = load_model("./wide", **{f"use_{bits}bit": True})
+        other(ids)
+        assert fingerprint(other) == found[0]
+        model.model.layers[0].self_attn.q_proj.weight.data.view(torch.uint8)[0] += 1
+        assert fingerprint(model) != found[0]

@@ -100,10 +100,10 @@ def test_all_blocks_of_a_result_are_marked():
 INNER = """About Acts AnalyseConfig Answer Asked Asking Bench Bits Block Borrowed Budget Budgeted Calibration Call Case
          Choosing Closed Common CompareConfig Comparing Config Cost Cut Distances Divergence Domain Drafting
          DraftRun Drafts Equivalence EvaluateConfig Exported Features Feed FFN FileRows FoldPoint Gains Gram
-         Group Headers HeldOut InMemory Iterating Job Judged Kept Keys Known LaCoKeys Layer Layerwise Line
+         Group Headers HeldOut InMemory Iterating Job Journal Judged Kept Keys Known LaCoKeys Layer Layerwise Line
          LinearConfig LinearMap LinearModel LLMPrunerKeys Loading LogLine Loss MapConfig Mapping Meter Method
-         Mix Nearest Network Neurons Norm NormBehind Part Parted Patched Piece Place Plan Point Probed
-         PruneConfig Pupil Recipe Removed Reread Reserved Row Rows Saving Shape Share Shares SizedConfig
+         Mix Nearest Network Neurons Norm NormBehind Part Parted Pass Patched Piece Place Plan Point Probed
+         PruneConfig Pupil Race Recipe Removed Reread Reserved Resuming Row Rows Saving Shape Share Shares SizedConfig
          SizedModel Speed Stages States Step Stream Streamed StreamlineKeys SwiGLU Takes Targets Taught Text
          TextRows Texts Traced Training UIDLKeys Unmerged Ways Widths Work Writer Writes Writing Written""".split()
 
