@@ -71,7 +71,7 @@ def _known_digest(seen, name, t):
 def _packed(p): return getattr(getattr(p, 'quant_state', None), 'packing_format_for_cpu', False)
 
 def _held(model)->dict: # {name: tensor}
-    "What a model holds. Of NF4 on some CPUs `state_dict` would unpack the weights in place, and not as they were"
+    "What a model holds; `state_dict` of NF4 on some CPUs would unpack the weights, and not as they were"
     packed = {n: p for n,p in model.named_parameters() if _packed(p)}
     if not packed: return model.state_dict()
     states = {n: p.quant_state for n,p in packed.items()}
