@@ -505,7 +505,7 @@ def at_once(self:Case)->bool:
 @patch(as_prop=True)
 def first(self:Case)->int:
     "Tokens before the race begins"
-    return sum(t for *_,t in self.fit.shapes[:math.ceil(8/self.cfg.batch_size)])
+    return sum(t for *_,t in self.fit.alone().shapes[:8])
 
 @patch
 def profiling(self:Case, top): # for how many of the best there are sums -> steps

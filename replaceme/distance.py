@@ -7,7 +7,7 @@ __all__ = ['METRICS', 'SINK', 'PROFILE', 'angular', 'cosine', 'relative_l2', 'in
            'find_sinks', 'save_profile', 'is_profile', 'read_profile', 'load_sinks', 'load_distances', 'check_texts']
 
 # %% ../nbs/05_distance.ipynb #622a8844
-import json, math
+import copy, json, math
 from pathlib import Path
 
 import torch
@@ -130,6 +130,14 @@ def add(self:Profile,
     if tokens: self._count(sum(D.sum(-1, keepdim=True) for D in chunks), H.shape[1])
     else:
         for D in chunks: self._count(D, 1)
+
+# %% ../nbs/05_distance.ipynb #6b1f0105
+@patch
+def __add__(self:Profile, other): # of other texts
+    "What two profiles say together"
+    new = copy.copy(self)
+    for k in self.totals: setattr(new, k, getattr(self, k)+getattr(other, k))
+    return new
 
 # %% ../nbs/05_distance.ipynb #77ebab05
 @patch(as_prop=True)

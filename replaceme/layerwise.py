@@ -159,12 +159,11 @@ def taps(model,
 
 # %% ../nbs/05_layerwise.ipynb #5a1e0031
 def chunks(model, items, size, # `size(item)` is how many tokens an item has, with padding
-           waits=lambda: 1., # states that wait for each token of the next chunk
-           enough=lambda chunk: False): # need it wait no longer?
+           waits=lambda: 1.): # states that wait for each token of the next chunk
     "Lists of items that go through the layers together; one by one where the model is in memory"
     w, chunk, n = layerwise(model), [], 0
     for item in items:
-        if chunk and (w is None or n+size(item)>w.tokens/waits() or enough(chunk)):
+        if chunk and (w is None or n+size(item)>w.tokens/waits()):
             yield chunk
             chunk, n = [], 0
         chunk.append(item)

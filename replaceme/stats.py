@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'SOLVING', 'Gram', 'gram_bytes', 'fit_at_once', 'slow_float64', 'sure', 'exactly', 'reads', 'writes',
-           'Features', 'add_chunk', 'add_batch', 'Race', 'n_tokens', 'over_tokens', 'over_mine', 'waiting', 'collect',
-           'free_memory', 'HeldOut', 'parts_held', 'energy', 'equal_say', 'Measured', 'rank', 'look_for_sinks',
-           'measure', 'between', 'check_finite', 'collect_between']
+           'Features', 'add_chunk', 'add_batch', 'Race', 'n_tokens', 'over_tokens', 'over_mine', 'one_by_one',
+           'first_texts', 'waiting', 'collect', 'free_memory', 'HeldOut', 'parts_held', 'energy', 'equal_say',
+           'Measured', 'rank', 'look_for_sinks', 'measure', 'between', 'check_finite', 'collect_between']
 
 # %% ../nbs/07_stats.ipynb #fb979193
 import functools, warnings
@@ -278,13 +278,21 @@ class Race:
     avoid:bool=True # pass over blocks that hold a layer of the attention sink?
     least:int=8 # texts before the first leaves
     until:int|None=None # the last state that one of them ends at, once it has begun
+    others:tuple=() # what the other processes had found when it began
+
+    def begin(self, profile):
+        "Tell each other of the first texts, and go on from them"
+        found, rank = everybody(profile), world()[0]
+        self.others = (*found[:rank], *found[rank+1:])
+        self.go_on(profile)
 
     def go_on(self, profile):
         "Those that are surely not among the best leave"
-        if profile.texts<self.least: return
-        self.blocks, _ = without_sinks(self.blocks, find_sinks(profile) if self.avoid else {})
-        starts, D = [b.start for b in self.blocks], torch.tensor(profile.of_length(len(self.blocks[0]), 0))
-        self.blocks = contenders(self.blocks, D[starts], profile.apart(starts), profile.texts, k=self.k)
+        seen = sum(self.others, profile)
+        if seen.texts<self.least: return
+        self.blocks, _ = without_sinks(self.blocks, find_sinks(seen) if self.avoid else {})
+        starts, D = [b.start for b in self.blocks], torch.tensor(seen.of_length(len(self.blocks[0]), 0))
+        self.blocks = contenders(self.blocks, D[starts], seen.apart(starts), seen.texts, k=self.k)
         self.until = max(b.end for b in self.blocks)
 
 # %% ../nbs/07_stats.ipynb #ab47b9bc
@@ -308,13 +316,18 @@ def over_mine(batches, desc, turn=0, done=0): # -> (texts before it, batch), one
     for b,n in zip(over_tokens([b for _,b in mine], desc), [n for n,_ in mine]): yield n, b
 
 # %% ../nbs/07_stats.ipynb #b3cf7a24
-def _gently(batches, profile, n):
-    "Text by text where much is kept at once"
-    # all states for distances at all tokens, the sums of all candidates in the first batch
-    alone = 0 if profile is None else len(batches) if profile.tokens=='all' else n>1
-    for batch in batches[:alone]:
-        for i in range(len(batch['attention_mask'])): yield {k: v[i:i+1] for k,v in batch.items()}
-    yield from batches[alone:]
+def one_by_one(batches)->list:
+    "Each text of some batches alone"
+    return [part_of(b, i, i+1) for b in batches for i in range(len(b['attention_mask']))]
+
+def first_texts(batches, n)->tuple: # (each of the first `n` texts alone, batches of the others)
+    "Part batches behind a text"
+    alone, rest = [], []
+    for b in batches:
+        m = max(0, n-len(alone))
+        alone += one_by_one([part_of(b, 0, m)])
+        if m<len(b['attention_mask']): rest.append(part_of(b, m, len(b['attention_mask'])))
+    return alone, rest
 
 # %% ../nbs/07_stats.ipynb #5a1e0065
 def waiting(sums, share=1.)->float: # {Block: Gram}; width of the features over that of the stream
@@ -323,7 +336,7 @@ def waiting(sums, share=1.)->float: # {Block: Gram}; width of the features over 
     return 1 + (1+share)*max((begun(b.start) for b in sums), default=0)
 
 # %% ../nbs/07_stats.ipynb #69506334
-def _in_chunks(model, batches, desc, turn, done, until, waits, enough): # -> (chunk, what is told of layers)
+def _in_chunks(model, batches, desc, turn, done, until, waits): # -> (chunk, what is told of layers)
     "This process's share of the batches, but for those that are done, with a progress bar"
     if layerwise(model) is None:
         for o in over_mine(batches, desc, turn, done): yield [o], None
@@ -331,7 +344,7 @@ def _in_chunks(model, batches, desc, turn, done, until, waits, enough): # -> (ch
     mine, cut = my_batches(batches, turn)[done:], lambda o: o[1]['attention_mask'].numel()
     left = n_tokens([b for _,b in mine])
     with progress(None, until()*left, desc, ' tokens x layers') as bar:
-        for j,chunk in enumerate(chunks(model, mine, cut, waits, enough)):
+        for j,chunk in enumerate(chunks(model, mine, cut, waits)):
             tokens, bar.total = n_tokens([b for _,b in chunk]), bar.n+until()*left
             left -= tokens
             def tell(i):
@@ -363,21 +376,18 @@ class _Sums:
         self.grams = {Block(*b): self.grams[Block(*b)] for b in p.data['blocks']}
         p.put_back(self.named())
 
-# %% ../nbs/07_stats.ipynb #5a2e0031
-def _texts(chunk): return sum(len(b['attention_mask']) for _,b in chunk)
-
 # %% ../nbs/07_stats.ipynb #dfe4023e
-def _stream(model, batches, blocks, points, profile, feats, race, desc, turn=0)->dict: # as for `collect`
-    "The sums of this process's share of the batches; `turn` is the process that the largest one falls to"
-    d, L = width(model), len(layers_of(model))
-    own = {b: [] if feats.state else [points[b.start-1]] for b in blocks}
-    s = _Sums({b: feats.sums(p, d, input_device(model)) for b,p in own.items()}, profile, race)
-    share, bs = feats.width(next(iter(own.values()), []), d)/d, [*_gently(batches, profile, len(blocks))]
-    p, k = next_pass(desc, turn, str(blocks), str(feats), text_digests(bs)), 0
+def _stream(model, batches, grams, points, profile, feats, race, desc, turn=0, before=0)->dict:
+    "Add to the sums this process's share of the batches; `turn` is the process that the largest one falls to"
+    d, L, s = width(model), len(layers_of(model)), _Sums(grams, profile, race)
+    own = [] if feats.state or not grams else [points[next(iter(grams)).start-1]]
+    share, bs = feats.width(own, d)/d, batches
+    if profile is not None and profile.tokens=='all': bs = one_by_one(batches) # all their states are kept
+    p, k = next_pass(desc, turn, str([*grams]), str(feats), text_digests(bs)), 0
     if p and (k := p.done): s.put_back(p)
     def until(): return max(b.end for b in s.grams) if profile is None else race and race.until or L
-    def enough(chunk): return race is not None and profile.texts<race.least<=profile.texts+_texts(chunk)
-    for chunk,tell in _in_chunks(model, bs, desc, turn, k, until, lambda: waiting(s.grams, share), enough):
+    for chunk,tell in _in_chunks(model, bs, desc, turn, k, until, lambda: waiting(s.grams, share)):
+        chunk = [(n+before, b) for n,b in chunk]
         if tell: add_chunk(model, chunk, s.grams, points, profile, feats, tell, until())
         else: add_batch(model, chunk[0][1], s.grams, points, profile, feats, chunk[0][0], until())
         s.go_on()
@@ -396,18 +406,37 @@ def _of_all(profile, parts)->list: # of `{Block: Gram}`, those of this process
     add_up([*both, *(g for s in parts for g in s.values())])
     return parts
 
+# %% ../nbs/07_stats.ipynb #6b1f0104
+def _empty(model, blocks, points, feats)->dict: # {Block: Gram}
+    "Sums of nothing"
+    d, device = width(model), input_device(model)
+    return {b: feats.sums([] if feats.state else [points[b.start-1]], d, device) for b in blocks}
+
+def _passes(model, parts, blocks, points, profile, feats, race, desc)->list: # of `{Block: Gram}`
+    "The sums of each part of the texts over all processes: of those blocks that stayed in the race"
+    if profile is not None: count_once([profile])
+    parts, start, n, sums = [*parts], _empty(model, blocks, points, feats), 0, []
+    if race:
+        first, parts[0] = first_texts(parts[0], race.least)
+        with together():
+            start = _stream(model, first, start, points, profile, feats, None, f'{desc}, first texts')
+        race.begin(profile)
+        start, n = {b: g for b,g in start.items() if b in race.blocks}, len(first)
+    with together():
+        for i,bs in enumerate(parts): # the parts take turns, so that no process has the larger share of all
+            if i: start = _empty(model, [b for b in blocks if not race or b in race.blocks], points, feats)
+            sums.append(_stream(model, bs, start, points, profile, feats, race, desc, i, 0 if i else n))
+    return _of_all(profile, sums)
+
 # %% ../nbs/07_stats.ipynb #9c0a0102
 def collect(model, batches, # as from `data.batches`
             blocks, # candidates to keep sums for
             points, # {layer: FoldPoint}, proved beforehand
             profile=None, # Profile to fill in the same pass
             feats=Features(), # what the sums are of
-            race=None, # with a profile: a Race of the blocks
             desc='calibrate'):
-    "Stream the batches once; returns the sums of the candidates that stayed in the race, `{Block: Gram}`"
-    if profile is not None: count_once([profile])
-    with together(): sums = _stream(model, batches, blocks, points, profile, feats, race, desc)
-    return _of_all(profile, [sums])[0]
+    "Stream the batches once; returns the sums of the candidates, `{Block: Gram}`"
+    return _passes(model, [batches], blocks, points, profile, feats, None, desc)[0]
 
 # %% ../nbs/07_stats.ipynb #8a30b8de
 def free_memory(device)->int: # bytes
@@ -516,17 +545,12 @@ class _Candidates:
 
     def profiled(self, profile, parts, budget)->tuple: # (sums of those that stayed, for each part; these)
         "Fill the profile"
-        sums, fits = [], from_first(self._fit, parts, budget)
+        fits = from_first(self._fit, parts, budget)
         race = Race(self.blocks, self.k, self.avoid) if self.k else None
         profile.set_rivals(len(self.blocks[0]))
-        count_once([profile])
-        with together():
-            for i,bs in enumerate(parts):
-                blocks = (race.blocks if race else self.blocks) if fits else []
-                # the parts take turns, so that no process has the larger share of all
-                sums.append(_stream(self.model, bs, blocks, self.points, profile, self.feats, race,
-                                    'profile and sums' if fits else 'profile', i))
-        sums, stayed = _of_all(profile, sums), everybody(race.blocks if race else self.blocks)
+        sums = _passes(self.model, parts, self.blocks if fits else [], self.points, profile, self.feats, race,
+                       'profile and sums' if fits else 'profile')
+        stayed = everybody(race.blocks if race else self.blocks)
         return sums, set.intersection(*map(set, stayed))
 
 # %% ../nbs/07_stats.ipynb #ea535d74
@@ -537,9 +561,8 @@ def _completed(self:_Candidates, best, sums, parts, budget)->list: # of `{Block:
     room = None if budget is None else 2*budget
     with together():
         if missing: _room(self.feats, self.one, self.d, len(best)*len(parts), room, self.device)
-        more = [_stream(self.model, bs, missing, self.points, None, self.feats, None, 'sums', i)
-                if missing else {} for i,bs in enumerate(parts)]
-    more = _of_all(None, more)
+    more = [{}]*len(parts)
+    if missing: more = _passes(self.model, parts, missing, self.points, None, self.feats, None, 'sums')
     return [{b: (m.get(b) or s[b]) for b in best} for m,s in zip(more, sums or [{}]*len(parts))]
 
 @patch
@@ -631,7 +654,8 @@ def collect_between(dense, model, batches, points, at, end, feats=Features(), de
             _room(feats, points, d, SOLVING, None, device)
             if layerwise(model) and dense is model and len(points)<2: # one walk
                 b = Block(at, end)
-                g = _stream(model, batches, [b], dict(zip([at-1], points)), None, feats, None, desc)[b]
+                fold = dict(zip([at-1], points))
+                g = _stream(model, batches, _empty(model, [b], fold, feats), fold, None, feats, None, desc)[b]
             else: g = _by_batch(dense, model, batches, points, at, end, feats, desc)
         add_up([g])
         return g

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -172,6 +173,39 @@ def test_what_several_find_is_what_one_finds(everything, key, n, texts):
 
 def test_all_of_it_is_looked_at(everything):
     assert set(everything(1, 8)) == set(KEYS)
+
+
+RACE = """
+import sys
+from pathlib import Path
+import torch
+sys.path.insert(0, sys.argv[1])
+from test_race import batches, calm
+from replaceme.blocks import candidates
+from replaceme.distance import Profile
+from replaceme.group import everybody, grouped, is_first
+from replaceme.stats import measure
+texts, n = int(sys.argv[2]), 6
+with grouped(), torch.no_grad():
+    model = calm(2, 3).double()
+    found = measure(model, batches(texts), candidates(n, 2), Profile(n), held=batches(5, seed=1), k=2)
+    said = [list(found.sums), list(found.held), found.ranked[:2], found.profile.counts, found.profile.sum, [g.XtX for g in found.sums.values()]]
+    alike = len({str([b for _, b in r]) for r in everybody(found.ranked)}) == 1
+    if is_first():
+        torch.save([alike, *said], sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("n,texts", [(2, 30), (3, 26), (3, 9)])
+def test_several_begin_the_race_with_what_all_have_found(tmp_path, n, texts):
+    "And so no text more goes to the end than where one process takes them all"
+    (tmp_path / "race.py").write_text(RACE)
+    for k in (1, n):
+        launch(k, sys.executable, "race.py", str(Path(__file__).parent), str(texts), f"{k}.pt", cwd=tmp_path)
+    (_, *one), (alike, *many) = (torch.load(tmp_path / f"{k}.pt", weights_only=False) for k in (1, n))
+    assert alike and one[:2] == many[:2] and [*one[2][0][1]] == [2, 4] and torch.equal(one[3], many[3])
+    assert 8 == one[3][0, -1] < one[3][0, 0] == texts + 5
+    assert torch.allclose(one[4], many[4], rtol=1e-12) and all(torch.allclose(a, b, rtol=1e-12, atol=1e-12 * a.abs().max()) for a, b in zip(one[5], many[5]))
 
 
 # --- the commands
