@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BASES', 'RELEASE', 'WORDS', 'method_of', 'keys_of', 'Config', 'MapConfig', 'AnalyseConfig', 'PruneConfig',
-           'read_yaml', 'idle', 'read_by', 'field_of', 'in_our_words', 'check_streamed', 'check_together', 'settled',
-           'make_config', 'read_as', 'need', 'read_config']
+           'read_yaml', 'idle', 'read_by', 'field_of', 'in_our_words', 'not_streamed', 'check_streamed',
+           'check_together', 'settled', 'make_config', 'read_as', 'need', 'read_config']
 
 # %% ../nbs/22_config.ipynb #a79a268f
 import warnings
@@ -236,11 +236,14 @@ def _asks_more(cfg):
         if v: yield f"{k} has whole models write or answer: score the saved model with evaluate_model"
 
 # %% ../nbs/22_config.ipynb #5a1e0083
-def check_streamed(cfg):
-    "Refuse what takes more than one layer at a time, or more than one walk of the texts through them"
-    if not cfg.stream_weights: return
+def not_streamed(cfg)->str|None:
+    "Why layers cannot be read one by one: more than one at a time, or more than one walk of the texts"
     fits = () if cfg.door=='analyse' or method_of(cfg) is None else _fit_needs_more(cfg)
-    why = next(iter([*fits, *_asks_more(cfg)]), None)
+    return next(iter([*fits, *_asks_more(cfg)]), None)
+
+def check_streamed(cfg):
+    "Refuse what takes more where layers shall be read one by one"
+    why = not_streamed(cfg) if cfg.stream_weights else None
     if why: raise ReplaceMeError(f"stream_weights is true, but {why}.")
 
 # %% ../nbs/22_config.ipynb #8ec20de8

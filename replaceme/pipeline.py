@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['recipe_of', 'feed_of', 'n_removed', 'job_of', 'check_pictures', 'check_rungs_fit', 'prove', 'make_result',
            'climb_rungs', 'calibrate', 'go_on', 'prune', 'output_path', 'load', 'score', 'top_classes', 'prove_places',
-           'paths_of', 'check_run', 'check_loaded', 'for_walks', 'before_loading', 'run', 'profile_files',
-           'write_profile', 'profile_table', 'check_analysis', 'analyse', 'EvaluateConfig', 'check_evaluation',
-           'evaluate', 'load_pair', 'evaluate_pair', 'scores_table', 'PRUNE', 'READ', 'LOAD', 'SCORE', 'EVERY',
-           'RECORD', 'key', 'asks', 'Loading', 'Texts', 'Choosing', 'Iterating', 'Training', 'Saving', 'Config',
-           'MapConfig', 'AnalyseConfig', 'PruneConfig', 'read_yaml', 'idle', 'read_by', 'settled', 'make_config',
-           'read_as', 'check_hub_name', 'check_together', 'given_blocks', 'need', 'read_config', 'Result', 'versions',
-           'n_parameters', 'calibration_texts', 'calibration_batches', 'training_size', 'training_batches',
-           'load_pictures', 'picture_batches', 'check_blocks', 'ways_out', 'license_of', 'base_of', 'short_name',
-           'check_apart', 'check_own', 'eval_text', 'save_transform', 'write_record', 'write_provenance', 'reload',
-           'made_of', 'check_hub', 'push_folder', 'for_others']
+           'paths_of', 'check_run', 'check_loaded', 'for_walks', 'bytes_to_hold', 'streamed_where_needed',
+           'before_loading', 'run', 'profile_files', 'write_profile', 'profile_table', 'check_analysis', 'analyse',
+           'EvaluateConfig', 'check_evaluation', 'evaluate', 'load_pair', 'evaluate_pair', 'scores_table', 'PRUNE',
+           'READ', 'LOAD', 'SCORE', 'EVERY', 'RECORD', 'key', 'asks', 'Loading', 'Texts', 'Choosing', 'Iterating',
+           'Training', 'Saving', 'Config', 'MapConfig', 'AnalyseConfig', 'PruneConfig', 'read_yaml', 'idle', 'read_by',
+           'settled', 'make_config', 'read_as', 'check_hub_name', 'check_together', 'given_blocks', 'need',
+           'read_config', 'Result', 'versions', 'n_parameters', 'calibration_texts', 'calibration_batches',
+           'training_size', 'training_batches', 'load_pictures', 'picture_batches', 'check_blocks', 'ways_out',
+           'license_of', 'base_of', 'short_name', 'check_apart', 'check_own', 'eval_text', 'save_transform',
+           'write_record', 'write_provenance', 'reload', 'made_of', 'check_hub', 'push_folder', 'for_others']
 
 # %% ../nbs/22_pipeline.ipynb #07f461fe
 import contextlib, copy, dataclasses, gc, io, warnings
@@ -482,6 +482,33 @@ def for_walks(cfg):
     new.prompt, new.speed = None, False
     return new
 
+# %% ../nbs/22_pipeline.ipynb #6b1f0111
+def bytes_to_hold(cfg)->int|None: # of a checkpoint folder
+    "What its weights take once they are loaded"
+    if not is_local(str(cfg.model_path)): return None
+    try: said = [h for f in weight_files(local_path(cfg.model_path)) for h in header(f).values()]
+    except (OSError, ValueError, KeyError, MemoryError): return None # damaged: loading tells
+    dtype = as_dtype(cfg.dtype) # or 'auto'
+    return sum(n for *_,n in said) if dtype=='auto' else sum(n for _,n,_ in said)*dtype.itemsize
+
+# %% ../nbs/22_pipeline.ipynb #6b1f0113
+def streamed_where_needed(cfg):
+    "The same configuration; where weights do not fit into memory, one that leaves them on the disk"
+    if cfg.stream_weights is not None or cfg.quantised: return cfg
+    size, free = bytes_to_hold(cfg), free_memory(torch.device(beside_device()))
+    if not size or size<.9*free: return cfg
+    words = (f"the weights of {cfg.model_path} take {size/1e9:.3g} GB, and {free/1e9:.3g} GB of memory "
+             "are free")
+    if why := not_streamed(cfg):
+        warnings.warn(f"{words}. They could stay on the disk (stream_weights: true), but {why}.",
+                      ReplaceMeWarning)
+        return cfg
+    warnings.warn(f"{words}: they stay on the disk and are read layer by layer (stream_weights: true).",
+                  ReplaceMeWarning)
+    new = copy.copy(cfg)
+    new.stream_weights = True
+    return new
+
 # %% ../nbs/22_pipeline.ipynb #b258ee0c
 def _run(cfg, yaml_text, path, tmp, stages, stack)->Result:
     "Prune, save to `tmp`, put that in its place, and score"
@@ -514,8 +541,8 @@ def before_loading(cfg)->Path:
 # %% ../nbs/22_pipeline.ipynb #9f9e26ff
 def run(cfg, yaml_text=None)->tuple: # (Result, Path of the folder)
     "The whole recipe: a config in, a folder out"
-    cfg = for_walks(cfg)
     path, stages = before_loading(cfg), Stages()
+    cfg = for_walks(streamed_where_needed(cfg))
     if not main_process() and world()[1]==1: # of processes that are not `grouped`, and train together
         with contextlib.ExitStack() as stack: # the first one saves
             return _prune(cfg, path, stages, stack)[-1], path
@@ -596,6 +623,7 @@ def analyse(cfg): # -> (Profile, files written)
     "Measure the distance of every run of layers and write it down; nothing is pruned"
     cfg = read_as(cfg, AnalyseConfig)
     out = check_analysis(cfg)
+    cfg = streamed_where_needed(cfg)
     model, tokenizer = load(cfg)
     check_model(model)
     if sees(model): check_pictures(cfg)

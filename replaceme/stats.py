@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'SOLVING', 'Gram', 'gram_bytes', 'fit_at_once', 'slow_float64', 'sure', 'exactly', 'reads', 'writes',
            'Features', 'add_chunk', 'add_batch', 'Race', 'n_tokens', 'over_tokens', 'over_mine', 'one_by_one',
-           'first_texts', 'waiting', 'collect', 'free_memory', 'HeldOut', 'parts_held', 'energy', 'equal_say',
-           'Measured', 'rank', 'look_for_sinks', 'measure', 'between', 'check_finite', 'collect_between']
+           'heat_of', 'waiting', 'collect', 'free_memory', 'HeldOut', 'parts_held', 'energy', 'equal_say', 'Measured',
+           'rank', 'look_for_sinks', 'measure', 'between', 'check_finite', 'collect_between']
 
 # %% ../nbs/07_stats.ipynb #fb979193
 import functools, warnings
@@ -318,15 +318,15 @@ def over_mine(batches, desc, turn=0, done=0): # -> (texts before it, batch), one
 # %% ../nbs/07_stats.ipynb #b3cf7a24
 def one_by_one(batches)->list:
     "Each text of some batches alone"
-    return [part_of(b, i, i+1) for b in batches for i in range(len(b['attention_mask']))]
+    return [some_texts(b, i, i+1) for b in batches for i in range(len(b['attention_mask']))]
 
-def first_texts(batches, n)->tuple: # (each of the first `n` texts alone, batches of the others)
+def heat_of(batches, n)->tuple: # (each of the first `n` texts alone, batches of the others)
     "Part batches behind a text"
     alone, rest = [], []
     for b in batches:
         m = max(0, n-len(alone))
-        alone += one_by_one([part_of(b, 0, m)])
-        if m<len(b['attention_mask']): rest.append(part_of(b, m, len(b['attention_mask'])))
+        alone += one_by_one([some_texts(b, 0, m)])
+        if m<len(b['attention_mask']): rest.append(some_texts(b, m, len(b['attention_mask'])))
     return alone, rest
 
 # %% ../nbs/07_stats.ipynb #5a1e0065
@@ -417,7 +417,7 @@ def _passes(model, parts, blocks, points, profile, feats, race, desc)->list: # o
     if profile is not None: count_once([profile])
     parts, start, n, sums = [*parts], _empty(model, blocks, points, feats), 0, []
     if race:
-        first, parts[0] = first_texts(parts[0], race.least)
+        first, parts[0] = heat_of(parts[0], race.least)
         with together():
             start = _stream(model, first, start, points, profile, feats, None, f'{desc}, first texts')
         race.begin(profile)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+import warm
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -51,7 +52,7 @@ def place(tmp_path_factory, save_tiny):
 
 
 def call(place, command, *args, ok=True):
-    p = subprocess.run([BIN / command, *map(str, args)], cwd=place, capture_output=True, text=True)
+    p = warm.run([BIN / command, *map(str, args)], cwd=place, capture_output=True, text=True)
     assert (p.returncode == 0) == ok, p.stderr[-3000:]
     return p
 
@@ -61,7 +62,7 @@ def test_a_log_gets_lines_and_no_bars(place):
     args = ["--config", "c.yaml", "--save_path", "logged", "--prompt", "null"]
     assert all(line.startswith("warning: ") for line in call(place, "run_replaceme", *args).stderr.split("\n")[:-1])
     code = f"from replaceme import core; core.LogLine.every = 0\nfrom replaceme.cli import run_replaceme; run_replaceme({args})"
-    said = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True).stderr.decode()
+    said = warm.run([sys.executable, "-c", code], cwd=place, capture_output=True).stderr.decode()
     lines = [line for line in said.splitlines() if not line.startswith("warning: ")]
     assert "\r" not in said and {"profile and sums", "perplexity"} <= {line.split(":")[0] for line in lines}
     for line in lines:
@@ -208,7 +209,7 @@ def test_what_cannot_be_compared(place, small, tmp_path):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_every_key_that_is_read_and_no_other(command):
-    p = subprocess.run([BIN / command, "--help"], capture_output=True, text=True, env={**os.environ, "COLUMNS": "400"})
+    p = warm.run([BIN / command, "--help"], capture_output=True, text=True, env={**os.environ, "COLUMNS": "400"})
     assert p.returncode == 0
     said = " ".join(p.stdout.split())
     own = dict(evaluate_model=EvaluateConfig, compare_methods=CompareConfig, get_distance_analysis=AnalyseConfig,

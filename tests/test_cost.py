@@ -1,7 +1,6 @@
 """What a run costs, told before a weight is loaded: counts known by hand, nothing written, nothing read but headers."""
 import json
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+import warm
 from torch.utils.flop_counter import FlopCounterMode
 
 from replaceme import cli
@@ -169,7 +169,7 @@ def test_nothing_is_written_and_no_weight_is_read(tiny, tmp_path, no_weights, ca
 
 
 def test_nothing_is_written_by_the_command_itself(tiny, tmp_path):
-    p = subprocess.run([sys.executable, "-c", "from replaceme.cli import run_replaceme; run_replaceme()", "--dry-run", "--model", str(tiny),
+    p = warm.run([sys.executable, "-c", "from replaceme.cli import run_replaceme; run_replaceme()", "--dry-run", "--model", str(tiny),
                         "--layers", "2", "--dataset", "python-docs", "--dataset_size", "4", "--max_length", "32", "--eval_size", "2", "--eval_length", "32"],
                        cwd=tmp_path, capture_output=True, text=True)
     assert p.returncode == 0, p.stderr

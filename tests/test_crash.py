@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import warm
 
 
 # Runs the real recipe, but stops and waits to be killed when the named function of the pipeline is reached.
@@ -32,7 +33,7 @@ def place(tmp_path, save_tiny):
 
 
 def kill_at(place, name, when):
-    p = subprocess.Popen([sys.executable, "-c", SCRIPT, name, when], cwd=place, stdout=subprocess.PIPE, text=True)
+    p = warm.Popen([sys.executable, "-c", SCRIPT, name, when], cwd=place, stdout=subprocess.PIPE, text=True)
     assert p.stdout.readline() == "HERE\n"
     p.send_signal(signal.SIGKILL)
     p.wait()
@@ -49,13 +50,13 @@ def complete(folder):
 def test_killed(place, name, when):
     kill_at(place, name, when)
     assert not (place / "out").exists()
-    subprocess.run([sys.executable, "-c", "import replaceme.pipeline as p; p.run(p.read_config('c.yaml'))"], cwd=place, check=True)
+    warm.run([sys.executable, "-c", "import replaceme.pipeline as p; p.run(p.read_config('c.yaml'))"], cwd=place, check=True)
     assert complete(place / "out")
     assert not [f for f in os.listdir(place) if "partial" in f]  # what the killed run left is swept away
 
 
 def test_killed_over_an_older_result_leaves_the_older_one(place):
-    subprocess.run([sys.executable, "-c", "import replaceme.pipeline as p; p.run(p.read_config('c.yaml'))"], cwd=place, check=True)
+    warm.run([sys.executable, "-c", "import replaceme.pipeline as p; p.run(p.read_config('c.yaml'))"], cwd=place, check=True)
     before = (place / "out/replaceme.json").read_text()
     kill_at(place, "write_provenance", "after")
     assert complete(place / "out") and (place / "out/replaceme.json").read_text() == before

@@ -11,6 +11,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+import warm
 
 from replaceme import export as room
 from replaceme.blocks import Block
@@ -53,7 +54,7 @@ def save(model, folder, tokenizer=None):
 
 def command(*argv, cwd, **env):
     code = "from replaceme.export import export_model; export_model()"
-    return subprocess.run([sys.executable, "-c", code, *map(str, argv)], cwd=cwd, capture_output=True, text=True, env={**os.environ, **env})
+    return warm.run([sys.executable, "-c", code, *map(str, argv)], cwd=cwd, capture_output=True, text=True, env={**os.environ, **env})
 
 
 def rounded(model, kind):
@@ -220,7 +221,7 @@ def test_killed_on_the_way_it_leaves_no_file(tmp_path):
     code = ("import os, signal, replaceme.export as e; convert = e.convert\n"
             "def stop(*a): convert(*a); os.kill(os.getpid(), signal.SIGKILL)\n"
             "e.convert = stop; e.export('m', prompt='the cat', new_tokens=8)")
-    p = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    p = warm.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert p.returncode == -signal.SIGKILL
     left = os.listdir(out)
     assert len(left) == 1 and left[0].startswith(".export.partial-")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -507,9 +508,8 @@ def test_a_file_that_changed_makes_another_row(folder, monkeypatch, kw, at):
 # several at once
 
 def start(code, *args):
-    env = dict(os.environ, PYTHONPATH=str(ROOT))
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], **pipes, text=True, env=env)
+    return warm.Popen([sys.executable, "-c", code, *map(str, args)], **pipes, text=True)
 
 
 def ends(*ps):

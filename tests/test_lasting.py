@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+import warm
 from huggingface_hub import ModelCard
 
 import replaceme.compare
@@ -292,7 +293,7 @@ def test_a_pushed_card_does_not_take_a_folder_for_a_model_of_the_hub(place):
 def command(name, *args, cwd=None, **env):
     code = f"import sys; from replaceme.cli import {name}; {name}(sys.argv[1:])"
     env = {k: v for k, v in {**os.environ, **env}.items() if v is not None}
-    return subprocess.run([sys.executable, "-c", code, *map(str, args)], cwd=cwd, env=env, capture_output=True, timeout=600)
+    return warm.run([sys.executable, "-c", code, *map(str, args)], cwd=cwd, env=env, capture_output=True, timeout=600)
 
 
 ASCII = dict(LC_ALL="C", LANG="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
@@ -348,7 +349,7 @@ def test_all_commands_speak_without_utf8(place, monkeypatch, encoding):
 
 def test_a_closed_pipe_does_not_undo_a_run(place):
     code = "import sys; from replaceme.cli import run_replaceme; run_replaceme(sys.argv[1:])"
-    p = subprocess.Popen([sys.executable, "-c", code, *write(place)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    p = warm.Popen([sys.executable, "-c", code, *write(place)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     p.stdout.close()
     err = p.stderr.read()
     assert p.wait() == 0 and b"Traceback" not in err and b"BrokenPipe" not in err
@@ -652,7 +653,7 @@ WAIT = "r = p.{0}; p.{0} = lambda *a, **k: (print('HERE', flush=True), sys.stdin
 @pytest.mark.parametrize("at", ["load", "_score_after"])  # before anything is there, and when the model is in its place
 def test_a_second_run_at_one_place_is_told(place, monkeypatch, at):
     write(place)
-    p = subprocess.Popen([sys.executable, "-c", RUN.format(WAIT.format(at))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    p = warm.Popen([sys.executable, "-c", RUN.format(WAIT.format(at))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert p.stdout.readline() == "HERE\n"
     with never_loaded(monkeypatch), pytest.raises(ReplaceMeError, match="out is being written by another process: wait for it, or choose another folder"):
         run(config())
@@ -700,12 +701,12 @@ def test_a_half_deleted_older_result_does_not_come_back(tmp_path, monkeypatch):
 def test_temporary_folders_of_killed_processes_go_with_the_next(tmp_path):
     env = {**os.environ, "TMPDIR": str(tmp_path)}
     code = "from replaceme.core import temporary_folder\nwith temporary_folder() as t: (t/'big').write_text('x'); print('HERE', flush=True); input()"
-    p = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True)
+    p = warm.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True)
     p.stdout.readline()
     p.send_signal(signal.SIGKILL)
     p.wait()
     assert len(os.listdir(tmp_path)) == 1
-    again = subprocess.run([sys.executable, "-c", code], input="\n", stdout=subprocess.PIPE, env=env, text=True, check=True)
+    again = warm.run([sys.executable, "-c", code], input="\n", stdout=subprocess.PIPE, env=env, text=True, check=True)
     assert again.stdout == "HERE\n" and os.listdir(tmp_path) == []
 
 

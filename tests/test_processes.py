@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from safetensors.torch import load_file
 
 from replaceme import cli
@@ -104,7 +105,7 @@ def start(n, *cmd, cwd, **env):
     "n processes of a command, as a launcher starts them"
     common = {**os.environ, "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1",
               "REPLACEME_CACHE": str(cwd / "cache"), "COLUMNS": "200", **env}
-    return [subprocess.Popen(cmd, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    return [warm.Popen(cmd, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                              env={**common, "RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(n)]
 
 

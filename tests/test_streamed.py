@@ -1,10 +1,12 @@
 """Layer by layer from the disk: the same block, sums, weights and scores as in memory, at most two layers held, and what cannot be done so is refused."""
 import gc
 import json
+import warnings
 import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from replaceme import layerwise, pipeline, stats
@@ -257,6 +259,28 @@ def test_what_takes_more_than_a_walk_is_refused_before_anything_is_loaded(more, 
         make_config(**base, stream_weights=True)
     assert str(e.value).startswith("stream_weights is true, but ") and words in str(e.value) and "\n" not in str(e.value)
     make_config(**base)  # which the same without it is not
+
+
+def test_weights_that_do_not_fit_stay_on_the_disk(llama, tmp_path, monkeypatch):
+    "By themselves, where all that is asked for allows it, and with a word; `false` forbids it"
+    import replaceme.pipeline as p
+    size, to = sum(f.stat().st_size for f in (llama / "dense").glob("*.safetensors")), iter(range(9))
+
+    def go(free, **kw):
+        monkeypatch.setattr(p, "free_memory", lambda device: free)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            record, folder = run(make_config(**keys(llama, **kw), save_path=str(tmp_path / f"{next(to)}")))
+        said = [str(w.message) for w in said if "of memory are free" in str(w.message)]
+        return record["config"]["stream_weights"], said, {k: v for f in folder.glob("*.safetensors") for k, v in load_file(f).items()}, record
+    plain, streamed = go(10 * size), go(size // 2)
+    assert plain[:2] == (None, []) and streamed[0] is True and len(streamed[1]) == 1
+    assert "they stay on the disk and are read layer by layer (stream_weights: true)" in streamed[1][0]
+    assert all(torch.allclose(plain[2][k], w, rtol=1e-6, atol=1e-7) for k, w in streamed[2].items()) and plain[2].keys() == streamed[2].keys()
+    assert go(size // 2, stream_weights=False)[:2] == (False, []) == go(10 * size, stream_weights=False)[:2]
+    assert go(size // 2, dtype="bfloat16")[0] is True and go(.7 * size, dtype="bfloat16")[0] is None  # half of it fits
+    stays = go(size // 2, method="cosine")
+    assert stays[0] is None and "could stay on the disk (stream_weights: true), but the solvers of method cosine" in stays[1][0]
 
 
 def test_keys_that_would_be_ignored_are_refused():

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import transformers
+import warm
 from safetensors.torch import load_file
 
 from replaceme.activations import capture
@@ -80,7 +81,7 @@ def script(tmp_path):
     def go(launch=(), **o):
         o = {"trainer": dict(learning_rate=1e-2), "kind": "kd", "out": str(tmp_path / "out.safetensors"), **o}
         cmd = [sys.executable, *launch, str(tmp_path / "script.py"), json.dumps(o)]
-        p = subprocess.Popen(cmd, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+        p = warm.Popen(cmd, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
         if o.get("stop"):
             assert p.stdout.readline() == "HERE\n", p.stderr.read()
             p.send_signal(signal.SIGKILL)
@@ -302,7 +303,7 @@ def test_a_killed_run_goes_on_from_its_train_path(tmp_path, save_tiny):
                                      "train_tokens: 1600, trainer: {learning_rate: 1e-2, eval_steps: 2}, eval_dataset: null}")
 
     def go(stop, folder, out):
-        p = subprocess.Popen([sys.executable, "-c", RUN, stop, folder, out], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        p = warm.Popen([sys.executable, "-c", RUN, stop, folder, out], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         if stop == "stop":
             assert p.stdout.readline() == "HERE\n", p.stderr.read()
             p.send_signal(signal.SIGKILL)
