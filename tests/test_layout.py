@@ -193,6 +193,14 @@ def test_notebooks_read_one_idea_a_cell():
         assert have[k] <= reached if k.startswith("too") else have[k] >= reached, (k, have[k], reached)
 
 
+@pytest.mark.parametrize("path", [ROOT / "nbs/index.ipynb", *sorted((ROOT / "nbs/tutorials").glob("*.ipynb"))], ids=lambda p: p.stem)
+def test_the_lines_of_a_tutorial_fit_the_page(path):
+    "On the site, in Colab and on a phone a longer one is cut off; directives are not shown"
+    cells = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    lines = [line for c in cells for line in "".join(c["source"]).split("\n") if not line.startswith("#|")]
+    assert [line for line in lines if len(line) > WIDEST] == []
+
+
 def test_imports_stand_in_cells_of_their_own():
     "Cells that import are run when the pages are made, and nothing that they need is there by then"
     mixed = []

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-KILLS = int(os.environ.get("REPLACEME_KILLS", 16))
+KILLS = int(os.environ.get("REPLACEME_KILLS", 12))
 SECONDS = 120  # a run that takes longer hangs
 NOTES = "resume"
 
