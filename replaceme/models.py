@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['package_gguf', 'left_out', 'untied', 'check_weights', 'fill_tables', 'from_checkpoint', 'check_files', 'gguf_place',
-           'gguf_folder', 'is_local', 'resolve', 'header', 'weight_files', 'file_bytes', 'tiny_tokenizer', 'as_dtype',
-           'read_model_config', 'as_device_map', 'offload_folder', 'placement', 'as_memory', 'check_places',
-           'quantised_by', 'embedding_of', 'check_tokenizer', 'load_inputs', 'adapter_config', 'merge_adapter',
-           'checked_source', 'load_model', 'causal_types', 'tiny_model', 'tiny_vision', 'Loading', 'only_measures',
-           'Bits', 'fingerprint']
+           'gguf_folder', 'is_local', 'resolve', 'tiny_tokenizer', 'as_dtype', 'read_model_config', 'as_device_map',
+           'offload_folder', 'placement', 'as_memory', 'check_places', 'quantised_by', 'embedding_of',
+           'check_tokenizer', 'load_inputs', 'adapter_config', 'merge_adapter', 'checked_source', 'load_model',
+           'causal_types', 'tiny_model', 'tiny_vision', 'header', 'weight_files', 'file_bytes', 'Loading',
+           'only_measures', 'Bits', 'fingerprint']
 
 # %% ../nbs/01_models.ipynb #e5c7ec28
 import atexit, dataclasses, importlib.util, json, math, os, re, shutil, tempfile, uuid, warnings
@@ -224,34 +224,6 @@ def resolve(model_path, # as a user writes it
         raise ReplaceMeError(f"model_path {path}: no such folder. Give a hub id, a checkpoint folder, "
                              "a .gguf file or package:NAME.")
     return path
-
-# %% ../nbs/01_models.ipynb #23c05708
-def header(path)->dict: # {name: (dtype, numbers, bytes)}
-    "What the header of a safetensors file says; no weight is read"
-    with open(path, 'rb') as f: said = json.loads(f.read(int.from_bytes(f.read(8), 'little')))
-    sizes = {k: v['data_offsets'] for k,v in said.items() if k!='__metadata__'}
-    return {k: (said[k]['dtype'], math.prod(said[k]['shape']), b-a) for k,(a,b) in sizes.items()}
-
-# %% ../nbs/01_models.ipynb #23c0570b
-_SIZES = dict(F64=8, F32=4, F16=2, BF16=2, F8_E4M3=1, F8_E5M2=1, I8=1, U8=1, I16=2, I32=4, I64=8, BOOL=1)
-
-# %% ../nbs/01_models.ipynb #7e6c18f1
-def weight_files(folder)->list: # of paths
-    "The safetensors files of a checkpoint folder"
-    folder = Path(folder)
-    if (folder/'model.safetensors').exists(): return [folder/'model.safetensors']
-    if not (folder/_INDEX).exists(): return []
-    index = json.loads((folder/_INDEX).read_text(encoding='utf-8'))['weight_map']
-    return [folder/f for f in sorted(set(index.values())) if (folder/f).exists()]
-
-# %% ../nbs/01_models.ipynb #1b92a1ab
-def file_bytes(path, revision=None, token=None)->int|None: # folder or hub id
-    "Bytes of the files of weights"
-    if is_local(path): return sum(f.stat().st_size for f in weight_files(path)) or None
-    from huggingface_hub import get_safetensors_metadata
-    try: counts = get_safetensors_metadata(path, revision=revision, token=token).parameter_count
-    except Exception: return None # out of reach
-    return sum(n*_SIZES.get(k, 4) for k,n in counts.items())
 
 # %% ../nbs/01_models.ipynb #a354579e
 def tiny_tokenizer(add_bos=False): # put BOS before every text?
@@ -1007,6 +979,34 @@ def tiny_vision(model_type='vit', # transformers' name of the family
         text = dict(input_ids=torch.tensor([[1, 5, 2]])) if model.main_input_name=='input_ids' else {}
         with torch.no_grad(): model(pixel_values=torch.zeros(1, 3, 32, 32), **text)
     return model
+
+# %% ../nbs/01_models.ipynb #23c05708
+def header(path)->dict: # {name: (dtype, numbers, bytes)}
+    "What the header of a safetensors file says; no weight is read"
+    with open(path, 'rb') as f: said = json.loads(f.read(int.from_bytes(f.read(8), 'little')))
+    sizes = {k: v['data_offsets'] for k,v in said.items() if k!='__metadata__'}
+    return {k: (said[k]['dtype'], math.prod(said[k]['shape']), b-a) for k,(a,b) in sizes.items()}
+
+# %% ../nbs/01_models.ipynb #23c0570b
+_SIZES = dict(F64=8, F32=4, F16=2, BF16=2, F8_E4M3=1, F8_E5M2=1, I8=1, U8=1, I16=2, I32=4, I64=8, BOOL=1)
+
+# %% ../nbs/01_models.ipynb #7e6c18f1
+def weight_files(folder)->list: # of paths
+    "The safetensors files of a checkpoint folder"
+    folder = Path(folder)
+    if (folder/'model.safetensors').exists(): return [folder/'model.safetensors']
+    if not (folder/_INDEX).exists(): return []
+    index = json.loads((folder/_INDEX).read_text(encoding='utf-8'))['weight_map']
+    return [folder/f for f in sorted(set(index.values())) if (folder/f).exists()]
+
+# %% ../nbs/01_models.ipynb #1b92a1ab
+def file_bytes(path, revision=None, token=None)->int|None: # folder or hub id
+    "Bytes of the files of weights"
+    if is_local(path): return sum(f.stat().st_size for f in weight_files(path)) or None
+    from huggingface_hub import get_safetensors_metadata
+    try: counts = get_safetensors_metadata(path, revision=revision, token=token).parameter_count
+    except Exception: return None # out of reach
+    return sum(n*_SIZES.get(k, 4) for k,n in counts.items())
 
 # %% ../nbs/01_models.ipynb #30b3360d
 def _not_streamed(k):
