@@ -127,19 +127,15 @@ def my_share(sizes, # how much work each pass is
 # %% ../nbs/00_group.ipynb #9c0a0026
 def some_texts(batch, a, b)->dict:
     "The texts `a` to `b` of a batch"
-    return batch if a==0 and b>=len(batch['attention_mask']) else {k: v[a:b] for k,v in batch.items()}
+    return {k: v[a:b] for k,v in batch.items()}
 
 def my_batches(batches, turn=0)->list: # of (number of texts before it, batch)
     "The batches that this process takes through the model, by their size with padding"
-    n, pieces, before = world()[1], [], 0
-    by_size = sorted(range(len(batches)), key=lambda i: -batches[i]['attention_mask'].numel())
-    left = by_size[len(batches)//n*n:] # too few for one each: all take some of their texts
-    for i,b in enumerate(batches):
-        rows = len(b['attention_mask'])
-        step = -(-rows//n) if i in left else rows
-        pieces += [(before+k, some_texts(b, k, k+step)) for k in range(0, rows, step)]
-        before += rows
-    return [pieces[i] for i in my_share([b['attention_mask'].numel() for _,b in pieces], turn)]
+    before, n = [], 0
+    for b in batches:
+        before.append(n)
+        n += len(b['attention_mask'])
+    return [(before[i], batches[i]) for i in my_share([b['attention_mask'].numel() for b in batches], turn)]
 
 # %% ../nbs/00_group.ipynb #9c0a0029
 def everybody(o)->list: # one for each process

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'SOLVING', 'Gram', 'gram_bytes', 'fit_at_once', 'slow_float64', 'sure', 'exactly', 'reads', 'writes',
            'Features', 'add_chunk', 'add_batch', 'Race', 'n_tokens', 'over_tokens', 'over_mine', 'one_by_one',
-           'heat_of', 'waiting', 'collect', 'free_memory', 'HeldOut', 'parts_held', 'energy', 'equal_say', 'Measured',
-           'rank', 'look_for_sinks', 'measure', 'between', 'check_finite', 'collect_between']
+           'heat_of', 'evenly', 'waiting', 'collect', 'free_memory', 'HeldOut', 'parts_held', 'energy', 'equal_say',
+           'Measured', 'rank', 'look_for_sinks', 'measure', 'between', 'check_finite', 'collect_between']
 
 # %% ../nbs/07_stats.ipynb #fb979193
 import functools, warnings
@@ -329,6 +329,10 @@ def heat_of(batches, n)->tuple: # (each of the first `n` texts alone, batches of
         if m<len(b['attention_mask']): rest.append(some_texts(b, m, len(b['attention_mask'])))
     return alone, rest
 
+def evenly(batches)->list:
+    "The last batch text by text: processes share what does not divide evenly, and one rounds as many do"
+    return [*batches[:-1], *one_by_one(batches[-1:])]
+
 # %% ../nbs/07_stats.ipynb #5a1e0065
 def waiting(sums, share=1.)->float: # {Block: Gram}; width of the features over that of the stream
     "States that wait for a token, its own among them, at the layer where most do"
@@ -381,7 +385,7 @@ def _stream(model, batches, grams, points, profile, feats, race, desc, turn=0, b
     "Add to the sums this process's share of the batches; `turn` is the process that the largest one falls to"
     d, L, s = width(model), len(layers_of(model)), _Sums(grams, profile, race)
     own = [] if feats.state or not grams else [points[next(iter(grams)).start-1]]
-    share, bs = feats.width(own, d)/d, batches
+    share, bs = feats.width(own, d)/d, evenly(batches)
     if profile is not None and profile.tokens=='all': bs = one_by_one(batches) # all their states are kept
     p, k = next_pass(desc, turn, str([*grams]), str(feats), text_digests(bs)), 0
     if p and (k := p.done): s.put_back(p)
