@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'SOLVING', 'Gram', 'gram_bytes', 'fit_at_once', 'slow_float64', 'sure', 'exactly', 'reads', 'writes',
-           'Features', 'add_chunk', 'add_batch', 'Race', 'n_tokens', 'over_tokens', 'over_mine', 'one_by_one',
-           'heat_of', 'evenly', 'waiting', 'collect', 'free_memory', 'HeldOut', 'parts_held', 'energy', 'equal_say',
-           'Measured', 'rank', 'look_for_sinks', 'measure', 'between', 'check_finite', 'collect_between']
+           'Features', 'add_chunk', 'add_batch', 'Race', 'n_tokens', 'over_tokens', 'over_mine', 'some_texts',
+           'one_by_one', 'heat_of', 'evenly', 'waiting', 'collect', 'free_memory', 'HeldOut', 'parts_held', 'energy',
+           'equal_say', 'Measured', 'rank', 'look_for_sinks', 'measure', 'between', 'check_finite', 'collect_between']
 
 # %% ../nbs/07_stats.ipynb #fb979193
 import functools, warnings
@@ -316,6 +316,10 @@ def over_mine(batches, desc, turn=0, done=0): # -> (texts before it, batch), one
     for b,n in zip(over_tokens([b for _,b in mine], desc), [n for n,_ in mine]): yield n, b
 
 # %% ../nbs/07_stats.ipynb #b3cf7a24
+def some_texts(batch, a, b)->dict:
+    "The texts `a` to `b` of a batch"
+    return {k: v[a:b] for k,v in batch.items()}
+
 def one_by_one(batches)->list:
     "Each text of some batches alone"
     return [some_texts(b, i, i+1) for b in batches for i in range(len(b['attention_mask']))]
