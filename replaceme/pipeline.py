@@ -495,7 +495,8 @@ def bytes_to_hold(cfg)->int|None: # of a checkpoint folder
 def streamed_where_needed(cfg):
     "The same configuration; where weights do not fit into memory, one that leaves them on the disk"
     if cfg.stream_weights is not None or cfg.quantised: return cfg
-    size, free = bytes_to_hold(cfg), free_memory(torch.device(beside_device()))
+    # all processes decide alike, by the one that has the least
+    size, free = bytes_to_hold(cfg), min(everybody(free_memory(torch.device(beside_device()))))
     if not size or size<.9*free: return cfg
     words = (f"the weights of {cfg.model_path} take {size/1e9:.3g} GB, and {free/1e9:.3g} GB of memory "
              "are free")

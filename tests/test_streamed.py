@@ -283,6 +283,16 @@ def test_weights_that_do_not_fit_stay_on_the_disk(llama, tmp_path, monkeypatch):
     assert stays[0] is None and "could stay on the disk (stream_weights: true), but the solvers of method cosine" in stays[1][0]
 
 
+def test_processes_decide_alike_by_the_one_that_has_the_least_memory(llama, monkeypatch):
+    import replaceme.pipeline as p
+    size = sum(f.stat().st_size for f in (llama / "dense").glob("*.safetensors"))
+    monkeypatch.setattr(p, "free_memory", lambda device: 10 * size)
+    assert p.streamed_where_needed(make_config(**keys(llama))).stream_weights is None
+    monkeypatch.setattr(p, "everybody", lambda mine: [mine, size // 2])
+    with pytest.warns(UserWarning, match="they stay on the disk"):
+        assert p.streamed_where_needed(make_config(**keys(llama))).stream_weights is True
+
+
 def test_keys_that_would_be_ignored_are_refused():
     with pytest.raises(ReplaceMeError, match="stream_tokens is 9, but no weights are streamed"):
         make_config(stream_tokens=9)
