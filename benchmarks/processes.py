@@ -5,6 +5,7 @@
 SmolLM2, TEXTS (64) texts of 512 tokens of python-docs in batches of 8, six layers: profile, sums, choice, fit and fold, without loading.
 One process and two take turns, REPEATS times each (2), and the ratio is that of the best times. What else runs on the machine
 changes it: the load average stands beside it, and so does the time that the busiest process computes, which waiting is not in.
+What was found is kept in benchmarks/results/processes.json.
 """
 import json
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 LENGTH, BATCH, SKIP = 512, 8, 6
+OUT = Path(__file__).resolve().parent / "results/processes.json"
 
 
 def work(out, texts):
@@ -78,11 +80,14 @@ def main(repeats=2, texts=64):
     weights = (one["weight"] - two["weight"]).abs().max().item()
     best = {n: min(f["seconds"] for f in fs) for n, fs in found.items()}
     spent = {n: min(f["spent"] for f in fs) for n, fs in found.items()}
-    print(json.dumps(dict(texts=texts, same_block=one["block"] == two["block"], sums_relative=sums, weights_absolute=weights,
-                          seconds={str(n): round(s, 2) for n, s in best.items()}, times_as_fast=round(best[1] / best[2], 3),
-                          computing={str(n): round(s, 2) for n, s in spent.items()}, times_as_little=round(spent[1] / spent[2], 3),
-                          cores=os.cpu_count(), load_average=os.getloadavg()), indent=1))
+    result = json.dumps(dict(texts=texts, same_block=one["block"] == two["block"], sums_relative=sums, weights_absolute=weights,
+                             seconds={str(n): round(s, 2) for n, s in best.items()}, times_as_fast=round(best[1] / best[2], 3),
+                             computing={str(n): round(s, 2) for n, s in spent.items()},
+                             times_as_little=round(spent[1] / spent[2], 3),
+                             cores=os.cpu_count(), load_average=os.getloadavg()), indent=1)
+    print(result)
     assert one["block"] == two["block"] and sums < 1e-12 and weights < 1e-6
+    OUT.write_text(result + "\n")
 
 
 if __name__ == "__main__":

@@ -314,7 +314,7 @@ class Auto(Mapped):
     does = "a wide map is folded into the MLP before the cut; block by outcome, layers behind refitted"
     use = "nothing else is asked for: start here"
     keys = (Bits, Choosing, Comparing, Mapping, Closed, Unmerged)
-    defaults = dict(map='wide', weights='inv_norm', ridge='auto', select='loss', top_k=5, refit=2,
+    defaults = dict(map='wide', weights='inv_norm', ridge='auto', select='loss', top_k=5, refit=4,
                     borrow=True)
 
 # %% ../nbs/16_ours.ipynb #32ee8436

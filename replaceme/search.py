@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['RIDGE', 'Recipe', 'last_of', 'hold_out', 'solve_sums', 'solve_trial', 'solve_rows', 'norm_at', 'fit_between',
-           'States', 'Cut', 'states_at_cut', 'put_wide', 'refit_layer', 'stand_in', 'outcome', 'Distances', 'Pruned',
-           'fit_blocks', 'beside', 'fit_beside', 'stand_ins', 'winner', 'choose', 'prune_one', 'prune_several']
+           'States', 'Cut', 'states_at_cut', 'put_wide', 'line_search', 'Refit', 'refit_layer', 'stand_in', 'outcome',
+           'Distances', 'Pruned', 'fit_blocks', 'beside', 'fit_beside', 'stand_ins', 'winner', 'choose', 'prune_one',
+           'prune_several']
 
 # %% ../nbs/14_search.ipynb #7a04d8c7
 import contextlib, math, tempfile
@@ -30,6 +31,7 @@ from .shards import *
 from .solve import *
 from .optimize import *
 from .merge import *
+from .merge import _assign, _values
 from .norms import *
 from .borrow import *
 from .unmerged import *
@@ -124,6 +126,13 @@ def solve_trial(g, held, r:Recipe)->Fit:
     return replace(fit_map(g, r.map if r.map in MAPS else 'narrow', r.structure, r.rank,
                            ridge=solve_sums(g, held, r).ridge), kind=r.map)
 
+# %% ../nbs/14_search.ipynb #064781f6
+def _solve_both(g, held, r:Recipe)->tuple: # (Fit, the one from the texts of the fit alone, or None)
+    "The map, and where layers behind it will be judged on the held-out texts, the one that has not seen them"
+    fit = solve_sums(g, held, r)
+    if held is None or not r.refit: return fit, None
+    return fit, solve_sums(g, None, replace(r, ridge=fit.ridge) if r.ridge=='auto' else r)
+
 # %% ../nbs/14_search.ipynb #0559c498
 def solve_rows(rows, r:Recipe)->Fit:
     "The map of an iterative solver, with its relative squared error, for comparison"
@@ -139,12 +148,12 @@ def solve_rows(rows, r:Recipe)->Fit:
 
 # %% ../nbs/14_search.ipynb #c44f68b4
 def _linear_fit(dense, model, batches, held, block, at, r, points, turn=0):
-    "What is linear in what a layer reads or writes, by sums or by rows"
+    "What is linear in what a layer reads or writes, by sums or by rows, as two fits"
     if r.solver=='closed':
         def take(bs):
             return collect_between(dense, model, bs, list(points.values()), at, block.end, r.features,
                                    f'sums {block}')
-        return solve_sums(take(batches), equal_say(map(take, parts_held(held))) if held else None, r)
+        return _solve_both(take(batches), equal_say(map(take, parts_held(held))) if held else None, r)
     with contextlib.ExitStack() as stack:
         name = f'{block.start}-{block.end}' + (f'-turn{turn+1}' if turn else '')
         if r.rows_path: folder = local_path(r.rows_path)/name
@@ -153,25 +162,29 @@ def _linear_fit(dense, model, batches, held, block, at, r, points, turn=0):
         rows = share_rows(model, [*batches, *held], block, points, folder, wide=r.map=='wide',
                           belongs=belongs,
                           dense=dense, at=at, desc=f'rows {block}')
-        return solve_rows(rows, r)
+        return solve_rows(rows, r), None
 
 # %% ../nbs/14_search.ipynb #5e0d93c7
 def norm_at(model, i): # -> NormBehind, or None
     "The norm behind the MLP of a layer, which a fit has to go through"
     return fold_points(model, [i])[i].norm
 
-def fit_between(dense, model, batches, held, block, at, r:Recipe)->Fit:
-    "Fit the map of layer `at-1` of `model` towards the dense model's state `block.end`"
+def _fits_between(dense, model, batches, held, block, at, r)->tuple: # as `_solve_both`
     points = {} if r.features.state else fold_points(model, [at-1])
-    first = fit = _linear_fit(dense, model, batches, held, block, at, r, points)
-    if r.map=='none' or not any(p.norm for p in points.values()): return fit
+    first, alone = fit, _ = _linear_fit(dense, model, batches, held, block, at, r, points)
+    if r.map=='none' or not any(p.norm for p in points.values()): return fit, alone
     for k in range(r.turns):
         if k:
             model = with_normed(model, at-1, fit)
             points = fold_points(model, [at-1])
-            fit = _linear_fit(dense, model, batches, held, block, at, r, points, k)
+            fit, alone = _linear_fit(dense, model, batches, held, block, at, r, points, k)
         fit = through_norm(dense, model, [*batches, *held], block, at, fit, r.weights)
-    return replace(fit, removal_error=first.removal_error)
+    if alone is not None: alone = through_norm(dense, model, batches, block, at, alone, r.weights)
+    return replace(fit, removal_error=first.removal_error), alone
+
+def fit_between(dense, model, batches, held, block, at, r:Recipe)->Fit:
+    "Fit the map of layer `at-1` of `model` towards the dense model's state `block.end`"
+    return _fits_between(dense, model, batches, held, block, at, r)[0]
 
 # %% ../nbs/14_search.ipynb #e285fdd4
 class States:
@@ -256,6 +269,34 @@ def _gain_behind(one, cut, point, fit, feats)->Fit: # `point` is of `one`, and t
     add_up([g])
     return replace(fit, T=W, kind='normed', gamma=g.gamma, error=g.error)
 
+# %% ../nbs/14_search.ipynb #39e26193
+def line_search(loss)->float: # loss: a function of how much of a step is taken
+    "Where the parabola through the losses of no step, half of it and all of it is lowest, between 0 and 1"
+    at = (0., .5, 1.)
+    a, b, c = losses = [loss(s) for s in at]
+    bend, slope = 2*a-4*b+2*c, 4*b-3*a-c
+    if not math.isfinite(bend) or bend<=0:
+        return min(at, key=lambda s: losses[at.index(s)] if math.isfinite(losses[at.index(s)]) else math.inf)
+    return round(min(max(-slope/(2*bend), 0.), 1.), 2)
+
+# %% ../nbs/14_search.ipynb #39e26195
+@dataclass
+class Refit:
+    "An output matrix that was refitted, and how to move it: `W + step*(W'-W)`"
+    kind:str # attention or MLP
+    said:dict # the layer in the dense model's numbers, the matrix, its errors before and after the fit
+    places:list # of (module, values before, values after)
+    def move(self, step):
+        "Take so much of the step"
+        self.said['step'] = step
+        for m,old,new in self.places: _assign(m, {k: torch.lerp(old[k], v, step) for k,v in new.items()})
+
+def _values_at(point)->list: # of (module, {parameter: tensor})
+    "What a fit of the point changes"
+    w, n = point.linear, point.norm
+    out = [(w.module, {k: _values(w.module, k) for k in w.params})]
+    return out if n is None else [*out, (n.module, {n.param: _values(n.module, n.param)})]
+
 # %% ../nbs/14_search.ipynb #39e26191
 def _same_point(point, layer)->FoldPoint:
     "The same point in a copy of the layer"
@@ -267,19 +308,23 @@ def _same_point(point, layer)->FoldPoint:
 def refit_layer(dense, model, i, # layer of `model`
                 j, # the same layer in `dense`
                 cut, # Cut in front of it; on return it is the one behind it
-                weights='inv_norm')->list: # what was done
+                weights='inv_norm')->list: # of `Refit`, each moved all the way
     "Refit both output matrices of a layer in place, attention first"
     done, feats, d = [], Features(wide=True, weights=weights), width(model)
     theirs, one = keep_layers(dense, [j]), keep_layers(model, [i])
     for k,batch in enumerate(cut.batches): cut.target[k] = through(theirs, batch, cut.target[k])[1]
-    for point in _output_matrices(model, i):
+    points = _output_matrices(model, i)
+    for point in points:
+        old = _values_at(point)
         here = _same_point(point, layers_of(one)[0])
         ridge = RIDGE*feats.width([here], d)/summed(n_tokens(cut.batches))[0]
         fit = lstsq_map(_sums_behind(one, cut, here, feats, d, ridge), ridge=ridge)
         if here.norm is not None: fit = _gain_behind(one, cut, here, fit, feats)
         for p in (here, point): put_wide(p, fit)
-        done.append(dict(layer=j, matrix=point.name, ridge=fit.ridge, error=fit.error,
-                         error_before=fit.removal_error))
+        said = dict(layer=j, matrix=point.name, ridge=fit.ridge, error=fit.error,
+                    error_before=fit.removal_error, step=1.)
+        places = [(m, a, b) for (m,a),(_,b) in zip(old, _values_at(point))]
+        done.append(Refit('MLP' if point is points[-1] else 'attention', said, places))
     for k,batch in enumerate(cut.batches): cut.ours[k] = through(one, batch, cut.ours[k])[1]
     return done
 
@@ -334,7 +379,7 @@ class Pruned:
         return plot_choice(self.choice, ax) if self.choice else self.fits[0].plot(ax)
 
 # %% ../nbs/14_search.ipynb #53b03cac
-def _refit_behind(dense, before, model, batches, at, b, n, fit, r):
+def _refit_behind(dense, before, model, batches, at, b, n, fit, r)->list: # of `Refit`
     "Refit the first `n` layers behind block `b` of `model`, in place"
     done = []
     with temporary_folder() as folder:
@@ -345,6 +390,29 @@ def _refit_behind(dense, before, model, batches, at, b, n, fit, r):
         del cut
     return done
 
+def _move(refits, steps): # {kind: how much of the step}
+    for o in refits: o.move(steps.get(o.kind, 1.))
+
+# %% ../nbs/14_search.ipynb #53b03cad
+def _steps(dense, before, batches, held, at, b, n, alone, r)->dict: # {kind: how much of the step}
+    "How far refitted layers are moved, by the loss on texts that neither they nor the map have seen"
+    model, steps = stand_in(before, Block(at, at+len(b)), alone), {}
+    refits = _refit_behind(dense, before, model, batches, at, b, n, alone, r)
+    for kind in sorted({o.kind for o in refits}): # the MLPs first, whose steps are the longest
+        def loss(s):
+            _move(refits, {**steps, kind: s})
+            return outcome(dense, model, held, 'held-out loss of steps')
+        steps[kind] = line_search(loss)
+    return steps
+
+# %% ../nbs/14_search.ipynb #53b03cae
+def _refitted(dense, before, model, batches, held, at, b, n, fit, alone, r)->list: # what was done
+    "Refit the first `n` layers behind block `b` of `model`, in place, and move them as far as is good"
+    steps = _steps(dense, before, batches, held, at, b, n, alone, r) if alone else {}
+    refits = _refit_behind(dense, before, model, [*batches, *held], at, b, n, fit, r)
+    _move(refits, steps)
+    return [o.said for o in refits]
+
 # %% ../nbs/14_search.ipynb #0b0220a1
 def _lent(dense, model, batches, at, b, r)->tuple: # (model, Borrowed or None)
     "The model whose layer before a block has borrowed neurons, where the recipe says so and it can"
@@ -353,7 +421,7 @@ def _lent(dense, model, batches, at, b, r)->tuple: # (model, Borrowed or None)
 
 # %% ../nbs/14_search.ipynb #57d208e7
 def fit_blocks(dense, batches, held, blocks, r:Recipe,
-               first=None, # the `Fit` of the first block, where it is known
+               first=None, # two fits of the first block, where they are known
               )->Pruned:
     "Remove blocks one after the other, fit and fold a map for each, and refit the layers behind"
     model, gone, fits, refits, took = dense, 0, [], [], []
@@ -361,12 +429,13 @@ def fit_blocks(dense, batches, held, blocks, r:Recipe,
     for b,end in zip(blocks, ends):
         at = b.start-gone
         before, lent = _lent(dense, model, batches, at, b, r)
-        fit = first if first is not None and not gone else fit_between(dense, before, batches, held, b, at, r)
+        known = first is not None and not gone
+        fit, alone = first if known else _fits_between(dense, before, batches, held, b, at, r)
         if lent: fit = replace(fit, removal_error=lent.removal_error)
         model = stand_in(before, Block(at, at+len(b)), fit)
         if r.refit and end>b.end:
-            refits += _refit_behind(dense, before, model, [*batches, *held], at, b, min(r.refit, end-b.end),
-                                    fit, r)
+            refits += _refitted(dense, before, model, batches, held, at, b, min(r.refit, end-b.end), fit,
+                                alone, r)
         fits.append(fit); took.append(lent); gone += len(b)
     return Pruned(model, list(blocks), fits, refits, took)
 
@@ -444,7 +513,7 @@ def prune_one(model, batches, held, found, # Measured, with the features of `r.t
     "Choose one block, fit it and fold it"
     block, rows = choose(model, found, held, r, batches[:max(1, len(batches)//4)])
     known = r.solver=='closed' and r.map=='narrow' and not norm_at(model, block.start-1)
-    first = solve_sums(found.sums[block], found.held.get(block), r) if known else None
+    first = _solve_both(found.sums[block], found.held.get(block), r) if known else None
     done = fit_blocks(model, batches, held, [block], r, first)
     done.choice = rows
     return done
