@@ -567,11 +567,9 @@ def borrowing(self:Case, blocks=1): # -> steps
 
 # %% ../nbs/23_cost.ipynb #23c05762
 @patch
-def refitting(self:Case, blocks=1): # -> steps
-    "The layers behind the cut"
-    r, shape, texts = self.recipe, self.shape, self.texts
-    n = min(r.refit, self.n-1)
-    if not n: return
+def behind(self:Case, texts, n, blocks): # -> steps
+    "States at the cut, and `n` layers behind it fitted to them"
+    shape = self.shape
     start = self.passes(texts, self.end)+Work(flops=2*texts.tokens*self.width*shape.d,
                                             written=2*texts.tokens*shape.d*shape.item)
     yield Step('fit', 'states at the cut', blocks*start)
@@ -581,6 +579,18 @@ def refitting(self:Case, blocks=1): # -> steps
     passes = walk(shape, texts, self.n-1)*(2+len(widths))
     kept = Work(moved=2*2*(2+len(widths))*texts.tokens*shape.d*shape.item)
     yield Step('fit', f'{n} layers behind refitted', blocks*n*(one+passes+kept))
+
+# %% ../nbs/23_cost.ipynb #23c0576a
+@patch
+def refitting(self:Case, blocks=1): # -> steps
+    "The layers behind the cut; where texts are held out, first without those, to see how far they go"
+    r, n = self.recipe, min(self.recipe.refit, self.n-1)
+    if not n: return
+    if r.needs_held and r.solver=='closed':
+        yield from self.behind(self.fit, n, blocks)
+        loss = self.passes(self.held.alone(), head=True, gone=self.gone)
+        yield Step('fit', 'six losses on held-out texts, for how far', 6*blocks*loss)
+    yield from self.behind(self.texts, n, blocks)
 
 # %% ../nbs/23_cost.ipynb #23c05764
 @patch

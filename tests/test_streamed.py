@@ -243,7 +243,7 @@ def test_nothing_hangs_on_the_model_after_an_interruption(llama):
 
 # what is refused
 
-REFUSED = [(dict(method="auto"), "2 layers behind the cut would be refitted: set refit to 0"), (dict(method="cosine"), "the solvers of method cosine"),
+REFUSED = [(dict(method="auto"), "4 layers behind the cut would be refitted: set refit to 0"), (dict(method="cosine"), "the solvers of method cosine"),
            (dict(method="laco"), "method laco needs the whole model"), (dict(method="slicegpt"), "method slicegpt needs the whole model"),
            (dict(merge=False), "merge is false"), (dict(num_A=2, layers_to_skip=1), "each of several blocks"), (dict(max_blocks=2), "each of several blocks"),
            (dict(blocks=[[1, 2], [3, 4]], layers_to_skip=None), "each of several blocks"), (dict(layers_to_skip="auto", budget="loss 9"), "layers_to_skip is auto"),
