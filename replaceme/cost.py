@@ -568,13 +568,9 @@ def borrowing(self:Case, blocks=1): # -> steps
 # %% ../nbs/23_cost.ipynb #23c05762
 @patch
 def behind(self:Case, texts, n, blocks): # -> steps
-    "States at the cut, and `n` layers behind it fitted to them"
-    shape = self.shape
-    start = self.passes(texts, self.end)+Work(flops=2*texts.tokens*self.width*shape.d,
-                                            written=2*texts.tokens*shape.d*shape.item)
-    yield Step('fit', 'states at the cut', blocks*start)
-    layer, one = shape.layers[-1], Work()
-    widths = [p for p in (layer.pairs//4, shape.wide) if p]
+    "`n` layers behind the cut fitted to states that are kept"
+    shape, one = self.shape, Work()
+    widths = [p for p in (shape.layers[-1].pairs//4, shape.wide) if p]
     for p in widths: one += sums(shape, texts.tokens, p)+solve(p, shape.d)
     passes = walk(shape, texts, self.n-1)*(2+len(widths))
     kept = Work(moved=2*2*(2+len(widths))*texts.tokens*shape.d*shape.item)
@@ -584,9 +580,13 @@ def behind(self:Case, texts, n, blocks): # -> steps
 @patch
 def refitting(self:Case, blocks=1): # -> steps
     "The layers behind the cut; where texts are held out, first without those, to see how far they go"
-    r, n = self.recipe, min(self.recipe.refit, self.n-1)
+    r, d, n = self.recipe, self.shape.d, min(self.recipe.refit, self.n-1)
     if not n: return
-    if r.needs_held and r.solver=='closed':
+    twice = r.needs_held and r.solver=='closed'
+    tokens = self.texts.tokens+twice*self.fit.tokens
+    start = Work(flops=2*tokens*self.width*d, written=2*tokens*d*self.shape.item)
+    yield Step('fit', 'states at the cut', blocks*(self.passes(self.texts, self.end)+start))
+    if twice:
         yield from self.behind(self.fit, n, blocks)
         loss = self.passes(self.held.alone(), head=True, gone=self.gone)
         yield Step('fit', 'six losses on held-out texts, for how far', 6*blocks*loss)

@@ -207,20 +207,40 @@ class Cut:
     target:States
 
 # %% ../nbs/14_search.ipynb #b34bfe04
-def states_at_cut(dense, model, batches, at, end, fit:Fit, folder)->Cut:
-    "Run both models once up to the cut; `model` is the one before the block goes and its map is folded"
-    d, dtype = width(dense), dense.dtype
-    check_room(folder, 2*n_tokens(batches)*d*dtype.itemsize)
-    cut = Cut(batches, *[States(Path(folder)/name, batches, d, dtype) for name in ('ours', 'target')])
-    if fit.kind=='normed': model = with_normed(model, at-1, fit) # its states are those at the cut
-    feats = Features(fit.kind=='wide', fit.kind in ('state', 'normed'), fit.affine)
+def _each_at_cut(dense, model, at, end, fits): # -> function of a batch: ([state, one for each fit], target)
+    f = fits[0]
+    if f.kind=='normed': # its states are those at the cut
+        made, feats = [with_normed(model, at-1, f) for f in fits], Features(state=True, affine=f.affine)
+        def take(batch):
+            found = [between(dense, m, batch, [], at, end, feats) for m in made]
+            return [S for _,S,_ in found], found[0][2]
+        return take
+    feats = Features(f.kind=='wide', f.kind=='state', f.affine)
     points = [] if feats.state else [*fold_points(model, [at-1]).values()]
-    E = writes(points[0]) if feats.wide else torch.eye(d)
-    D = fit.T - (torch.cat([E, E[:1]*0]) if feats.affine else E).to(fit.T) if fit.kind!='normed' else None
-    for k,batch in enumerate(over_tokens(batches, 'states at the cut')):
+    E = writes(points[0]) if feats.wide else torch.eye(width(dense))
+    if feats.affine: E = torch.cat([E, E[:1]*0])
+    D = [f.T-E.to(f.T) for f in fits]
+    def take(batch):
         X, S, Y = between(dense, model, batch, points, at, end, feats)
-        cut.ours[k], cut.target[k] = S if D is None else S+X@D.to(X), Y
-    return cut
+        return [S+X@d.to(X) for d in D], Y
+    return take
+
+# %% ../nbs/14_search.ipynb #b34bfe05
+def states_at_cut(dense, model, batches, at, end,
+                  asked, # of (Fit, number of the first batches that it is for)
+                  folder)->list: # of `Cut`, one for each fit
+    "Run both models once up to the cut; `model` is the one before the block goes and a map is folded"
+    d, dtype = width(dense), dense.dtype
+    check_room(folder, sum(2*n_tokens(batches[:k]) for _,k in asked)*d*dtype.itemsize)
+    def kept(i, k): return [States(Path(folder)/f'{name} {i}', batches[:k], d, dtype)
+                            for name in ('ours', 'target')]
+    cuts = [Cut(batches[:k], *kept(i, k)) for i,(_,k) in enumerate(asked)]
+    take = _each_at_cut(dense, model, at, end, [fit for fit,_ in asked])
+    for k,batch in enumerate(over_tokens(batches, 'states at the cut')):
+        ours, Y = take(batch)
+        for cut,S in zip(cuts, ours):
+            if k<len(cut.batches): cut.ours[k], cut.target[k] = S, Y
+    return cuts
 
 # %% ../nbs/14_search.ipynb #e4f31edc
 # times unknowns a column over tokens; measured on SmolLM2, where half and twice as much change little
@@ -379,25 +399,20 @@ class Pruned:
         return plot_choice(self.choice, ax) if self.choice else self.fits[0].plot(ax)
 
 # %% ../nbs/14_search.ipynb #53b03cac
-def _refit_behind(dense, before, model, batches, at, b, n, fit, r)->list: # of `Refit`
+def _refit_behind(dense, model, at, b, n, cut, r)->list: # of `Refit`
     "Refit the first `n` layers behind block `b` of `model`, in place"
     done = []
-    with temporary_folder() as folder:
-        mine = [x for _,x in my_batches(batches)]
-        with together(): cut = states_at_cut(dense, before, mine, at, b.end, fit, folder)
-        for j in progress(range(n), desc='layers behind the cut', unit=' layers'):
-            done += refit_layer(dense, model, at+j, b.end+j, cut, r.weights)
-        del cut
+    for j in progress(range(n), desc='layers behind the cut', unit=' layers'):
+        done += refit_layer(dense, model, at+j, b.end+j, cut, r.weights)
     return done
 
 def _move(refits, steps): # {kind: how much of the step}
     for o in refits: o.move(steps.get(o.kind, 1.))
 
 # %% ../nbs/14_search.ipynb #53b03cad
-def _steps(dense, before, batches, held, at, b, n, alone, r)->dict: # {kind: how much of the step}
+def _steps(dense, model, held, refits)->dict: # {kind: how much of the step}
     "How far refitted layers are moved, by the loss on texts that neither they nor the map have seen"
-    model, steps = stand_in(before, Block(at, at+len(b)), alone), {}
-    refits = _refit_behind(dense, before, model, batches, at, b, n, alone, r)
+    steps = {}
     for kind in sorted({o.kind for o in refits}): # the MLPs first, whose steps are the longest
         def loss(s):
             _move(refits, {**steps, kind: s})
@@ -406,10 +421,20 @@ def _steps(dense, before, batches, held, at, b, n, alone, r)->dict: # {kind: how
     return steps
 
 # %% ../nbs/14_search.ipynb #53b03cae
-def _refitted(dense, before, model, batches, held, at, b, n, fit, alone, r)->list: # what was done
+def _refitted(dense, before, model, batches, held, at, b, n,
+              fits, # `(Fit, the one from the texts of the fit alone, or None)`
+              r)->list: # what was done
     "Refit the first `n` layers behind block `b` of `model`, in place, and move them as far as is good"
-    steps = _steps(dense, before, batches, held, at, b, n, alone, r) if alone else {}
-    refits = _refit_behind(dense, before, model, [*batches, *held], at, b, n, fit, r)
+    (fit, alone), steps = fits, {}
+    mine, more = [[x for _,x in my_batches(bs)] for bs in (batches, held)]
+    with temporary_folder() as folder:
+        asked = [(fit, len(mine+more)), *([(alone, len(mine))] if alone else [])]
+        with together(): cuts = states_at_cut(dense, before, mine+more, at, b.end, asked, folder)
+        if alone:
+            trial = stand_in(before, Block(at, at+len(b)), alone)
+            steps = _steps(dense, trial, held, _refit_behind(dense, trial, at, b, n, cuts[1], r))
+        refits = _refit_behind(dense, model, at, b, n, cuts[0], r)
+        del cuts # their files can go
     _move(refits, steps)
     return [o.said for o in refits]
 
@@ -430,12 +455,12 @@ def fit_blocks(dense, batches, held, blocks, r:Recipe,
         at = b.start-gone
         before, lent = _lent(dense, model, batches, at, b, r)
         known = first is not None and not gone
-        fit, alone = first if known else _fits_between(dense, before, batches, held, b, at, r)
+        both = first if known else _fits_between(dense, before, batches, held, b, at, r)
+        fit = both[0]
         if lent: fit = replace(fit, removal_error=lent.removal_error)
         model = stand_in(before, Block(at, at+len(b)), fit)
         if r.refit and end>b.end:
-            refits += _refitted(dense, before, model, batches, held, at, b, min(r.refit, end-b.end), fit,
-                                alone, r)
+            refits += _refitted(dense, before, model, batches, held, at, b, min(r.refit, end-b.end), both, r)
         fits.append(fit); took.append(lent); gone += len(b)
     return Pruned(model, list(blocks), fits, refits, took)
 
