@@ -120,18 +120,19 @@ def solve_sums(g, # Gram over the texts of the fit
     return replace(fit, kind=r.map)
 
 # %% ../nbs/14_search.ipynb #064781f5
+def _alone(g, fit, r): # `fit` has a ridge found on held-out texts, where the recipe has none
+    "The map from the texts of the fit alone"
+    return solve_sums(g, None, replace(r, ridge=fit.ridge) if r.ridge=='auto' else r)
+
 def solve_trial(g, held, r:Recipe)->Fit:
     "The same map from the texts of the fit alone, for judging on the others"
-    if r.ridge!='auto': return solve_sums(g, None, r)
-    return replace(fit_map(g, r.map if r.map in MAPS else 'narrow', r.structure, r.rank,
-                           ridge=solve_sums(g, held, r).ridge), kind=r.map)
+    return _alone(g, solve_sums(g, held, r) if r.ridge=='auto' else None, r)
 
 # %% ../nbs/14_search.ipynb #064781f6
 def _solve_both(g, held, r:Recipe)->tuple: # (Fit, the one from the texts of the fit alone, or None)
     "The map, and where layers behind it will be judged on the held-out texts, the one that has not seen them"
     fit = solve_sums(g, held, r)
-    if held is None or not r.refit: return fit, None
-    return fit, solve_sums(g, None, replace(r, ridge=fit.ridge) if r.ridge=='auto' else r)
+    return fit, _alone(g, fit, r) if held is not None and r.refit else None
 
 # %% ../nbs/14_search.ipynb #0559c498
 def solve_rows(rows, r:Recipe)->Fit:
@@ -169,7 +170,7 @@ def norm_at(model, i): # -> NormBehind, or None
     "The norm behind the MLP of a layer, which a fit has to go through"
     return fold_points(model, [i])[i].norm
 
-def _fits_between(dense, model, batches, held, block, at, r)->tuple: # as `_solve_both`
+def _two_fits(dense, model, batches, held, block, at, r)->tuple: # as `_solve_both`
     points = {} if r.features.state else fold_points(model, [at-1])
     first, alone = fit, _ = _linear_fit(dense, model, batches, held, block, at, r, points)
     if r.map=='none' or not any(p.norm for p in points.values()): return fit, alone
@@ -184,7 +185,7 @@ def _fits_between(dense, model, batches, held, block, at, r)->tuple: # as `_solv
 
 def fit_between(dense, model, batches, held, block, at, r:Recipe)->Fit:
     "Fit the map of layer `at-1` of `model` towards the dense model's state `block.end`"
-    return _fits_between(dense, model, batches, held, block, at, r)[0]
+    return _two_fits(dense, model, batches, held, block, at, r)[0]
 
 # %% ../nbs/14_search.ipynb #e285fdd4
 class States:
@@ -413,7 +414,7 @@ def _move(refits, steps): # {kind: how much of the step}
 def _steps(dense, model, held, refits)->dict: # {kind: how much of the step}
     "How far refitted layers are moved, by the loss on texts that neither they nor the map have seen"
     steps = {}
-    for kind in sorted({o.kind for o in refits}): # the MLPs first, whose steps are the longest
+    for kind in dict.fromkeys(o.kind for o in reversed(refits)): # MLPs first: theirs are the longest
         def loss(s):
             _move(refits, {**steps, kind: s})
             return outcome(dense, model, held, 'held-out loss of steps')
@@ -455,7 +456,7 @@ def fit_blocks(dense, batches, held, blocks, r:Recipe,
         at = b.start-gone
         before, lent = _lent(dense, model, batches, at, b, r)
         known = first is not None and not gone
-        both = first if known else _fits_between(dense, before, batches, held, b, at, r)
+        both = first if known else _two_fits(dense, before, batches, held, b, at, r)
         fit = both[0]
         if lent: fit = replace(fit, removal_error=lent.removal_error)
         model = stand_in(before, Block(at, at+len(b)), fit)
