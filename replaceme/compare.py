@@ -292,7 +292,7 @@ def asked(self:Bench, plan=None)->list: # None is the dense model
     cfg = row_config(self.cfg, plan)
     at = str([*(getattr(cfg, k) for k in _DATA), plan.seed, cfg.trains and training_size(cfg)])
     if at not in self.data: self.data[at] = data_digest(self.model, self.tokenizer, cfg)
-    return [self.facts, self.data[at], plain_config(cfg)]
+    return [self.facts, self.data[at], plain_config(cfg), method_of(cfg).defaults]
 
 # %% ../nbs/23_compare.ipynb #6d1c0b0b
 @patch

@@ -46,6 +46,7 @@ class Method:
     formula = '' # what it computes, in LaTeX
     does, use = '', '' # what happens to the layers, and when to take it: clauses of a table
     keys = () # groups of the keys that it reads, each a dataclass
+    defaults = {} # what it takes where a key says nothing
     peer = True # is it somebody else's, and compared with ours?
     drops = True # do whole layers go?
     most_texts = None # are only the first so many texts looked at?

@@ -214,7 +214,6 @@ def _options(k:Iterating, alpha)->dict:
 class Mapped(Method):
     "What all of ours have in common: blocks are ranked by a distance, and a recipe is fitted"
     peer, iterates = False, False
-    defaults = {} # of its recipe
 
     def gone(self, k, n): return sum(map(len, given_blocks(k))) if k.blocks is not None else n*k.num_A
     def own_code(self, k): return self.recipe(k).map=='state'

@@ -20,6 +20,7 @@ from replaceme.core import ReplaceMeError, ReplaceMeWarning, peak_memory, reset_
 from replaceme.evaluate import perplexity, task_samples, task_stability
 from replaceme.models import tiny_model, tiny_tokenizer
 from replaceme.pipeline import eval_text, make_config, prune, read_config
+from replaceme.registry import METHODS
 from replaceme.sidebyside import drawn_means
 
 ROOT = Path(__file__).parents[1]
@@ -296,7 +297,7 @@ def test_a_killed_bench_keeps_what_was_done(place, tmp_path, calls, monkeypatch)
     assert calls == ALL[3:]
 
 
-@pytest.mark.parametrize("change", ["weights", "calibration", "evaluation", "length", "size", "version"])
+@pytest.mark.parametrize("change", ["weights", "calibration", "evaluation", "length", "size", "version", "defaults"])
 def test_what_a_row_depends_on_makes_it_new(place, tmp_path, calls, change, monkeypatch):
     out, kw = tmp_path/"out", {}
     for name in ("calib.txt", "judge.txt"):
@@ -316,8 +317,13 @@ def test_what_a_row_depends_on_makes_it_new(place, tmp_path, calls, change, monk
         kw["eval_size"] = 5
     if change == "version":
         monkeypatch.setattr(module, "versions", lambda: dict(replaceme="9", torch="9", transformers="9"))
+    made = ALL
+    if change == "defaults":  # the same keys mean something else
+        name = "lstsq"
+        monkeypatch.setattr(type(METHODS[name]), "defaults", dict(refit=1))
+        made = [c for c in ALL if c[0] == name]
     compare(here(place, out, **kw))
-    assert calls == ALL
+    assert calls == made and made
 
 
 def test_trained_rows_are_a_contest_of_their_own(place, tmp_path):
