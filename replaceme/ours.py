@@ -570,7 +570,7 @@ def _borrowed(done)->dict: # {layer: {layer it comes from: neurons}}
 def fit_words(r, done)->dict:
     "What stands in the place of the layers, and how well it fits"
     if not done.fits: return dict(map=r.map)
-    f, behind = done.fits[0], sorted({s['layer'] for s in done.refits})
+    f, behind = done.fits[0], sorted({s['layer'] for s in done.refits if s['step']})
     words = dict(error=f.error, removal_error=f.removal_error, alpha=f.alpha, ridge=float(f'{f.ridge:.3g}')
                  or None,
                  map=f.kind, affine=f.affine, structure=f.structure, rank=f.rank, weights=r.weights,

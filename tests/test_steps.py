@@ -8,6 +8,7 @@ from replaceme import search
 from replaceme.arch import layers_of
 from replaceme.blocks import Block
 from replaceme.models import tiny_model
+from replaceme.ours import fit_words
 from replaceme.search import HeldOut, Recipe, fit_blocks, line_search, outcome
 
 BLOCK, KINDS = Block(3, 5), dict(attention="self_attn.o_proj", MLP="mlp.down_proj")
@@ -73,6 +74,7 @@ def test_what_does_harm_is_not_done_at_all(monkeypatch, kind, sign, step):
     monkeypatch.setattr(search, "outcome", moved)
     done = fit_blocks(dense, fit, held, [BLOCK], recipe())
     assert {r["step"] for r in done.refits} == {step}
+    assert fit_words(recipe(), done)["behind"] == ([] if step == 0 else [5, 6])  # what the report calls corrected
     same = [torch.equal(layers_of(done.model)[i].get_submodule(n).weight, w) for (i, n), w in
             zip([(i, n) for i in (3, 4) for n in KINDS.values()], first)]
     assert all(same) if step == 0 else not any(same)
