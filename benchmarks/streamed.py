@@ -1,13 +1,13 @@
 """A model whose layers stay on the disk, beside the same in memory: peak memory, and seconds a token, over sizes of a chunk.
 
-    python benchmarks/streamed.py [--gb 1] [--texts 16] [--length 128] [--chunks 512 2048] [--limit 1] [--offload]
+    python benchmarks/streamed.py [--gb 1] [--texts 16] [--length 128] [--chunks 512 2048] [--limit 1] [--offload] [--save]
 
 Makes a Llama of random weights of about GB gigabytes in bfloat16, one file a layer, and prunes it by least squares (`run`; nothing is scored,
 the last five candidates, a ridge since the tokens are few), each time in a process of its own: in memory, with --offload through accelerate's
 offload to the disk, and layer by layer with each size of a chunk. A layer by layer run ends with an error once it holds more than LIMIT GB.
 A thread looks into /proc/self/status every 20 ms: `anon` is what the process holds, `file` is pages of mapped files, which the system takes back
 when it needs them (the libraries are among them, and of a model in memory its weights), `high` is VmHWM, the most of both. One thread computes;
-what else runs on the machine changes the seconds, so the load average stands beside them.
+what else runs on the machine changes the seconds, so the load average stands beside them. --save keeps the table as benchmarks/results/streamed.json.
 """
 import argparse
 import json
@@ -135,17 +135,22 @@ def main(a):
             places = {f"model.layers.{i}": "disk" for i in range(layers)} | dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
             kinds += [("accelerate's offload", dict(device_map=places), 0)]
         kinds += [(f"layer by layer, {n} tokens", dict(stream_weights=True, stream_tokens=n), a.limit) for n in a.chunks]
-        rows, ref = [], None
+        rows, kept, ref = [], [], None
         head = ["", "anon MB", "of it before", "file MB", "high MB", "calibrate s", "ms a token", "ratio", "whole run s", "block", "weights differ by"]
         for name, keys, limit in kinds:
             place = tmp / f"out{len(rows)}"
             r = launched(tmp, {**base, **keys, "save_path": str(place)}, limit)
             ref, mb = ref or r, lambda k: f"{r['peak'][k]/1e6:.0f}"
-            spent = r["stages"]["calibrate"]
+            spent, off = r["stages"]["calibrate"], same(tmp / "out0", place)
             rows.append([name, mb("RssAnon"), f"{r['start']['RssAnon']/1e6:.0f}", mb("RssFile"), mb("VmHWM"), f"{spent:.1f}", f"{1e3*spent/r['tokens']:.1f}",
-                         f"{spent/ref['stages']['calibrate']:.2f}", f"{r['seconds']:.1f}", str(r["block"]), f"{same(tmp / 'out0', place):.1e}"])
+                         f"{spent/ref['stages']['calibrate']:.2f}", f"{r['seconds']:.1f}", str(r["block"]), f"{off:.1e}"])
+            kept.append(dict(name=name, limit=limit or None, peak=r["peak"], before=r["start"], seconds=spent, of_memory=spent / ref["stages"]["calibrate"], per_token=spent / r["tokens"],
+                             block=r["block"], weights=off))
             print(" | ".join(head if len(rows) == 1 else []), " | ".join(rows[-1]), sep="\n" if len(rows) == 1 else "", flush=True)
             print("   stages:", {k: round(v, 1) for k, v in r["stages"].items()}, flush=True)
+        if a.save:
+            about = dict(bytes=total, layers=layers, texts=a.texts, length=a.length, batch=a.batch, limit=a.limit, rows=kept)
+            (Path(__file__).parent / "results/streamed.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
 if __name__ == "__main__":
@@ -157,6 +162,7 @@ if __name__ == "__main__":
     p.add_argument("--chunks", type=int, nargs="+", default=[512, 2048])
     p.add_argument("--limit", type=float, default=1.)
     p.add_argument("--offload", action="store_true")
+    p.add_argument("--save", action="store_true")
     p.add_argument("--tmp", default=None, help="folder for the model and what is made of it")
     p.add_argument("--child")
     p.add_argument("--out")

@@ -971,6 +971,7 @@ def compare(cfg)->tuple: # (Comparison, Path of the folder)
     path = compare_path(cfg)
     check_compare(cfg, path)
     model, tokenizer = load(cfg)
+    cfg = with_batch(cfg, model)
     if sees(model):
         raise ReplaceMeError(f"model_path {cfg.model_path} is an image encoder, which has no loss on a text: "
                              "compare language models.")

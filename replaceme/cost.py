@@ -299,9 +299,10 @@ def calibration_of(h:Headers, cfg, divided=True)->tuple: # is some held out? -> 
         shares = [s for _,s in mixture(cfg.dataset, cfg.dataset_shares)] if not sees(h.model) else [1]
         sizes = portions(cfg.dataset_size or UNKNOWN, [float(s/sum(shares)) for s in shares])
         origins = interleave([[i]*n for i,n in enumerate(sizes)])
-    if not divided: return text_of(bs, exact, length), Text()
+    if not divided: return text_of(grouped_by_length(bs), exact, length), Text()
     fit, held = hold_out(bs, origins=origins)
-    return text_of(fit, exact, length), text_of(held, exact, length)
+    near = [b for part in held.parts for b in grouped_by_length(part)]
+    return text_of(grouped_by_length(fit), exact, length), text_of(near, exact, length)
 
 # %% ../nbs/23_cost.ipynb #23c05737
 def judged_of(h:Headers, cfg)->Text:
@@ -1100,6 +1101,8 @@ def cost_of(cfg, h:Headers, speed=None, # measured by default
     "The cost of what a configuration asks, for a model of which the headers are known"
     device = _device(cfg)
     free = free_memory(device) if free is None else free
+    weights = sum(p.numel()*p.element_size() for p in h.model.parameters())
+    cfg = with_batch(cfg, h.model, device=device, free=max(0, free-weights))
     c = case_of(cfg, h, free)
     start = clock()
     if speed is None: differs_when_rebuilt(h.model)

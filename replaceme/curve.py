@@ -436,7 +436,7 @@ def _read(model, job, known)->tuple: # (batches, to fit on, held out)
     if texts<2:
         raise ReplaceMeError(f"layers_to_skip auto judges by texts that are held out, and there is {texts}: "
                              "give two or more (dataset_size).")
-    fit, held = hold_out(batches, origins=getattr(job.feed, 'origins', None))
+    fit, held = fit_and_held(batches, job)
     k = job.keys
     return batches, mask_tokens(fit, k.mask, k.seed) if k.get('mask') else fit, held
 

@@ -6,20 +6,20 @@
 __all__ = ['SPARE', 'ROLES', 'HELD_OUT', 'FORMATS', 'UNREAD', 'PACKED', 'TEXT_FILES', 'MAGIC', 'READERS', 'PARTS', 'NAMED',
            'LOOK', 'Source', 'SOURCES', 'MIXES', 'HOW', 'OPENINGS', 'RECIPE', 'IMAGE_FILES', 'spanned', 'seam',
            'reader', 'stream_ids', 'first_tokens', 'decoded', 'Piece', 'bare_ids', 'special_ids', 'begun', 'token_ids',
-           'pad_rows', 'at_least', 'batches', 'n_embedded', 'check_ids', 'hidden_tokens', 'mask_tokens', 'packed_ids',
-           'pack', 'cut_stream', 'python_docs', 'unboxed', 'as_chat', 'is_chat', 'content_text', 'as_message', 'NoText',
-           'chat_text', 'pick_split', 'split_of', 'one_voice', 'opened', 'file_format', 'is_text', 'open_text',
-           'read_text', 'looks_like_json', 'table_kind', 'json_table', 'json_row', 'json_rows', 'csv_rows',
-           'column_rows', 'FileRows', 'by_split', 'in_folder', 'in_file', 'open_dataset', 'is_data', 'memory_rows',
-           'InMemory', 'sliced', 'open_rows', 'as_text', 'exchange_of', 'as_columns', 'pick_columns', 'row_text',
-           'schema_of', 'only', 'guarded', 'looked_at', 'table_texts', 'first_exchange', 'exists', 'find_source',
-           'holds_rows', 'parts_of', 'Part', 'is_part', 'as_part', 'piece_length', 'named', 'read_table', 'pick',
-           'Reserved', 'reserved_cache', 'sample_ids', 'rows_at_once', 'first_id', 'user_turn', 'opening', 'first_ids',
-           'repeats', 'poor', 'sample_texts', 'own_texts', 'is_path', 'files_in', 'text_files', 'text_splits',
-           'kind_of', 'plain_only', 'read_shares', 'portions', 'interleave', 'source_key', 'shares_of', 'mixture',
-           'short_data_name', 'data_name', 'plan', 'how_of', 'load_parts', 'load_texts', 'synthetic_images', 'as_rgb',
-           'open_image', 'image_files', 'drawn', 'is_image', 'pick_images', 'undecoded', 'table_images', 'load_images',
-           'pixels', 'image_batches']
+           'pad_rows', 'at_least', 'long_rows', 'in_batches', 'batches', 'grouped_by_length', 'n_embedded', 'check_ids',
+           'hidden_tokens', 'mask_tokens', 'packed_ids', 'pack', 'cut_stream', 'python_docs', 'unboxed', 'as_chat',
+           'is_chat', 'content_text', 'as_message', 'NoText', 'chat_text', 'pick_split', 'split_of', 'one_voice',
+           'opened', 'file_format', 'is_text', 'open_text', 'read_text', 'looks_like_json', 'table_kind', 'json_table',
+           'json_row', 'json_rows', 'csv_rows', 'column_rows', 'FileRows', 'by_split', 'in_folder', 'in_file',
+           'open_dataset', 'is_data', 'memory_rows', 'InMemory', 'sliced', 'open_rows', 'as_text', 'exchange_of',
+           'as_columns', 'pick_columns', 'row_text', 'schema_of', 'only', 'guarded', 'looked_at', 'table_texts',
+           'first_exchange', 'exists', 'find_source', 'holds_rows', 'parts_of', 'Part', 'is_part', 'as_part',
+           'piece_length', 'named', 'read_table', 'pick', 'Reserved', 'reserved_cache', 'sample_ids', 'rows_at_once',
+           'first_id', 'user_turn', 'opening', 'first_ids', 'repeats', 'poor', 'sample_texts', 'own_texts', 'is_path',
+           'files_in', 'text_files', 'text_splits', 'kind_of', 'plain_only', 'read_shares', 'portions', 'interleave',
+           'source_key', 'shares_of', 'mixture', 'short_data_name', 'data_name', 'plan', 'how_of', 'load_parts',
+           'load_texts', 'synthetic_images', 'as_rgb', 'open_image', 'image_files', 'drawn', 'is_image', 'pick_images',
+           'undecoded', 'table_images', 'load_images', 'pixels', 'image_batches']
 
 # %% ../nbs/03_data.ipynb #6193d1e8
 import ast, bz2, gzip, hashlib, io, json, lzma, math, re, uuid, warnings, zipfile, zlib
@@ -177,20 +177,53 @@ def at_least(**kw): # name=(value, least)
         if value<least: raise ReplaceMeError(f"{name} {value} is too small: give {least} or more.")
 
 # %% ../nbs/03_data.ipynb #5fcec0f4
+def long_rows(texts, # or pieces
+              tokenizer,
+              max_length=512, # tokens; what is longer is cut
+             )->dict: # {number of the text: token ids}
+    "The texts that have two tokens or more, in their order"
+    at_least(max_length=(max_length, 2))
+    rows = [token_ids(t, tokenizer, max_length) for t in texts]
+    kept = {i: r for i,r in enumerate(rows) if len(r)>1}
+    if kept: return kept
+    most = max(map(len, rows), default=0)
+    raise ReplaceMeError(f"none of the {len(rows)} texts has two tokens or more, the longest has {most}: "
+                         "give longer texts, or another column.")
+
+def in_batches(rows, # lists of token ids
+               batch_size=8, # texts in a batch
+              )->list: # of dicts of CPU tensors: `input_ids`, `attention_mask`
+    "Rows in their order; the last batch may be smaller"
+    at_least(batch_size=(batch_size, 1))
+    return [pad_rows(rows[i:i+batch_size]) for i in range(0, len(rows), batch_size)]
+
 def batches(texts, # or pieces
             tokenizer,
             batch_size=8, # texts in a batch
             max_length=512, # tokens; what is longer is cut
            )->list: # of dicts of CPU tensors: `input_ids`, `attention_mask`
     "All the texts that have two tokens or more, in their order; the last batch may be smaller"
-    at_least(batch_size=(batch_size, 1), max_length=(max_length, 2))
-    rows = [token_ids(t, tokenizer, max_length) for t in texts]
-    kept = [r for r in rows if len(r)>1]
-    if not kept:
-        most = max(map(len, rows), default=0)
-        raise ReplaceMeError(f"none of the {len(rows)} texts has two tokens or more, the longest has {most}: "
-                             "give longer texts, or another column.")
-    return [pad_rows(kept[i:i+batch_size]) for i in range(0, len(kept), batch_size)]
+    at_least(batch_size=(batch_size, 1))
+    return in_batches([*long_rows(texts, tokenizer, max_length).values()], batch_size)
+
+# %% ../nbs/03_data.ipynb #a70d5451
+def _real(batch): # how far each row goes: up to its last token that counts
+    m = batch['attention_mask']
+    return (m.shape[1]-m.flip(1).argmax(1)).clamp(max=m.shape[1]).tolist()
+
+def grouped_by_length(batches, # of texts
+             )->list: # as they are, where nothing is padded
+    "The same texts, those of like length in a batch"
+    texts = all(b.keys()=={'input_ids', 'attention_mask'} for b in batches)
+    if not texts or all(n==b['attention_mask'].shape[1] for b in batches for n in _real(b)): return batches
+    rows = [({k: v[i] for k,v in b.items()}, n) for b in batches for i,n in enumerate(_real(b))]
+    size = max(len(b['input_ids']) for b in batches)
+    longest = sorted(range(len(rows)), key=lambda i: -rows[i][1])
+    groups = sorted(sorted(longest[j:j+size]) for j in range(0, len(rows), size))
+    def batch(g):
+        return {k: pad_sequence([rows[i][0][k][:rows[i][1]] for i in g], batch_first=True)
+                for k in ('input_ids', 'attention_mask')}
+    return [batch(g) for g in groups]
 
 # %% ../nbs/03_data.ipynb #ba690267
 def n_embedded(model)->int:

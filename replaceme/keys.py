@@ -60,7 +60,7 @@ def check_value(f, v):
     if v is None: return
     if known and not m.get('check') and isinstance(v, str) and v not in known:
         raise ReplaceMeError(f"{f.name} is {v!r}, not one of {', '.join(known)}.{nearest(v, known)}")
-    if m.get('least') is not None and not m['least']<=v<float('inf'):
+    if m.get('least') is not None and not isinstance(v, str) and not m['least']<=v<float('inf'):
         raise ReplaceMeError(f"{f.name} is {v}: it must be at least {m['least']}.")
     if m.get('check'): m['check'](v)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Choosing', 'given_blocks', 'Comparing', 'map_alone', 'Mapping', 'Closed', 'Unmerged', 'Iterating', 'Mapped', 'Auto',
            'LeastSquares', 'Cosine', 'Remove', 'measured_at', 'profile_facts', 'Known', 'known_profile', 'Ways',
-           'ways_out', 'sums_kept', 'fit_words']
+           'ways_out', 'sums_kept', 'fit_words', 'fit_and_held']
 
 # %% ../nbs/16_ours.ipynb #2aaef594
 import warnings
@@ -19,7 +19,7 @@ from .kept import *
 from .keys import *
 from .models import Bits, only_measures
 from .arch import *
-from .data import mask_tokens
+from .data import grouped_by_length, mask_tokens
 from .distance import *
 from .blocks import *
 from .layerwise import *
@@ -580,6 +580,12 @@ def fit_words(r, done)->dict:
         words['cost'] = linear_cost(done.model, len(done.fits), f.affine)
     return words
 
+# %% ../nbs/16_ours.ipynb #08b18387
+def fit_and_held(batches, job)->tuple: # (batches to fit on, `HeldOut`)
+    "An eighth of the texts of each data set held out, and texts of like length together"
+    fit, held = hold_out(batches, origins=getattr(job.feed, 'origins', None)) # another feed may have none
+    return grouped_by_length(fit), HeldOut(grouped_by_length(part) for part in held.parts)
+
 # %% ../nbs/16_ours.ipynb #13698884
 @patch
 def prune(self:Mapped, model, job, plan)->Pruned: # from `prove`
@@ -588,8 +594,7 @@ def prune(self:Mapped, model, job, plan)->Pruned: # from `prove`
     known = known_profile(model, k, job.n)
     with job.stages('texts'): batches = job.feed.calibration()
     if known is not None: check_texts(known.path, text_digests(batches))
-    origins = getattr(job.feed, 'origins', None) # another feed may have none
-    fit, held = hold_out(batches, origins=origins) if r.needs_held else (batches, [])
+    fit, held = fit_and_held(batches, job) if r.needs_held else (grouped_by_length(batches), [])
     if k.get('mask'): fit = mask_tokens(fit, k.mask, k.seed) # what judges is whole
     several = k.blocks is not None or k.num_A>1 or k.max_blocks>1
     done, rows, d, sinks, avoided = (_several if several else _one)(model, fit, held, job, r, blocks, known)

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['recipe_of', 'feed_of', 'n_removed', 'job_of', 'check_pictures', 'check_rungs_fit', 'prove', 'make_result',
-           'climb_rungs', 'calibrate', 'go_on', 'prune', 'output_path', 'load', 'score', 'top_classes', 'prove_places',
-           'paths_of', 'check_run', 'check_loaded', 'for_walks', 'bytes_to_hold', 'streamed_where_needed',
-           'before_loading', 'run', 'profile_files', 'write_profile', 'profile_table', 'check_analysis', 'analyse',
-           'EvaluateConfig', 'check_evaluation', 'evaluate', 'load_pair', 'evaluate_pair', 'scores_table', 'PRUNE',
-           'READ', 'LOAD', 'SCORE', 'EVERY', 'RECORD', 'key', 'asks', 'Loading', 'Texts', 'Choosing', 'Iterating',
-           'Training', 'Saving', 'Config', 'MapConfig', 'AnalyseConfig', 'PruneConfig', 'read_yaml', 'idle', 'read_by',
-           'settled', 'make_config', 'read_as', 'check_hub_name', 'check_together', 'given_blocks', 'need',
-           'read_config', 'Result', 'versions', 'n_parameters', 'calibration_texts', 'calibration_batches',
-           'training_size', 'training_batches', 'load_pictures', 'picture_batches', 'check_blocks', 'ways_out',
-           'license_of', 'base_of', 'short_name', 'check_apart', 'check_own', 'eval_text', 'save_transform',
-           'write_record', 'write_provenance', 'reload', 'made_of', 'check_hub', 'push_folder', 'for_others']
+           'climb_rungs', 'calibrate', 'go_on', 'prune', 'output_path', 'load', 'with_batch', 'score', 'top_classes',
+           'prove_places', 'paths_of', 'check_run', 'check_loaded', 'for_walks', 'bytes_to_hold',
+           'streamed_where_needed', 'before_loading', 'run', 'profile_files', 'write_profile', 'profile_table',
+           'check_analysis', 'analyse', 'EvaluateConfig', 'check_evaluation', 'evaluate', 'load_pair', 'evaluate_pair',
+           'scores_table', 'PRUNE', 'READ', 'LOAD', 'SCORE', 'EVERY', 'RECORD', 'key', 'asks', 'Loading', 'Texts',
+           'Choosing', 'Iterating', 'Training', 'Saving', 'Config', 'MapConfig', 'AnalyseConfig', 'PruneConfig',
+           'read_yaml', 'idle', 'read_by', 'settled', 'make_config', 'read_as', 'check_hub_name', 'check_together',
+           'given_blocks', 'need', 'read_config', 'Result', 'versions', 'n_parameters', 'calibration_texts',
+           'calibration_batches', 'training_size', 'training_batches', 'load_pictures', 'picture_batches',
+           'check_blocks', 'ways_out', 'license_of', 'base_of', 'short_name', 'check_apart', 'check_own', 'eval_text',
+           'save_transform', 'write_record', 'write_provenance', 'reload', 'made_of', 'check_hub', 'push_folder',
+           'for_others']
 
 # %% ../nbs/22_pipeline.ipynb #07f461fe
 import contextlib, copy, dataclasses, gc, io, warnings
@@ -245,6 +246,15 @@ def load(cfg, quantised=True, # in 4 or 8 bit, if the config says so?
         raise ReplaceMeError(f"model_path {cfg.model_path} loads, but does not run{few} ({said(e)}).") from e
     return model, inputs
 
+# %% ../nbs/22_pipeline.ipynb #38da25b3
+def with_batch(cfg, model, **kw): # as `fitting_batch` takes
+    "The same configuration; `batch_size: auto` as the number of texts that it stands for"
+    if cfg.batch_size!='auto': return cfg
+    length = cfg.eval_length if cfg.door=='evaluate' else cfg.max_length
+    new = copy.copy(cfg)
+    new.batch_size = fitting_batch(model, n_positions(model) if sees(model) else length, **kw)
+    return new
+
 # %% ../nbs/22_pipeline.ipynb #617f7e33
 def score(model, tokenizer, k, text, # keys of `Judged`, `Asking`, `Writes`, `Drafts`
           dense=None)->dict: # what it returned of the dense model
@@ -428,9 +438,10 @@ def _in_full(cfg, done, stages):
     return model, tokenizer
 
 # %% ../nbs/22_pipeline.ipynb #6eea5b8e
-def _prune(cfg, path, stages, stack)->tuple: # (dense model, tokenizer, text to score on, Pruned, Result)
-    "Everything up to the pruned model; `stack` is an ExitStack that ends with the run"
+def _prune(cfg, path, stages, stack)->tuple: # (cfg, model, tokenizer, text to score on, Pruned, Result)
+    "Everything up to the pruned model, and the dense one; `stack` is an ExitStack that ends with the run"
     with stages('load'): model, tokenizer = load(cfg)
+    cfg = with_batch(cfg, model)
     check_loaded(cfg, path, model, tokenizer)
     loaded = resident_memory(); reset_peak_memory()
     text = feed_of(model, tokenizer, cfg).judged()
@@ -439,7 +450,7 @@ def _prune(cfg, path, stages, stack)->tuple: # (dense model, tokenizer, text to 
     if cfg.quantised:
         del model; gc.collect()
         model, tokenizer = _in_full(cfg, done, stages)
-    return model, tokenizer, text, done, _finish(result, cfg, stages, loaded, model, done.model)
+    return cfg, model, tokenizer, text, done, _finish(result, cfg, stages, loaded, model, done.model)
 
 # %% ../nbs/22_pipeline.ipynb #03f8ba2f
 def _write(tmp, cfg, done, tokenizer, stages):
@@ -513,7 +524,7 @@ def streamed_where_needed(cfg):
 # %% ../nbs/22_pipeline.ipynb #b258ee0c
 def _run(cfg, yaml_text, path, tmp, stages, stack)->Result:
     "Prune, save to `tmp`, put that in its place, and score"
-    model, tokenizer, text, done, result = _prune(cfg, path, stages, stack)
+    cfg, model, tokenizer, text, done, result = _prune(cfg, path, stages, stack)
     with stages('score'): before, stop = _score_before(model, done.model, tokenizer, cfg, text, result)
     if cfg.speed and not stop:
         with stages('speed'): stop = _time_both(model, done.model, tokenizer, cfg, result)
@@ -626,6 +637,7 @@ def analyse(cfg): # -> (Profile, files written)
     out = check_analysis(cfg)
     cfg = streamed_where_needed(cfg)
     model, tokenizer = load(cfg)
+    cfg = with_batch(cfg, model)
     check_model(model)
     if sees(model): check_pictures(cfg)
     n = len(layers_of(model))
@@ -635,6 +647,7 @@ def analyse(cfg): # -> (Profile, files written)
     facts = dict(texts=text_digests(bs),
                  **{k: v for k,v in profile_facts(model, Keys(cfg, Choosing, Mapping)).items()
                     if k in ('model', 'mask')})
+    bs = grouped_by_length(bs)
     if cfg.mask: bs = mask_tokens(bs, cfg.mask, cfg.seed)
     with resumable([facts, str(out), versions()], cfg.resume_every):
         collect(model, bs, [], {}, profile, desc='profile')
@@ -683,6 +696,7 @@ def evaluate(cfg)->dict: # or a `SideBySide`
     if cfg.compare: return evaluate_pair(cfg)
     check_evaluation(cfg)
     model, tokenizer = load(cfg, keep_quantised=True)
+    cfg = with_batch(cfg, model)
     if sees(model):
         raise ReplaceMeError(f"model_path {cfg.model_path} is an image encoder, which has no perplexity: "
                              "run_replaceme compares its states before and after.")
@@ -724,6 +738,7 @@ def evaluate_pair(cfg)->SideBySide:
     check_there(cfg, 'eval_dataset')
     dense, model, tokenizer = load_pair(cfg)
     check_writes(cfg, dense, tokenizer)
+    cfg = with_batch(cfg, dense)
     names = [model_name(dict(model=m)) for m in cfg.compare]
     return side_by_side(dense, model, tokenizer, eval_text(cfg, tokenizer, dense), cfg.tasks, cfg.limit,
                         [] if cfg.prompt is None else [cfg.prompt],

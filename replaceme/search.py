@@ -102,6 +102,7 @@ def hold_out(batches, # texts in batches
         raise ReplaceMeError(f"{n} calibration text: choosing by outcome needs two or more, one of them held "
                              "out; give more texts (dataset_size), or method: lstsq.")
     origins = [0]*n if origins is None or len(set(origins))==n else origins # of one text each, all are one
+    if len(origins)!=n: raise ReplaceMeError(f"origins are of {len(origins)} texts, and there are {n}.")
     out = last_of(origins, share)
     held = [_chosen_rows(batches, [o==p and h for o,h in zip(origins, out)]) for p in sorted(set(origins))]
     return _chosen_rows(batches, [not h for h in out]), HeldOut(held)
