@@ -74,6 +74,7 @@ export: install-dev ## write library and README from the notebooks
 	@echo "== library and README from the notebooks"
 	@$(PY) .ci/badges
 	@nbdev_export
+	@$(PY) .ci/pages
 	@nbdev_clean
 	@$(PY) -c "from nbdev.quarto import refresh_quarto_yml; refresh_quarto_yml()"
 	@PATH="$(CURDIR)/.ci/bin:$$PATH" nbdev_readme # the stand-in comes first: the same README wherever it is made
