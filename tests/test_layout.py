@@ -1,9 +1,11 @@
 """The house is complete, each setting stands once, and importing it does nothing else."""
 import ast
+import importlib.machinery
 import json
 import re
 import subprocess
 import sys
+import types
 from collections import Counter
 from configparser import ConfigParser
 from pathlib import Path
@@ -41,6 +43,15 @@ def test_every_notebook_stands_in_the_sidebar():
     assert sorted(names) == sorted(there)
     rooms = [n for n in names if n[:2].isdigit()]
     assert rooms == sorted(rooms)  # the way of the data
+
+
+def test_each_method_has_a_page_that_is_in_step_with_it(tmp_path):
+    loader = importlib.machinery.SourceFileLoader("pages", str(ROOT / ".ci/pages"))
+    pages = types.ModuleType("pages")
+    loader.exec_module(pages)
+    pages.write(tmp_path)
+    made, kept = [{p.name: p.read_text(encoding="utf-8") for p in d.glob("*.ipynb")} for d in (tmp_path, ROOT / "nbs/methods")]
+    assert made == kept and len(made) >= 11  # make export writes them
 
 
 def kept_files():
