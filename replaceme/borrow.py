@@ -21,6 +21,7 @@ from .stream import *
 from .activations import *
 from .stats import *
 from .merge import *
+from .states import *
 
 # %% ../nbs/13_borrow.ipynb #b0220007
 @dataclass
@@ -143,38 +144,6 @@ def eliminated(G, C, f, ridge=.1, part=.2)->Tensor: # `(f,)` numbers of the feat
         keep = keep[score.topk(max(f, int((1-part)*len(keep)))).indices.sort().values]
     return keep
 
-# %% ../nbs/13_borrow.ipynb #b0220016
-def _some(batches, tokens): # tokens that are enough
-    "Texts taken evenly from all, however they are batched"
-    step, at, out = max(1, n_tokens(batches)//max(1, tokens)), 0, []
-    for b in batches:
-        n = len(b['attention_mask'])
-        rows = [i for i in range(n) if (at+i)%step==0]
-        if rows: out.append({k: v[rows] for k,v in b.items()})
-        at += n
-    return out
-
-# %% ../nbs/13_borrow.ipynb #1e89741d
-@dataclass
-class _Streams:
-    "What enters the layer before the cut, and what shall leave the block, batch by batch"
-    batches:list; enter:list; target:list
-
-@torch.no_grad()
-def _streams(dense, model, batches, at, end):
-    "Run the models once up to where their states are wanted"
-    out = _Streams(batches, [], [])
-    for b in over_tokens(batches, 'states for borrowing'):
-        mask = b['attention_mask']
-        def look(i, x, n, to):
-            if i==n: to.append(masked(x, mask).cpu())
-        if dense is model:
-            tap(model, b, lambda i,x: (look(i, x, at-1, out.enter), look(i, x, end, out.target)), until=end)
-        else:
-            tap(model, b, lambda i,x: look(i, x, at-1, out.enter), until=at-1)
-            tap(dense, b, lambda i,x: look(i, x, end, out.target), until=end)
-    return out
-
 # %% ../nbs/13_borrow.ipynb #b0220017
 class _Asked:
     "A copy of one layer that can be given other neurons, and asked what they notice"
@@ -204,23 +173,23 @@ def _removal_error(g, E):
     return ((E*(G@E)).sum()-2*(E*C).sum()+g.RtR).div(g.RtR).item()
 
 @torch.no_grad()
-def _asked_sums(asked, streams, a, b, weights):
+def _asked_sums(asked, kept, a, b, weights): # `kept` from `some_states`
     "The sums over what two sets of neurons notice"
     p, d = 2*asked.place.f, asked.d
     g = Gram(p, d, asked.point.device, torch.zeros(p, d), single=True)
     feats = Features(wide=True, weights=weights)
     with together():
-        for batch,x,Y in zip(streams.batches, streams.enter, streams.target):
+        for batch,x,Y in kept:
             (h, A), (k, _) = [asked.notice(n, batch, x) for n in (a, b)]
             g.add(torch.cat([h, k], 1), Y.to(A)-A, feats.weigh(Y))
     add_up([g])
     return g
 
 # %% ../nbs/13_borrow.ipynb #b022001a
-def _as_chosen(asked, streams, a, b, keep, both):
+def _as_chosen(asked, kept, a, b, keep, both):
     "Do the neurons that stay notice in their new place what they did?"
-    batch = {k: v[:1] for k,v in streams.batches[0].items()} # one text
-    x = streams.enter[0][:n_tokens([batch])]
+    batch = {k: v[:1] for k,v in kept[0][0].items()} # one text
+    x = kept[0][1][:n_tokens([batch])]
     want = torch.cat([asked.notice(n, batch, x)[0] for n in (a, b)], 1)[:,keep]
     got, _ = asked.notice(both.take(keep), batch, x)
     return (got-want).norm() <= max(1e-3, 8*torch.finfo(asked.one.dtype).eps)*want.norm()
@@ -270,21 +239,26 @@ def _lenders(dense, model, at, block):
 @torch.no_grad()
 def borrow(dense, model, # the model whose layer `at-1` borrows; the dense one itself for the first block
            batches, at, block, # the layers of `dense` that go
-           weights='inv_norm')->tuple: # (model with the neurons, Borrowed), or (`model`, None)
+           weights='inv_norm',
+           ends=None, # kept states of the texts, where they are there already
+          )->tuple: # (model with the neurons, Borrowed), or (`model`, None)
     "Let the layer before a cut have the neurons that stand in best, its own among them"
     place, mine, others = _lenders(dense, model, at, block)
     if not others: return model, None
-    with together():
-        some = [b for _,b in my_batches(_some(batches, 8*place.f))]
-        streams = _streams(dense, model, some, at, block.end)
+    if ends is None:
+        with states_around(dense, model, [batches], at, block.end) as ends:
+            if ends is not None: return borrow(dense, model, batches, at, block, weights, ends)
+        _not_borrowed(f"layer {block.start-1} does not run by itself")
+        return model, None
+    kept = some_states(ends, 0, max(1, n_tokens(batches)//(8*place.f))) # a few texts for each feature
     asked, plain = _Asked(model, at-1, place), None
     for i in progress(others, desc='neurons to borrow', unit=' layers'):
         other = neurons_of(layers_of(dense)[i], place, asked.d, i)
-        g = _asked_sums(asked, streams, mine, other, weights)
+        g = _asked_sums(asked, kept, mine, other, weights)
         if plain is None: plain = _removal_error(g, asked.E)
         G, C = g.XtX.float(), g.XtR.float()
         keep, both = eliminated(G, C, place.f), join(mine, other)
-        fine = not streams.batches or _as_chosen(asked, streams, mine, other, keep, both)
+        fine = not kept or _as_chosen(asked, kept, mine, other, keep, both)
         if not all(everybody(bool(fine))): return model, None
         W, mine = worth(G[keep][:,keep], C[keep])[1], both.take(keep.cpu())
     counts = {l: int((mine.of==l).sum()) for l in sorted({*mine.of.tolist()})}

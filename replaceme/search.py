@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['RIDGE', 'Recipe', 'last_of', 'hold_out', 'solve_sums', 'solve_trial', 'solve_rows', 'norm_at', 'fit_between',
-           'States', 'Cut', 'states_at_cut', 'put_wide', 'line_search', 'Refit', 'refit_layer', 'stand_in', 'outcome',
-           'Distances', 'Pruned', 'fit_blocks', 'beside', 'fit_beside', 'stand_ins', 'winner', 'choose', 'prune_one',
-           'prune_several']
+           'put_wide', 'line_search', 'Refit', 'refit_layer', 'stand_in', 'outcome', 'Distances', 'Pruned',
+           'fit_blocks', 'beside', 'fit_beside', 'stand_ins', 'winner', 'choose', 'prune_one', 'prune_several']
 
 # %% ../nbs/14_search.ipynb #7a04d8c7
-import contextlib, math, tempfile
+import contextlib, math, tempfile, warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -24,6 +23,7 @@ from .arch import *
 from .kept import identity, text_digests
 from .resume import *
 from .activations import *
+from .layerwise import layerwise
 from .distance import *
 from .blocks import *
 from .stats import *
@@ -33,6 +33,7 @@ from .optimize import *
 from .merge import *
 from .merge import _assign, _values
 from .norms import *
+from .states import *
 from .borrow import *
 from .unmerged import *
 from .evaluate import *
@@ -149,13 +150,15 @@ def solve_rows(rows, r:Recipe)->Fit:
                history=solved.history)
 
 # %% ../nbs/14_search.ipynb #c44f68b4
-def _linear_fit(dense, model, batches, held, block, at, r, points, turn=0):
+def _linear_fit(dense, model, batches, held, block, at, r, points, turn=0, ends=None):
     "What is linear in what a layer reads or writes, by sums or by rows, as two fits"
     if r.solver=='closed':
-        def take(bs):
-            return collect_between(dense, model, bs, list(points.values()), at, block.end, r.features,
+        parts = [batches, *parts_held(held)]
+        def take(k):
+            if ends is not None: return sums_of_layer(ends, k, model, at, r.features)
+            return collect_between(dense, model, parts[k], list(points.values()), at, block.end, r.features,
                                    f'sums {block}')
-        return _solve_both(take(batches), equal_say(map(take, parts_held(held))) if held else None, r)
+        return _solve_both(take(0), equal_say(map(take, range(1, len(parts)))) if held else None, r)
     with contextlib.ExitStack() as stack:
         name = f'{block.start}-{block.end}' + (f'-turn{turn+1}' if turn else '')
         if r.rows_path: folder = local_path(r.rows_path)/name
@@ -171,15 +174,15 @@ def norm_at(model, i): # -> NormBehind, or None
     "The norm behind the MLP of a layer, which a fit has to go through"
     return fold_points(model, [i])[i].norm
 
-def _two_fits(dense, model, batches, held, block, at, r)->tuple: # as `_solve_both`
+def _two_fits(dense, model, batches, held, block, at, r, ends=None)->tuple: # as `_solve_both`
     points = {} if r.features.state else fold_points(model, [at-1])
-    first, alone = fit, _ = _linear_fit(dense, model, batches, held, block, at, r, points)
+    first, alone = fit, _ = _linear_fit(dense, model, batches, held, block, at, r, points, 0, ends)
     if r.map=='none' or not any(p.norm for p in points.values()): return fit, alone
     for k in range(r.turns):
         if k:
             model = with_normed(model, at-1, fit)
             points = fold_points(model, [at-1])
-            fit, alone = _linear_fit(dense, model, batches, held, block, at, r, points, k)
+            fit, alone = _linear_fit(dense, model, batches, held, block, at, r, points, k, ends)
         fit = through_norm(dense, model, [*batches, *held], block, at, fit, r.weights)
     if alone is not None: alone = through_norm(dense, model, batches, block, at, alone, r.weights)
     return replace(fit, removal_error=first.removal_error), alone
@@ -187,62 +190,6 @@ def _two_fits(dense, model, batches, held, block, at, r)->tuple: # as `_solve_bo
 def fit_between(dense, model, batches, held, block, at, r:Recipe)->Fit:
     "Fit the map of layer `at-1` of `model` towards the dense model's state `block.end`"
     return _two_fits(dense, model, batches, held, block, at, r)[0]
-
-# %% ../nbs/14_search.ipynb #e285fdd4
-class States:
-    "Hidden states of all real tokens at one depth, on disk: `states[k]`, `(T,d)`, are those of batch `k`"
-    def __init__(self, path, batches, d, dtype):
-        counts = [n_tokens([b]) for b in batches]
-        n = sum(counts)
-        if n: rows = torch.from_file(str(path), shared=True, size=n*d, dtype=dtype).view(n, d)
-        else: rows = torch.empty(0, d, dtype=dtype) # no file is as long as that
-        self.rows, self.parts = rows.split(counts), counts
-    def __getitem__(self, k): return self.rows[k]
-    def __setitem__(self, k, x): self.rows[k].copy_(x)
-
-# %% ../nbs/14_search.ipynb #b4480286
-@dataclass
-class Cut:
-    "The streams at a cut: what the pruned model has there, and what the dense model had"
-    batches:list
-    ours:States
-    target:States
-
-# %% ../nbs/14_search.ipynb #b34bfe04
-def _each_at_cut(dense, model, at, end, fits): # -> function of a batch: ([state, one for each fit], target)
-    f = fits[0]
-    if f.kind=='normed': # its states are those at the cut
-        made, feats = [with_normed(model, at-1, f) for f in fits], Features(state=True, affine=f.affine)
-        def take(batch):
-            found = [between(dense, m, batch, [], at, end, feats) for m in made]
-            return [S for _,S,_ in found], found[0][2]
-        return take
-    feats = Features(f.kind=='wide', f.kind=='state', f.affine)
-    points = [] if feats.state else [*fold_points(model, [at-1]).values()]
-    E = writes(points[0]) if feats.wide else torch.eye(width(dense))
-    if feats.affine: E = torch.cat([E, E[:1]*0])
-    D = [f.T-E.to(f.T) for f in fits]
-    def take(batch):
-        X, S, Y = between(dense, model, batch, points, at, end, feats)
-        return [S+X@d.to(X) for d in D], Y
-    return take
-
-# %% ../nbs/14_search.ipynb #b34bfe05
-def states_at_cut(dense, model, batches, at, end,
-                  asked, # of (Fit, number of the first batches that it is for)
-                  folder)->list: # of `Cut`, one for each fit
-    "Run both models once up to the cut; `model` is the one before the block goes and a map is folded"
-    d, dtype = width(dense), dense.dtype
-    check_room(folder, sum(2*n_tokens(batches[:k]) for _,k in asked)*d*dtype.itemsize)
-    def kept(i, k): return [States(Path(folder)/f'{name} {i}', batches[:k], d, dtype)
-                            for name in ('ours', 'target')]
-    cuts = [Cut(batches[:k], *kept(i, k)) for i,(_,k) in enumerate(asked)]
-    take = _each_at_cut(dense, model, at, end, [fit for fit,_ in asked])
-    for k,batch in enumerate(over_tokens(batches, 'states at the cut')):
-        ours, Y = take(batch)
-        for cut,S in zip(cuts, ours):
-            if k<len(cut.batches): cut.ours[k], cut.target[k] = S, Y
-    return cuts
 
 # %% ../nbs/14_search.ipynb #e4f31edc
 # times unknowns a column over tokens; measured on SmolLM2, where half and twice as much change little
@@ -423,30 +370,47 @@ def _steps(dense, model, held, refits)->dict: # {kind: how much of the step}
     return steps
 
 # %% ../nbs/14_search.ipynb #53b03cae
-def _refitted(dense, before, model, batches, held, at, b, n,
+def _refitted(dense, before, model, held, at, b, n,
               fits, # `(Fit, the one from the texts of the fit alone, or None)`
-              r)->list: # what was done
+              r, ends)->list: # what was done
     "Refit the first `n` layers behind block `b` of `model`, in place, and move them as far as is good"
-    (fit, alone), steps = fits, {}
-    mine, more = [[x for _,x in my_batches(bs)] for bs in (batches, held)]
-    with temporary_folder() as folder:
-        asked = [(fit, len(mine+more)), *([(alone, len(mine))] if alone else [])]
-        with together(): cuts = states_at_cut(dense, before, mine+more, at, b.end, asked, folder)
-        if alone:
-            trial = stand_in(before, Block(at, at+len(b)), alone)
-            steps = _steps(dense, trial, held, _refit_behind(dense, trial, at, b, n, cuts[1], r))
-        refits = _refit_behind(dense, model, at, b, n, cuts[0], r)
-        del cuts # their files can go
+    alone, steps, every = fits[1], {}, range(len(ends.groups))
+    def refit(model, groups, name):
+        with temporary_folder() as folder:
+            with together(): cut = cut_behind(ends, model, at, groups, folder, name)
+            return _refit_behind(dense, model, at, b, n, cut, r)
+    if alone:
+        trial = stand_in(before, Block(at, at+len(b)), alone)
+        steps = _steps(dense, trial, held, refit(trial, [0], 'trial'))
+    refits = refit(model, every, 'all')
     _move(refits, steps)
     return [o.said for o in refits]
 
 # %% ../nbs/14_search.ipynb #0b0220a1
-def _lent(dense, model, batches, at, b, r)->tuple: # (model, Borrowed or None)
-    "The model whose layer before a block has borrowed neurons, where the recipe says so and it can"
-    wanted = r.borrow and r.map=='wide' and r.solver=='closed'
-    return borrow(dense, model, batches, at, b, r.weights) if wanted else (model, None)
+def _borrows(r): return r.borrow and r.map=='wide' and r.solver=='closed'
+
+@contextlib.contextmanager
+def _around(dense, model, batches, held, at, b, n, r): # `n` layers behind will be refitted -> Ends, or None
+    "The states around a block, where more than one pair of eyes looks at them"
+    if not (n or _borrows(r)) or layerwise(dense): yield None; return
+    with states_around(dense, model, [batches, *parts_held(held)], at, b.end) as ends:
+        if n and ends is None:
+            warnings.warn(f"nothing behind {b} is refitted: layer {b.start-1} does not run by itself "
+                          "(refit: 0 does not try).", ReplaceMeWarning, stacklevel=5)
+        yield ends
 
 # %% ../nbs/14_search.ipynb #57d208e7
+def _fit_block(dense, model, batches, held, b, at, n, r, first): # -> (Fit, model, refits, Borrowed or None)
+    "Fit and fold the map of one block, and refit `n` layers behind it"
+    with _around(dense, model, batches, held, at, b, n, r) as ends:
+        before, lent = model, None
+        if _borrows(r): before, lent = borrow(dense, model, batches, at, b, r.weights, ends)
+        both = _two_fits(dense, before, batches, held, b, at, r, ends) if first is None else first
+        fit = replace(both[0], removal_error=lent.removal_error) if lent else both[0]
+        small = stand_in(before, Block(at, at+len(b)), fit)
+        refits = [] if ends is None or not n else _refitted(dense, before, small, held, at, b, n, both, r, ends)
+        return fit, small, refits, lent
+
 def fit_blocks(dense, batches, held, blocks, r:Recipe,
                first=None, # two fits of the first block, where they are known
               )->Pruned:
@@ -454,16 +418,9 @@ def fit_blocks(dense, batches, held, blocks, r:Recipe,
     model, gone, fits, refits, took = dense, 0, [], [], []
     ends = [b.start for b in blocks[1:]]+[len(layers_of(dense))]
     for b,end in zip(blocks, ends):
-        at = b.start-gone
-        before, lent = _lent(dense, model, batches, at, b, r)
-        known = first is not None and not gone
-        both = first if known else _two_fits(dense, before, batches, held, b, at, r)
-        fit = both[0]
-        if lent: fit = replace(fit, removal_error=lent.removal_error)
-        model = stand_in(before, Block(at, at+len(b)), fit)
-        if r.refit and end>b.end:
-            refits += _refitted(dense, before, model, batches, held, at, b, min(r.refit, end-b.end), both, r)
-        fits.append(fit); took.append(lent); gone += len(b)
+        n, known = min(r.refit, end-b.end), first if not gone else None
+        fit, model, done, lent = _fit_block(dense, model, batches, held, b, b.start-gone, n, r, known)
+        fits.append(fit); refits += done; took.append(lent); gone += len(b)
     return Pruned(model, list(blocks), fits, refits, took)
 
 # %% ../nbs/14_search.ipynb #8551c1d9
