@@ -181,6 +181,57 @@ def test_no_batch_goes_through_twice(place, monkeypatch, more):
     assert not [*(place / "cache/resume").iterdir()]
 
 
+STATES = dict(method="auto", top_k=2, refit=2)
+
+
+def walked(monkeypatch, nth=None, more=STATES):
+    "Run, stopped behind the nth batch of the walk around the block; the numbers of the batches that were walked"
+    from replaceme import states
+    from replaceme.pipeline import make_config, run
+    seen, plain = [], states._ends_of
+
+    def counting(dense, model, batch, *a):
+        if len(seen) == nth:
+            raise Killed
+        seen.append(tuple(batch["input_ids"].flatten().tolist()))
+        return plain(dense, model, batch, *a)
+    with monkeypatch.context() as m:
+        m.setattr(states, "_ends_of", counting)
+        try:
+            run(make_config(**{**KEYS, "resume_every": 0, **more}))
+        except Killed:
+            pass
+    return seen
+
+
+@pytest.mark.filterwarnings("ignore:this run goes on")
+def test_states_around_a_block_are_gone_on_with(place, monkeypatch):
+    "auto looks four times at the same states: the models are walked through once, also after a kill"
+    whole = walked(monkeypatch)
+    bits = digest()
+    assert len(whole) == len(set(whole)) > 3
+    for nth in range(1, len(whole), 2):
+        assert walked(monkeypatch, nth) + walked(monkeypatch) == whole and digest() == bits
+
+
+@pytest.mark.filterwarnings("ignore:this run goes on")
+@pytest.mark.parametrize("spoil", ["changed", "short", "gone"])
+def test_damaged_states_are_walked_anew(place, monkeypatch, spoil):
+    whole = walked(monkeypatch)
+    bits = digest()
+    walked(monkeypatch, 3)
+    file = next((place / "cache/resume").glob("*/*.enter"))
+    data = bytearray(file.read_bytes())
+    if spoil == "changed":
+        data[len(data) // len(whole) + 999] ^= 64  # in the second batch
+        file.write_bytes(data)
+    elif spoil == "short":
+        file.write_bytes(data[:100])
+    else:
+        file.unlink()
+    assert walked(monkeypatch) == whole[{"changed": 1, "short": 0, "gone": 0}[spoil]:] and digest() == bits
+
+
 def test_another_configuration_text_or_model_begins_anew(place, monkeypatch):
     from replaceme.models import load_model
     from replaceme.pipeline import make_config, run
