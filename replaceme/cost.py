@@ -525,6 +525,26 @@ def solver_work(r, tokens, p, d)->Work: # a `Recipe`
     if r.solver=='irls': return times*(Work(double=2*tokens*p*(p+d))+solve(p, d))
     return times*Work(flops=6*tokens*p*d, read=4*tokens*(p+2*d))
 
+# %% ../nbs/23_cost.ipynb #0b0220d1
+@patch
+def borrows(self:Case)->int: # features that are compared at once, or none
+    "Does the layer before the cut take neurons of the layers that go?"
+    r, s = self.recipe, self.shape
+    return 2*s.wide if r and r.borrow and self.map=='wide' and s.wide and not s.norm else 0
+
+@patch
+def refits(self:Case)->int: # layers
+    "How many layers behind the cut are refitted?"
+    return min(self.recipe.refit, self.n-1)
+
+@patch
+def around(self:Case, blocks=1): # -> steps
+    "The states on both sides of a block, where more than one step reads them"
+    if not (self.borrows() or self.refits()): return
+    kept = Work(written=2*self.texts.tokens*self.shape.d*self.shape.item)
+    yield Step('fit', f'states around the block: {self.end:.0f} layers',
+               blocks*(self.passes(self.texts, self.end)+kept))
+
 # %% ../nbs/23_cost.ipynb #23c0575f
 @patch
 def mapping(self:Case, blocks=1): # -> steps
@@ -533,9 +553,11 @@ def mapping(self:Case, blocks=1): # -> steps
     turns = r.turns if self.shape.norm and r.map!='none' else 1
     follows = blocks==1 and self.map=='narrow' and turns==1 and sums_kept(r) and r.solver=='closed'
     if not follows or self.cfg.blocks is not None:
-        more = self.passes(texts, self.end)
+        one = r.solver=='closed' and (self.borrows() or self.refits()) # layer, on states that are kept
+        more = walk(self.shape, texts, self.n-1) if one else self.passes(texts, self.end)
         if r.solver=='closed': more += sums(self.shape, texts.tokens, p)
-        yield Step('fit', f'states for the map: {self.end:.0f} layers', blocks*turns*more)
+        walked = 'the layer before the block' if one else f'{self.end:.0f} layers'
+        yield Step('fit', f'states for the map: {walked}', blocks*turns*more)
     if turns>1:
         both = self.passes(texts, self.end)+self.passes(texts, self.end-self.gone/blocks)
         yield Step('fit', 'through the norm behind', blocks*turns*both)
@@ -545,13 +567,6 @@ def mapping(self:Case, blocks=1): # -> steps
         yield Step('fit', f'{self.map} map, {p} by {d}',
                    blocks*turns*solve(p, d, self.map=='wide', r.ridge=='auto')+Work(builds=2))
 
-# %% ../nbs/23_cost.ipynb #0b0220d1
-@patch
-def borrows(self:Case)->int: # features that are compared at once, or none
-    "Does the layer before the cut take neurons of the layers that go?"
-    r, s = self.recipe, self.shape
-    return 2*s.wide if r and r.borrow and self.map=='wide' and s.wide and not s.norm else 0
-
 # %% ../nbs/23_cost.ipynb #0b0220d2
 @patch
 def borrowing(self:Case, blocks=1): # -> steps
@@ -560,7 +575,6 @@ def borrowing(self:Case, blocks=1): # -> steps
     if not p: return
     share = min(1, 4*p/max(1, texts.tokens))
     tokens = share*texts.tokens
-    yield Step('fit', 'states for borrowing', blocks*share*self.passes(texts, self.end))
     asked = 2*share*walk(self.shape, texts, self.n-1)+sums(self.shape, tokens, p)
     sizes = [p*.8**k for k in range(4)] # a fifth goes each time
     chosen = Work(flops=sum(q**3+2*q*q*d for q in sizes), moved=4*3*sum(q*q for q in sizes))
@@ -581,12 +595,12 @@ def behind(self:Case, texts, n, blocks): # -> steps
 @patch
 def refitting(self:Case, blocks=1): # -> steps
     "The layers behind the cut; where texts are held out, first without those, to see how far they go"
-    r, d, n = self.recipe, self.shape.d, min(self.recipe.refit, self.n-1)
+    r, d, n = self.recipe, self.shape.d, self.refits()
     if not n: return
     twice = r.needs_held and r.solver=='closed'
-    tokens = self.texts.tokens+twice*self.fit.tokens
-    start = Work(flops=2*tokens*self.width*d, written=2*tokens*d*self.shape.item)
-    yield Step('fit', 'states at the cut', blocks*(self.passes(self.texts, self.end)+start))
+    start = walk(self.shape, self.texts, self.n-1)+twice*walk(self.shape, self.fit, self.n-1)
+    start += Work(written=2*(self.texts.tokens+twice*self.fit.tokens)*d*self.shape.item)
+    yield Step('fit', 'states at the cut', blocks*start)
     if twice:
         yield from self.behind(self.fit, n, blocks)
         loss = self.passes(self.held.alone(), head=True, gone=self.gone)
@@ -609,6 +623,7 @@ def several(self:Case): # -> steps
         tried += sums(self.shape, self.fit.tokens, self.p)
         loss = self.passes(self.held.alone(), head=True, gone=self.gone)
         yield Step('fit', f'{k} ways of up to {blocks} blocks tried', k*(blocks*tried+loss))
+    yield from self.around(blocks)
     yield from self.borrowing(blocks)
     yield from self.mapping(blocks)
     yield from self.refitting(blocks)
@@ -714,7 +729,7 @@ def pruning(self:Case): # -> steps
         return
     if self.cfg.blocks is not None or self.cfg.num_A>1 or self.cfg.max_blocks>1: yield from self.several()
     else:
-        parts = self.measuring, self.choosing, self.borrowing, self.mapping, self.refitting
+        parts = self.measuring, self.choosing, self.around, self.borrowing, self.mapping, self.refitting
         for part in parts: yield from part()
 
 # %% ../nbs/23_cost.ipynb #9d757e1b
