@@ -6,7 +6,7 @@
 __all__ = ['States', 'Cut', 'Ends', 'states_around', 'sums_of_layer', 'cut_behind', 'some_states']
 
 # %% ../nbs/12_states.ipynb #5ead0002
-import contextlib, itertools
+import contextlib, itertools, os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,9 +69,17 @@ def _runs_alone(model, at, batch, Z, S)->bool:
     alone = through(keep_layers(model, [at-1]), batch, Z)[1]
     return bool((alone-S).norm() <= max(1e-3, 8*torch.finfo(S.dtype).eps)*S.norm())
 
+def _beside(p, need)->Path|None: # a `Pass` or None; bytes
+    "The folder of the notes, where states can be kept in it: a run that was killed goes on with them"
+    if p is None: return None
+    try:
+        p.file.parent.mkdir(parents=True, exist_ok=True)
+        check_room(p.file.parent, need)
+    except (OSError, ReplaceMeError): return None
+    return p.file.parent if os.access(p.file.parent, os.W_OK) else None
+
 def _here(batches, groups, folder, d, dtype, name='ends')->Ends:
-    "Room for the states of this process's share"
-    check_room(folder, 2*n_tokens(batches)*d*dtype.itemsize)
+    "The files for the states of this process's share"
     sizes = [*itertools.accumulate(map(len, groups), initial=0)]
     numbers = [[*range(a, b)] for a,b in zip(sizes, sizes[1:])]
     files = [States(Path(folder)/f'{name}.{part}', batches, d, dtype) for part in ('enter', 'target')]
@@ -109,11 +117,14 @@ def states_around(dense, model, # the model that layers go from, the dense one f
     "Run the models once up to a block, and keep the states on its two sides while this is open"
     groups = [my_batches(part) for part in parts]
     batches = [b for g in groups for _,b in g]
-    p = next_pass('states around', at, end, [text_digests(part) for part in parts])
-    with contextlib.nullcontext(p.file.parent) if p else temporary_folder() as folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+    p, d = next_pass('states around', at, end, [text_digests(part) for part in parts]), width(model)
+    need = 2*n_tokens(batches)*d*dense.dtype.itemsize
+    notes = _beside(p, need)
+    with temporary_folder() if notes is None else contextlib.nullcontext(notes) as folder:
+        if notes is None: p = None
         with together():
-            ends = _here(batches, groups, folder, width(model), dense.dtype, p.file.stem if p else 'ends')
+            check_room(folder, need)
+            ends = _here(batches, groups, folder, d, dense.dtype, p.file.stem if p else 'ends')
             fine = _walk(dense, model, ends, at, end, p)
         yield ends if all(everybody(fine)) else None
 

@@ -274,12 +274,13 @@ def test_nothing_is_noted_before_it_is_due_or_where_that_is_not_wanted(place, mo
         assert not [*(place / "cache").rglob("resume/*/*.safetensors")]
 
 
-def test_a_cache_that_cannot_be_written_costs_nothing_but_the_notes(place, monkeypatch):
+@pytest.mark.parametrize("more", [{}, STATES], ids=["sums", "states"])
+def test_a_cache_that_cannot_be_written_costs_nothing_but_the_notes(place, monkeypatch, more):
     from replaceme.pipeline import make_config, run
     (place / "cache").mkdir(exist_ok=True)
     (place / "cache/resume").write_text("a file where the folder should be")
     with pytest.warns(UserWarning, match="a note to go on from could not be made"):
-        run(make_config(**KEYS, resume_every=0))
+        run(make_config(**{**KEYS, "resume_every": 0, **more}))
     assert (place / "out/model.safetensors").exists()
 
 
