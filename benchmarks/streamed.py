@@ -1,15 +1,18 @@
 """A model whose layers stay on the disk, beside the same in memory: peak memory, and seconds a token, over sizes of a chunk.
 
-    python benchmarks/streamed.py [--gb 1] [--texts 16] [--length 128] [--chunks 512 2048] [--limit 1] [--offload] [--save]
+    python benchmarks/streamed.py [--gb 1] [--texts 16] [--length 128] [--chunks 512 2048] [--limit 1] [--offload] [--cgroup] [--save]
 
 Makes a Llama of random weights of about GB gigabytes in bfloat16, one file a layer, and prunes it by least squares (`run`; nothing is scored,
 the last five candidates, a ridge since the tokens are few), each time in a process of its own: in memory, with --offload through accelerate's
 offload to the disk, and layer by layer with each size of a chunk. A layer by layer run ends with an error once it holds more than LIMIT GB.
 A thread looks into /proc/self/status every 20 ms: `anon` is what the process holds, `file` is pages of mapped files, which the system takes back
-when it needs them (the libraries are among them, and of a model in memory its weights), `high` is VmHWM, the most of both. One thread computes;
+when it needs them (the libraries are among them, and of a model in memory its weights), `high` is VmHWM, the most of both. With --cgroup (Linux, as root)
+all runs but the one in memory share the limit, LIMIT GB with the pages of files: the kernel takes back what is more, so weights that are read again come from
+the disk again, and kills what cannot be taken back. One thread computes;
 what else runs on the machine changes the seconds, so the load average stands beside them. --save keeps the table as benchmarks/results/streamed.json.
 """
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -94,12 +97,32 @@ def child(keys, limit, out):
                                          error=result["fit"]["error"], tokens=result["calibration"]["tokens"])))
 
 
-def launched(tmp, keys, limit=0):
+GROUP = Path("/sys/fs/cgroup/memory/replaceme")
+
+
+@contextlib.contextmanager
+def confined(limit, files):
+    "A function that puts a process into a group that may hold LIMIT GB, pages of files with it; none of the files is in memory at the start"
+    if not limit:
+        yield None
+        return
+    for f in files:
+        with open(f, "rb") as o:
+            os.posix_fadvise(o.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    GROUP.mkdir()
+    try:
+        (GROUP / "memory.limit_in_bytes").write_text(str(int(limit * 1e9)))
+        yield lambda: (GROUP / "cgroup.procs").write_text(str(os.getpid()))
+    finally:
+        GROUP.rmdir()
+
+
+def launched(tmp, keys, limit=0, enter=None):
     out, env = tmp / "out.json", {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}  # what is freed is given back
     cmd = [sys.executable, __file__, "--child", json.dumps(keys), "--limit", str(limit), "--out", str(out)]
-    done = subprocess.run(cmd, env=env, capture_output=True, text=True)
+    done = subprocess.run(cmd, env=env, capture_output=True, text=True, preexec_fn=enter)
     if done.returncode:
-        sys.exit(done.stderr[-3000:])
+        sys.exit(done.stderr[-3000:] or f"ended with {done.returncode}")
     return json.loads(out.read_text())
 
 
@@ -133,13 +156,14 @@ def main(a):
         kinds = [("in memory", {}, 0)]
         if a.offload:
             places = {f"model.layers.{i}": "disk" for i in range(layers)} | dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
-            kinds += [("accelerate's offload", dict(device_map=places), 0)]
+            kinds += [("accelerate's offload", dict(device_map=places), a.limit if a.cgroup else 0)]
         kinds += [(f"layer by layer, {n} tokens", dict(stream_weights=True, stream_tokens=n), a.limit) for n in a.chunks]
         rows, kept, ref = [], [], None
         head = ["", "anon MB", "of it before", "file MB", "high MB", "calibrate s", "ms a token", "ratio", "whole run s", "block", "weights differ by"]
         for name, keys, limit in kinds:
             place = tmp / f"out{len(rows)}"
-            r = launched(tmp, {**base, **keys, "save_path": str(place)}, limit)
+            with confined(limit if a.cgroup else 0, (tmp / "dense").glob("*.safetensors")) as enter:
+                r = launched(tmp, {**base, **keys, "save_path": str(place)}, limit, enter)
             ref, mb = ref or r, lambda k: f"{r['peak'][k]/1e6:.0f}"
             spent, off = r["stages"]["calibrate"], same(tmp / "out0", place)
             rows.append([name, mb("RssAnon"), f"{r['start']['RssAnon']/1e6:.0f}", mb("RssFile"), mb("VmHWM"), f"{spent:.1f}", f"{1e3*spent/r['tokens']:.1f}",
@@ -149,7 +173,7 @@ def main(a):
             print(" | ".join(head if len(rows) == 1 else []), " | ".join(rows[-1]), sep="\n" if len(rows) == 1 else "", flush=True)
             print("   stages:", {k: round(v, 1) for k, v in r["stages"].items()}, flush=True)
         if a.save:
-            about = dict(bytes=total, layers=layers, texts=a.texts, length=a.length, batch=a.batch, limit=a.limit, rows=kept)
+            about = dict(bytes=total, layers=layers, texts=a.texts, length=a.length, batch=a.batch, limit=a.limit, cgroup=a.cgroup, rows=kept)
             (Path(__file__).parent / "results/streamed.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
@@ -162,6 +186,7 @@ if __name__ == "__main__":
     p.add_argument("--chunks", type=int, nargs="+", default=[512, 2048])
     p.add_argument("--limit", type=float, default=1.)
     p.add_argument("--offload", action="store_true")
+    p.add_argument("--cgroup", action="store_true")
     p.add_argument("--save", action="store_true")
     p.add_argument("--tmp", default=None, help="folder for the model and what is made of it")
     p.add_argument("--child")
