@@ -19,7 +19,6 @@ from .core import *
 from .group import *
 from .plots import *
 from .arch import *
-from .data import grouped_by_length
 from .activations import *
 from .distance import *
 from .blocks import *
@@ -53,7 +52,7 @@ def distances(model, batches,
     "The distance across every block that could go"
     blocks = lasting(model, candidates(len(layers_of(model)), n))
     profile = Profile(len(layers_of(model)), metric, 'all' if sees(model) else tokens)
-    collect(model, grouped_by_length(batches), [], {}, profile, desc='distances')
+    collect(model, batches, [], {}, profile, desc='distances')
     return {b: profile.mean[b.start, b.end].item() for b in blocks}
 
 # %% ../nbs/16_baselines.ipynb #36fe2ebc

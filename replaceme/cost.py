@@ -299,7 +299,7 @@ def calibration_of(h:Headers, cfg, divided=True)->tuple: # is some held out? -> 
         shares = [s for _,s in mixture(cfg.dataset, cfg.dataset_shares)] if not sees(h.model) else [1]
         sizes = portions(cfg.dataset_size or UNKNOWN, [float(s/sum(shares)) for s in shares])
         origins = interleave([[i]*n for i,n in enumerate(sizes)])
-    if not divided: return text_of(grouped_by_length(bs), exact, length), Text()
+    if not divided: return text_of(bs, exact, length), Text()
     fit, held = hold_out(bs, origins=origins)
     near = [b for part in held.parts for b in grouped_by_length(part)]
     return text_of(grouped_by_length(fit), exact, length), text_of(near, exact, length)

@@ -594,7 +594,7 @@ def prune(self:Mapped, model, job, plan)->Pruned: # from `prove`
     known = known_profile(model, k, job.n)
     with job.stages('texts'): batches = job.feed.calibration()
     if known is not None: check_texts(known.path, text_digests(batches))
-    fit, held = fit_and_held(batches, job) if r.needs_held else (grouped_by_length(batches), [])
+    fit, held = fit_and_held(batches, job) if r.needs_held else (batches, [])
     if k.get('mask'): fit = mask_tokens(fit, k.mask, k.seed) # what judges is whole
     several = k.blocks is not None or k.num_A>1 or k.max_blocks>1
     done, rows, d, sinks, avoided = (_several if several else _one)(model, fit, held, job, r, blocks, known)

@@ -647,7 +647,6 @@ def analyse(cfg): # -> (Profile, files written)
     facts = dict(texts=text_digests(bs),
                  **{k: v for k,v in profile_facts(model, Keys(cfg, Choosing, Mapping)).items()
                     if k in ('model', 'mask')})
-    bs = grouped_by_length(bs)
     if cfg.mask: bs = mask_tokens(bs, cfg.mask, cfg.seed)
     with resumable([facts, str(out), versions()], cfg.resume_every):
         collect(model, bs, [], {}, profile, desc='profile')

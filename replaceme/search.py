@@ -408,7 +408,8 @@ def _fit_block(dense, model, batches, held, b, at, n, r, first): # -> (Fit, mode
         both = _two_fits(dense, before, batches, held, b, at, r, ends) if first is None else first
         fit = replace(both[0], removal_error=lent.removal_error) if lent else both[0]
         small = stand_in(before, Block(at, at+len(b)), fit)
-        refits = [] if ends is None or not n else _refitted(dense, before, small, held, at, b, n, both, r, ends)
+        go = n and ends is not None
+        refits = _refitted(dense, before, small, held, at, b, n, both, r, ends) if go else []
         return fit, small, refits, lent
 
 def fit_blocks(dense, batches, held, blocks, r:Recipe,

@@ -69,6 +69,7 @@ def _runs_alone(model, at, batch, Z, S)->bool:
     alone = through(keep_layers(model, [at-1]), batch, Z)[1]
     return bool((alone-S).norm() <= max(1e-3, 8*torch.finfo(S.dtype).eps)*S.norm())
 
+# %% ../nbs/12_states.ipynb #5ead1001
 def _beside(p, need)->Path|None: # a `Pass` or None; bytes
     "The folder of the notes, where states can be kept in it: a run that was killed goes on with them"
     if p is None: return None
@@ -85,6 +86,7 @@ def _here(batches, groups, folder, d, dtype, name='ends')->Ends:
     files = [States(Path(folder)/f'{name}.{part}', batches, d, dtype) for part in ('enter', 'target')]
     return Ends(batches, *files, numbers, [n for g in groups for n,_ in g])
 
+# %% ../nbs/12_states.ipynb #5ead1002
 def _as_noted(ends, p)->list: # of pairs
     "The sums of the batches that a run before has kept, as far as their files hold them still"
     noted = p.data.get('ends', []) if p else []
@@ -108,6 +110,7 @@ def _walk(dense, model, ends, at, end, p)->bool: # could the layer before the bl
     if p and fine: p.note(len(sums), end=True, ends=sums)
     return fine
 
+# %% ../nbs/12_states.ipynb #5ead1003
 @contextlib.contextmanager
 def states_around(dense, model, # the model that layers go from, the dense one for the first block
                   parts, # lists of batches, each with sums of its own
@@ -155,7 +158,8 @@ def cut_behind(ends, model, at, groups, # numbers of the groups
     which = [k for g in groups for k in ends.groups[g]]
     batches, dtype = [ends.batches[k] for k in which], ends.ours[0].dtype if ends.batches else model.dtype
     check_room(folder, 2*n_tokens(batches)*d*dtype.itemsize)
-    out = Cut(batches, *(States(Path(folder)/f'{part} {name}', batches, d, dtype) for part in ('ours', 'target')))
+    files = [States(Path(folder)/f'{part} {name}', batches, d, dtype) for part in ('ours', 'target')]
+    out = Cut(batches, *files)
     for i,k in enumerate(which):
         out.ours[i], out.target[i] = through(one, out.batches[i], ends.ours[k])[1], ends.target[k]
     return out

@@ -1,11 +1,11 @@
 """The house is complete, each setting stands once, and importing it does nothing else."""
 import ast
 import importlib.machinery
+import importlib.util
 import json
 import re
 import subprocess
 import sys
-import types
 from collections import Counter
 from configparser import ConfigParser
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_every_notebook_stands_in_the_sidebar():
 
 def test_each_method_has_a_page_that_is_in_step_with_it(tmp_path):
     loader = importlib.machinery.SourceFileLoader("pages", str(ROOT / ".ci/pages"))
-    pages = types.ModuleType("pages")
+    pages = importlib.util.module_from_spec(importlib.util.spec_from_loader("pages", loader))
     loader.exec_module(pages)
     pages.write(tmp_path)
     made, kept = [{p.name: p.read_text(encoding="utf-8") for p in d.glob("*.ipynb")} for d in (tmp_path, ROOT / "nbs/methods")]
