@@ -532,11 +532,13 @@ def borrows(self:Case)->int: # features that are compared at once, or none
     r, s = self.recipe, self.shape
     return 2*s.wide if r and r.borrow and self.map=='wide' and s.wide and not s.norm else 0
 
+# %% ../nbs/23_cost.ipynb #5ead200a
 @patch
 def refits(self:Case)->int: # layers
     "How many layers behind the cut are refitted?"
     return min(self.recipe.refit, self.n-1)
 
+# %% ../nbs/23_cost.ipynb #5ead200b
 @patch
 def around(self:Case, blocks=1): # -> steps
     "The states on both sides of a block, where more than one step reads them"

@@ -190,6 +190,7 @@ def long_rows(texts, # or pieces
     raise ReplaceMeError(f"none of the {len(rows)} texts has two tokens or more, the longest has {most}: "
                          "give longer texts, or another column.")
 
+# %% ../nbs/03_data.ipynb #5ead2001
 def in_batches(rows, # lists of token ids
                batch_size=8, # texts in a batch
               )->list: # of dicts of CPU tensors: `input_ids`, `attention_mask`
@@ -197,6 +198,7 @@ def in_batches(rows, # lists of token ids
     at_least(batch_size=(batch_size, 1))
     return [pad_rows(rows[i:i+batch_size]) for i in range(0, len(rows), batch_size)]
 
+# %% ../nbs/03_data.ipynb #5ead2002
 def batches(texts, # or pieces
             tokenizer,
             batch_size=8, # texts in a batch
@@ -211,6 +213,7 @@ def _real(batch): # how far each row goes: up to its last token that counts
     m = batch['attention_mask']
     return (m.shape[1]-m.flip(1).argmax(1)).clamp(max=m.shape[1]).tolist()
 
+# %% ../nbs/03_data.ipynb #5ead2003
 def grouped_by_length(batches, # of texts
              )->list: # as they are, where nothing is padded
     "The same texts, those of like length in a batch"

@@ -141,6 +141,7 @@ def _writes(m, chosen): # a module; experts that a token is sent to
     return next((n for a in ('out_features', 'nf') if (n := getattr(m, a, None))), None) or \
         max(p.shape[-2]*(chosen if p.ndim==3 else 1) for p in mats)
 
+# %% ../nbs/15_feed.ipynb #5ead2004
 def token_bytes(model)->int: # $M$
     "Bytes of a token on its way through the layers"
     layers, chosen = layers_of(model), getattr(stack_config(model), 'num_experts_per_tok', None) or 1
@@ -163,6 +164,7 @@ def fitting_batch(model,
     most = min(BUSY.get(device.type, _BUSY)/length, free/(4*token_bytes(model)*length))
     return 2**int(math.log2(max(most, 1)))
 
+# %% ../nbs/15_feed.ipynb #5ead2005
 def texts_at_once(model, k:Texts)->int:
     "`batch_size` as a number"
     if k.batch_size!='auto': return k.batch_size

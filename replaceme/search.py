@@ -389,6 +389,7 @@ def _refitted(dense, before, model, held, at, b, n,
 # %% ../nbs/14_search.ipynb #0b0220a1
 def _borrows(r): return r.borrow and r.map=='wide' and r.solver=='closed'
 
+# %% ../nbs/14_search.ipynb #5ead200c
 @contextlib.contextmanager
 def _around(dense, model, batches, held, at, b, n, r): # `n` layers behind will be refitted -> Ends, or None
     "The states around a block, where more than one pair of eyes looks at them"
@@ -412,6 +413,7 @@ def _fit_block(dense, model, batches, held, b, at, n, r, first): # -> (Fit, mode
         refits = _refitted(dense, before, small, held, at, b, n, both, r, ends) if go else []
         return fit, small, refits, lent
 
+# %% ../nbs/14_search.ipynb #5ead200d
 def fit_blocks(dense, batches, held, blocks, r:Recipe,
                first=None, # two fits of the first block, where they are known
               )->Pruned:

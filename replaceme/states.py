@@ -46,6 +46,7 @@ class Cut:
     ours:States
     target:States
 
+# %% ../nbs/12_states.ipynb #5ead2006
 @dataclass
 class Ends(Cut):
     "In front of the layer before a block, and behind the block, for several groups of texts"
@@ -64,6 +65,7 @@ def _ends_of(dense, model, batch, at, end): # -> (Z, what leaves layer `at-1`, Y
     if not same: tap(dense, batch, lambda i,x: look('dense', i, x), until=end)
     return seen['model', at-1], seen['model', at], seen['model' if same else 'dense', end]
 
+# %% ../nbs/12_states.ipynb #5ead2007
 def _runs_alone(model, at, batch, Z, S)->bool:
     "Does layer `at-1` by itself make of its states what it makes in the model?"
     alone = through(keep_layers(model, [at-1]), batch, Z)[1]
@@ -79,6 +81,7 @@ def _beside(p, need)->Path|None: # a `Pass` or None; bytes
     except (OSError, ReplaceMeError): return None
     return p.file.parent if os.access(p.file.parent, os.W_OK) else None
 
+# %% ../nbs/12_states.ipynb #5ead2008
 def _here(batches, groups, folder, d, dtype, name='ends')->Ends:
     "The files for the states of this process's share"
     sizes = [*itertools.accumulate(map(len, groups), initial=0)]
@@ -170,6 +173,7 @@ def _texts(ends, k, rows): # of batch `k` -> (batch, states that enter, states t
     take = lambda x: torch.cat([x.split(parts)[i] for i in rows])
     return {key: v[rows] for key,v in ends.batches[k].items()}, take(ends.ours[k]), take(ends.target[k])
 
+# %% ../nbs/12_states.ipynb #5ead2009
 def some_states(ends, group, step)->list: # of (batch, states that enter, states to be)
     "Every `step`-th text of a group"
     out = []
