@@ -793,14 +793,23 @@ def model_card(result, # as saved in `replaceme.json`
              'The whole record is in `replaceme.json`, a page to look at in `report.html`.']
     return front_matter(result) + '\n' + '\n\n'.join(parts) + '\n'
 
+# %% ../nbs/20_report.ipynb #b35cee02
+class _Plot:
+    "A plot and what it shows; two that show the same are equal"
+    def __init__(self, plot, *args, **kw): self.plot, self.args, self.kw = plot, args, kw
+    def __call__(self, ax): return self.plot(*self.args, ax=ax, **self.kw)
+    def _key(self): return repr((self.plot.__qualname__, self.args, self.kw))
+    def __eq__(self, other): return self._key()==other._key()
+    def __hash__(self): return hash(self._key())
+
 # %% ../nbs/20_report.ipynb #b4aef959
 _THEME = {INK: 'var(--ink)', LINE: 'var(--line)', ACCENT: 'var(--accent)', MARK: 'var(--mark)'}
 
-def _svg(draw, # function of the axes
-         size, label):
+@functools.lru_cache(maxsize=32)
+def _svg(drawing, size, label):
     "A drawing as inline SVG that takes its colours and its font from the page"
     fig, buf = matplotlib.figure.Figure(figsize=size, layout='constrained'), io.StringIO()
-    draw(fig.subplots())
+    drawing(fig.subplots())
     with matplotlib.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': label}):
         fig.savefig(buf, format='svg', transparent=True, dpi=200, metadata=dict(Date=None))
     svg = buf.getvalue()
@@ -952,15 +961,15 @@ def _pictures(result):
     prof, kw = _drawings(result)
     shaded, hatched = (_HOLDS.format(how=w) if kw['sinks'] else '' for w in ('Shaded', 'Hatched'))
     for n in dict.fromkeys(e-s for s,e in kw['block'] if e-s in prof):
-        yield _picture(lambda ax: plot_profile(prof, n, ax=ax, **kw), (4.8,3), f'Distance across {n} layers',
+        yield _picture(_Plot(plot_profile, prof, n, **kw), (4.8,3), f'Distance across {n} layers',
                        _BY_START.format(n=n) + shaded)
     if (bi := result.peer.influence):
-        yield _picture(lambda ax: plot_influence(bi, kw['block'], ax), (4.8,2.6), 'Influence of each layer',
+        yield _picture(_Plot(plot_influence, bi, kw['block']), (4.8,2.6), 'Influence of each layer',
                        'How much each layer turns its input. Dark: removed.')
     if len(prof)>1:
         if (t := result.distance.texts):
             hatched += _FEWER.format(max(i for i,k in enumerate(t) if k==t[0])-1, t[-1], t[0])
-        yield _picture(lambda ax: plot_heatmap(prof, ax=ax, **kw), (4.8,3.6), 'Distance by start and length',
+        yield _picture(_Plot(plot_heatmap, prof, **kw), (4.8,3.6), 'Distance by start and length',
                        _BY_LENGTH + hatched)
 
 # %% ../nbs/20_report.ipynb #d3482563
@@ -985,7 +994,7 @@ def _choice(result):
     if not rows: return
     picture = None
     if len(_choice_keys(result))>1:
-        picture = _picture(lambda ax: plot_choice(result.choice, ax), (4.8,2.8), 'Candidates',
+        picture = _picture(_Plot(plot_choice, result.choice), (4.8,2.8), 'Candidates',
                            'Each candidate by its distance and by what it was judged by.')
     note = P(choice_note(result), cls='soft small')
     return _section('What else was tried', _html_table(rows, headers), note, picture)
@@ -1016,7 +1025,7 @@ def _fit_section(result):
     parts = [_html_formula(result), P(f'{left} Fitted on {_data_text(result)}.')]
     if (kinds := _kind_words(result)): parts.append(P(f"The fit: {', '.join(kinds)}."))
     if ridge_rows(ridge):
-        parts.append(_picture(lambda ax: plot_ridge(ridge, ax), (4.8,2.6), 'Held-out error by ridge', _TRIED))
+        parts.append(_picture(_Plot(plot_ridge, ridge), (4.8,2.6), 'Held-out error by ridge', _TRIED))
     return _section('The map that stands in for them', *parts)
 
 # %% ../nbs/20_report.ipynb #a20759fa
@@ -1050,7 +1059,7 @@ def _errors(result):
     intro = P(f'How far the state is off that each layer behind the {first}cut reads, {errors.tokens:,} '
               f'tokens of the evaluation text: the first row is the error {_first_row(result)}, '
               'the last what the model makes of it.')
-    picture = _picture(lambda ax: plot_errors(errors, ax), size, 'Error by layer and place', _PLACES)
+    picture = _picture(_Plot(plot_errors, errors), size, 'Error by layer and place', _PLACES)
     words = P(f'The beginning of that text as {behind} reads it: the darker a token, the further off.',
               cls='soft small') if errors.words else None
     return _section('Where the error goes', intro, picture, words, _words(errors))
@@ -1118,7 +1127,7 @@ def _kinds(result):
     rows, headers = domain_rows(result)
     if not rows: return
     domains = [{**d, 'text': no_path(d.text)} for d in result.domains]
-    drawing = _picture(lambda ax: plot_domains(domains, ax), (4.8, .9+.34*len(rows)), 'Loss by kind of text',
+    drawing = _picture(_Plot(plot_domains, domains), (4.8, .9+.34*len(rows)), 'Loss by kind of text',
                        "Loss above the dense model's by kind of text, 95% by a paired bootstrap. Calibrated "
                        f"on {result.calibration.dataset or 'no text'}.")
     return _section('By kind of text', drawing, _html_table(rows, headers))
@@ -1168,7 +1177,7 @@ def _taken(result):
     rows, t = taken_rows(result), result.speed
     if not rows: return
     n = len(t.batches)*2+2
-    drawing = _picture(lambda ax: plot_taken(result, ax), (4.8, 1.2+.3*n), 'Speed and memory', _DEPTH)
+    drawing = _picture(_Plot(plot_taken, result), (4.8, 1.2+.3*n), 'Speed and memory', _DEPTH)
     return _section('Speed and memory', drawing, _html_table(rows, _HEADERS),
                     P(' '.join(_how_taken(t)), cls='soft small'))
 
@@ -1223,7 +1232,7 @@ def _curve(result):
     things = 'images' if result.kind=='images' else 'texts'
     words = _JUDGED.format(texts=curve.fit.texts, things=things,
                            map=names.get(curve.fit.map, 'a narrow map'))
-    picture = _picture(lambda ax: plot_curve(curve, ax), (4.8,3), 'Loss by number of layers',
+    picture = _picture(_Plot(plot_curve, curve), (4.8,3), 'Loss by number of layers',
                        'Held-out loss above the dense model by the number of layers that go.')
     intro = P(f"The budget was {curve.budget}: {curve.chosen} layers went.")
     return _section('How many layers', intro, picture, _html_table(rows, headers), P(words, cls='soft small'))
