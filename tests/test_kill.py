@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 KILLS = int(os.environ.get("REPLACEME_KILLS", 40))
 WHOLE = {"model.safetensors", "config.json", "tokenizer.json", "replaceme.json", "replaceme.yaml", "README.md", "report.html"}
@@ -119,6 +120,7 @@ def main(seed=0):
         i, killed = i + 1, killed + (said["code"] == -signal.SIGKILL)
 
 
+@pytest.mark.minutes
 def test_killed_at_many_moments(tmp_path, save_tiny):
     save_tiny(tmp_path)
     (tmp_path / "tmp").mkdir()

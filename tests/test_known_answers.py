@@ -18,6 +18,7 @@ def measured(data_dir):
     return model, tokenizer, measure(model, batches(texts, tokenizer, 8, 512), candidates(30, 6), Profile(30))
 
 
+@pytest.mark.minutes
 def test_profile(measured):
     found = measured[2]
     ranked = best_blocks(candidates(30, 6), found.profile.of_length(6), 3)

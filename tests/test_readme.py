@@ -37,6 +37,7 @@ def test_run_replaceme(place):
     assert "report   pruned/smollm2-135m-minus6-auto/report.html" in out
 
 
+@pytest.mark.minutes
 def test_evaluate_model(place):
     "On the two models that the README names, the second as the line before left it"
     words = next(shlex.split(t) for t in TYPED if t.startswith("evaluate_model"))
@@ -101,6 +102,7 @@ def test_pip_install(tmp_path):
     assert (tmp_path / "lib/replaceme/pipeline.py").exists() and (tmp_path / "lib/bin/run_replaceme").exists()
 
 
+@pytest.mark.minutes
 @pytest.mark.skipif(not (ROOT / ".venv/.library").exists(), reason="make would build an environment here: run make test")
 def test_make(place, tmp_path):
     "The demo in a small dose; `make test` is what runs this, and is only looked at"

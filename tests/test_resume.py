@@ -111,6 +111,7 @@ def main(seed=0):
         print(json.dumps(said), flush=True)
 
 
+@pytest.mark.minutes
 def test_killed_at_random_moments_it_ends_in_the_same_bits(tmp_path, save_tiny):
     save_tiny(tmp_path)
     (tmp_path / "texts.txt").write_text(" ".join(f"The map number {i} stands in for {i * i} layers that went, nearly." for i in range(300)))

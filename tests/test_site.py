@@ -93,6 +93,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 BARE = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--allow-file-access-from-files", "--enable-logging=stderr"]
 
 
+@pytest.mark.minutes
 @pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
 def test_every_page_opens_at_both_widths(tmp_path):
     frames = [FRAME.format((DOCS / page).resolve().as_uri(), page, width) for page in PAGES for width in WIDTHS]
