@@ -795,12 +795,13 @@ def model_card(result, # as saved in `replaceme.json`
 
 # %% ../nbs/20_report.ipynb #b35cee02
 class _Plot:
-    "A plot and what it shows; two that show the same are equal"
-    def __init__(self, plot, *args, **kw): self.plot, self.args, self.kw = plot, args, kw
+    "A plot and what it shows, plain data; two that show the same are equal"
+    def __init__(self, plot, *args, **kw):
+        self.plot, self.args, self.kw = plot, args, kw
+        self.shows = repr((plot.__qualname__, args, kw)) # as it is now: a record goes on being filled in
     def __call__(self, ax): return self.plot(*self.args, ax=ax, **self.kw)
-    def _key(self): return repr((self.plot.__qualname__, self.args, self.kw))
-    def __eq__(self, other): return self._key()==other._key()
-    def __hash__(self): return hash(self._key())
+    def __eq__(self, other): return self.shows==other.shows
+    def __hash__(self): return hash(self.shows)
 
 # %% ../nbs/20_report.ipynb #b4aef959
 _THEME = {INK: 'var(--ink)', LINE: 'var(--line)', ACCENT: 'var(--accent)', MARK: 'var(--mark)'}
