@@ -810,7 +810,7 @@ def _panel(ax, found, x, dense):
     for name,(marker,color,dash) in _styled(dict.fromkeys(l.name for l in found)).items():
         pts = [(x(l), min(ppl(l.loss), cap)) for l in found if l.name==name]
         ax.plot(*zip(*pts), marker=marker, ms=11 if marker in '*Pp' else 8, mec='white', mew=.6, color=color,
-                ls=dash, lw=1.2, label=name, zorder=3)
+                ls=dash, lw=1.2, label=as_label(name), zorder=3)
     ax.axhline(dense, color=INK, lw=1, ls=(0, (6, 3)), zorder=2, label=f'dense {dense:.2f}')
     _log(ax.yaxis, [dense, *(min(ppl(l.loss), cap) for l in found)])
     ax.grid(color=LINE, lw=.6)
@@ -860,11 +860,12 @@ def _kinds_panel(ax, found, n): # of (Line, [Domain])
         (marker, color, _), step = looks[l.name], .7/max(1, len(here)-1)
         x, y = [j+i*step-.35*(len(here)>1) for j in range(len(ds))], [d.above[0] for d in ds]
         for a,d in zip(x, ds): ax.plot([a, a], d.above[1:], color=color, lw=1.2, zorder=2)
-        ax.plot(x, y, ls='none', marker=marker, ms=7, mec='white', mew=.6, color=color, label=l.name,
-                zorder=3)
+        ax.plot(x, y, ls='none', marker=marker, ms=7, mec='white', mew=.6, color=color,
+                label=as_label(l.name), zorder=3)
     ax.axhline(0, color=INK, lw=1, ls=(0, (6, 3)))
     ax.axvspan(len(here[0][1])-1.5, len(here[0][1])-.5, color=LINE, alpha=.35, lw=0, zorder=0)
-    ax.set_xticks(range(len(here[0][1])), [d.text for d in here[0][1]], rotation=20, ha='right')
+    ax.set_xticks(range(len(here[0][1])), [as_label(d.text, 24) for d in here[0][1]],
+                  rotation=20, ha='right')
     ax.grid(axis='y', color=LINE, lw=.6); ax.set_axisbelow(True)
 
 # %% ../nbs/23_compare.ipynb #7218b5cb
@@ -893,7 +894,7 @@ def drawings(self:Comparison)->dict: # {name: function that draws it}
 def compare_path(cfg)->Path:
     "Where the comparison goes"
     if cfg.save_path: return local_path(cfg.save_path)
-    local = local_path(str(cfg.model_path)).exists() # `.` has no name of its own
+    local = exists(str(cfg.model_path)) # `.` has no name of its own
     return Path('compared')/(short_name(cfg.model_path) if local else model_name(dict(model=cfg.model_path)))
 
 # %% ../nbs/23_compare.ipynb #7e8f714a

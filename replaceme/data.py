@@ -13,13 +13,13 @@ __all__ = ['SPARE', 'ROLES', 'HELD_OUT', 'FORMATS', 'UNREAD', 'PACKED', 'TEXT_FI
            'json_row', 'json_rows', 'csv_rows', 'column_rows', 'FileRows', 'by_split', 'in_folder', 'in_file',
            'open_dataset', 'is_data', 'memory_rows', 'InMemory', 'sliced', 'open_rows', 'as_text', 'exchange_of',
            'as_columns', 'pick_columns', 'row_text', 'schema_of', 'only', 'guarded', 'looked_at', 'table_texts',
-           'first_exchange', 'exists', 'find_source', 'holds_rows', 'parts_of', 'Part', 'is_part', 'as_part',
-           'piece_length', 'named', 'read_table', 'pick', 'Reserved', 'reserved_cache', 'sample_ids', 'rows_at_once',
-           'first_id', 'user_turn', 'opening', 'first_ids', 'repeats', 'poor', 'sample_texts', 'own_texts', 'is_path',
-           'files_in', 'text_files', 'text_splits', 'kind_of', 'plain_only', 'read_shares', 'portions', 'interleave',
-           'source_key', 'shares_of', 'mixture', 'short_data_name', 'data_name', 'plan', 'how_of', 'load_parts',
-           'load_texts', 'synthetic_images', 'as_rgb', 'open_image', 'image_files', 'drawn', 'is_image', 'pick_images',
-           'undecoded', 'table_images', 'load_images', 'pixels', 'image_batches']
+           'first_exchange', 'find_source', 'holds_rows', 'parts_of', 'Part', 'is_part', 'as_part', 'piece_length',
+           'named', 'read_table', 'pick', 'Reserved', 'reserved_cache', 'sample_ids', 'rows_at_once', 'first_id',
+           'user_turn', 'opening', 'first_ids', 'repeats', 'poor', 'sample_texts', 'own_texts', 'is_path', 'files_in',
+           'text_files', 'text_splits', 'kind_of', 'plain_only', 'read_shares', 'portions', 'interleave', 'source_key',
+           'shares_of', 'mixture', 'short_data_name', 'data_name', 'plan', 'how_of', 'load_parts', 'load_texts',
+           'synthetic_images', 'as_rgb', 'open_image', 'image_files', 'drawn', 'is_image', 'pick_images', 'undecoded',
+           'table_images', 'load_images', 'pixels', 'image_batches']
 
 # %% ../nbs/03_data.ipynb #6193d1e8
 import ast, bz2, gzip, hashlib, io, json, lzma, math, re, uuid, warnings, zipfile, zlib
@@ -407,7 +407,7 @@ def _explain(e, dataset, offline='a local file or folder, python-docs, or self')
     "The sentence for an exception out of `datasets`"
     said = ' '.join(str(e).split())[:300] or type(e).__name__
     if isinstance(e, StopIteration): said = 'it is empty'
-    if isinstance(e, (FileNotFoundError, ConnectionError)) and not local_path(dataset).exists():
+    if isinstance(e, (FileNotFoundError, ConnectionError)) and not exists(dataset):
         known = [*SOURCES, *MIXES]
         hint = '' if dataset in known else nearest(dataset, known)
         return (f"dataset {dataset}: there is no such data set, or the hub cannot be reached ({said}).{hint} "
@@ -463,7 +463,7 @@ def opened(path, # of a file here, or an address on the hub
            token=None):
     "A file to read bytes from, unpacked"
     get = partial(xopen, download_config=DownloadConfig(token=token))
-    with (open if Path(path).exists() else get)(str(path), 'rb') as f:
+    with (open if exists(path) else get)(str(path), 'rb') as f:
         start = f.read(8)
         f.seek(0)
         unpack = next((u for magic,u in PACKED.values() if start.startswith(magic)), None)
@@ -713,7 +713,7 @@ def open_dataset(path, # a table file, a saved folder, a folder of files, or a h
     if subset and (saved or file.is_file()):
         raise ReplaceMeError(f"dataset {path} has no subsets, so no {subset!r} (dataset_subset).")
     if saved: return load_from_disk(str(file))
-    if file.exists(): return in_file(file) if file.is_file() else in_folder(file, subset)
+    if exists(file): return in_file(file) if file.is_file() else in_folder(file, subset)
     if columns is None: return load_dataset(str(path), subset, token=token, **kw)
     return by_split(load_dataset_builder(str(path), subset, token=token))
 
@@ -776,7 +776,7 @@ def open_rows(path, # as in `open_dataset`, or a data set in memory
     "The rows of one split, read as they are asked for"
     if isinstance(path, InMemory): path = path.rows
     has_name, slicing = isinstance(path, (str, Path)), bool(split) and '[' in split
-    hub = has_name and not local_path(path).exists()
+    hub = has_name and not exists(path)
     kw = dict(split=split) if slicing and hub else dict(streaming=True)
     if has_name: ds = open_dataset(path, subset, token, None if slicing else columns, **kw)
     else: ds = memory_rows(path)
@@ -979,12 +979,6 @@ SOURCES = {
     'arcee-ai/sec-data-mini': Source('arcee-ai/sec-data-mini')}
 
 MIXES = {'fineweb_and_orca': ('Open-Orca/SlimOrca', 'HuggingFaceFW/fineweb')}
-
-# %% ../nbs/03_data.ipynb #cf5463b1
-def exists(path)->bool:
-    "Is there such a file or folder? What cannot be a path is none"
-    try: return local_path(path).exists()
-    except (OSError, ValueError): return False # too long
 
 # %% ../nbs/03_data.ipynb #415f447c
 def _is_name(s):
@@ -1277,7 +1271,7 @@ def is_path(dataset)->bool:
     "Does the name mean a file or a folder here, and no data set on the hub?"
     path, name = local_path(dataset), str(dataset)
     written_so = name.startswith(('.', '/', '~')) or name.count('/')>1 or is_text(path)
-    return written_so or _suffix(path) in {*FORMATS, *UNREAD} or path.exists()
+    return written_so or _suffix(path) in {*FORMATS, *UNREAD} or exists(path)
 
 # %% ../nbs/03_data.ipynb #49a6c6e6
 def files_in(folder)->list: # of paths, sorted
@@ -1325,7 +1319,7 @@ def kind_of(dataset)->str:
     if dataset in ('self', 'python-docs'): return dataset
     path = local_path(dataset)
     if text_files(path): return 'text'
-    if is_path(dataset) and not path.exists():
+    if is_path(dataset) and not exists(path):
         raise ReplaceMeError(f"dataset {dataset}: no such file or folder.")
     return 'table'
 
@@ -1382,7 +1376,7 @@ def source_key(dataset):
     if isinstance(dataset, InMemory): return str(dataset)
     if not isinstance(dataset, (str, Path)): return id(dataset)
     path = local_path(dataset)
-    if kind_of(dataset) in ('text', 'table') and path.exists(): return path.resolve()
+    if kind_of(dataset) in ('text', 'table') and exists(path): return path.resolve()
     return find_source(dataset).path.lower()
 
 # %% ../nbs/03_data.ipynb #4af4633e

@@ -257,14 +257,14 @@ def _folder_tasks(folder):
     return found
 
 # %% ../nbs/13_evaluate.ipynb #64c646a4
-def _is_folder(o): return Path(o).is_dir() and (os.sep in o or any(Path(o).rglob('*.yaml')))
+def _is_folder(o): return exists(o) and Path(o).is_dir() and (os.sep in o or any(Path(o).rglob('*.yaml')))
 
 def _expand(tasks, include_path):
     "Tasks with folders replaced by the tasks in them, and the folders"
     one = isinstance(include_path, (str, os.PathLike))
     wanted, folders = {}, [str(f) for f in ([include_path] if one else include_path or [])]
     for f in folders:
-        if not Path(f).is_dir(): raise ReplaceMeError(f"include_path {f}: no such folder.")
+        if not (exists(f) and Path(f).is_dir()): raise ReplaceMeError(f"include_path {f}: no such folder.")
     for name, shots in read_tasks(tasks).items():
         if not _is_folder(name): wanted[name] = shots; continue
         folders.append(name)
@@ -662,7 +662,8 @@ class Asking:
         SCORE, (_no_tasks,))
     fewshot_as_multiturn:bool = key(False, "solved examples as turns of the chat, not in one message",
         SCORE, (_no_tasks, _no_chat))
-    system_instruction:str|None = key(None, "what stands in front of each question", SCORE, (_no_tasks,))
+    system_instruction:str|None = key(None, "what stands in front of each question", SCORE, (_no_tasks,),
+        words=True)
     max_gen_toks:int|None = key(None, "most tokens of an answer that is written; null leaves it to the task",
         SCORE, (_no_tasks,), least=1)
     run_code:bool = key(False, "run the programs that the model writes, as humaneval_plus needs it: only "
@@ -671,4 +672,4 @@ class Asking:
         'run evaluate', (_no_tasks, _one_asked), check=check_margin)
     prompt:str|None = key('Why is the sky blue?', "question that the dense and the pruned model answer in "
         "the report; null asks nothing", 'run evaluate', (_one_scored,), (None,),
-        text="a prompt is put to a language model")
+        text="a prompt is put to a language model", words=True)

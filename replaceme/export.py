@@ -557,7 +557,7 @@ def _base_architecture(folder):
 
 def hub_name(name)->bool:
     "Is it a model on the hub, and not here?"
-    return not (name.startswith('package:') or name.endswith('.gguf') or local_path(name).exists())
+    return not (name.startswith('package:') or name.endswith('.gguf') or exists(name))
 
 def config_lines(source)->list: # of lines of the record
     "What the config says of how other programs will read a folder"

@@ -31,10 +31,11 @@ def key(default, # the value of a key that is left out
         check=None, # function of a value that raises what is wrong with it, `choices` or not
         read=None, # function that is applied to what a file or a caller gives
         path=None, # is it a place? `read`, or `kept`: written and gone on with
+        words=False, # free words to a model, shown as they were given
         nargs=None, # values that make one flag
         missing=None): # what to give, where it is needed and was left out
     "A field of a group"
-    names = 'help unless off text choices least check read path nargs missing'.split()
+    names = 'help unless off text choices least check read path words nargs missing'.split()
     given = locals()
     return field(default=default, metadata=dict({k: given[k] for k in names}, by=by.split()))
 

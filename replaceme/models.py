@@ -205,7 +205,7 @@ def gguf_folder(gguf)->Path: # path of a `.gguf` file -> a checkpoint folder in 
     return kept_folder(gguf_place(gguf), lambda folder: _convert_gguf(Path(gguf), folder))
 
 # %% ../nbs/01_models.ipynb #5d485b06
-def is_local(path): return Path(path).is_dir()
+def is_local(path): return exists(path) and Path(path).is_dir()
 
 # %% ../nbs/01_models.ipynb #64c6ad7b
 def resolve(model_path, # as a user writes it
@@ -220,7 +220,7 @@ def resolve(model_path, # as a user writes it
         parts = [d.name for d in Path(path).iterdir() if (d/'config.json').exists()]
         raise ReplaceMeError(f"model_path {path} holds no config.json: not a checkpoint folder."
                              + (f" Its folder {min(parts)} is one." if parts else ''))
-    if Path(path).exists() or path.startswith(('.', '/', '~')) or path.count('/')>1:
+    if exists(path) or path.startswith(('.', '/', '~')) or path.count('/')>1:
         raise ReplaceMeError(f"model_path {path}: no such folder. Give a hub id, a checkpoint folder, "
                              "a .gguf file or package:NAME.")
     return path

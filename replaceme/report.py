@@ -10,7 +10,7 @@ __all__ = ['of_result', 'no_path', 'blocks_of', 'model_name', 'text_table', 'mar
            'domain_rows', 'plot_taken', 'curve_rows', 'report_html', 'result_html', 'write_report', 'save_plots']
 
 # %% ../nbs/20_report.ipynb #58eeab71
-import functools, html, io, math, re
+import dataclasses, functools, html, io, math, re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +22,7 @@ from .plots import *
 from .domains import *
 from .draft import draft_table, draft_words
 from .result import *
+from .evaluate import Asking
 from .tasks import equal_words
 from .writing import writing_rows
 from .methods import *
@@ -35,14 +36,19 @@ def of_result(f):
     return g
 
 # %% ../nbs/20_report.ipynb #11ea9a1a
+_WORDS = {f.name for f in dataclasses.fields(Asking) if f.metadata.get('words')} # what a model reads
+
+def _bare(s): # a name without folders
+    is_path = s.startswith(('/', '~', './', '../')) or '\\' in s or s.count('/')>1
+    return Path(s.replace('\\', '/')).name if is_path or s and exists(s) else s
+
 def no_path(o):
-    "The same without this machine's paths: of each the last part stays"
-    if isinstance(o, dict): return {no_path(k): no_path(v) for k,v in o.items()}
+    "The same without this machine's paths: of each the last part stays; words to a model are left alone"
+    if isinstance(o, dict): return {no_path(k): v if k in _WORDS else no_path(v) for k,v in o.items()}
     if isinstance(o, (list, tuple)): return [no_path(v) for v in o]
     if not isinstance(o, (str, Path)): return o
-    is_path = isinstance(o, Path) or o.startswith(('/', '~', './', '../')) or '\\' in o or o.count('/')>1
-    here = is_path or (o and '\n' not in o and Path(o).exists())
-    return Path(str(o).replace('\\', '/')).name if here else o
+    names = [str(o)] if isinstance(o, Path) or exists(o) else o.split(', ') # kinds of text are told so
+    return o if '\n' in str(o) else ', '.join(map(_bare, names))
 
 # %% ../nbs/20_report.ipynb #fba4c82b
 def blocks_of(result)->list: # of (start, end), first to last
@@ -531,7 +537,7 @@ def hub_id(name)->str|None:
     name = str(name or '')
     try: validate_repo_id(name)
     except HFValidationError: return
-    return None if name.endswith('.gguf') or Path(name).exists() or not name else name
+    return None if name.endswith('.gguf') or exists(name) or not name else name
 
 # %% ../nbs/20_report.ipynb #c488fa82
 def _measured(v): return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
@@ -623,15 +629,23 @@ def _term(result, p):
     return found.replace(f'(B{t} - A{t})', 'B'+t) if result.fit.map=='state' else found
 
 # %% ../nbs/20_report.ipynb #5dc96aec
+def _pull(result, tex=True)->str:
+    "The term of the ridge: towards zero (alpha) or, times λ, towards plain removal or the narrow map"
+    f = result.fit
+    alpha, ridge = [isinstance(x, (int, float)) and x for x in (f.alpha, f.ridge)]
+    if f.map=='normed' or not (alpha or ridge): return '' # it was on the map in front of the norm
+    to = 'T' if alpha else 'T - I' if f.map!='wide' else r'W - T^\top W_{down}' if tex else 'W - Tᵀ W₀'
+    if not tex: return f" + {f'{alpha:g}' if alpha else 'λ'} ‖{to.replace('-', '−')}‖²"
+    strength = f'{alpha:g}' if alpha else r'\lambda'
+    return rf' + {strength}\,\lVert {to} \rVert^2'
+
 def _formula(result)->str:
     "What was minimised and what was folded, as TeX, or '' where the method has no such formula"
     if not _method(result): return ''
-    alpha, affine = result.fit.alpha, result.fit.affine
-    if result.fit.map=='normed': alpha = None # it was on the map in front of the norm
+    affine = result.fit.affine
     what, p, fold = _FORMULAS.get(result.fit.map, _FORMULAS['narrow'])
-    ridge = rf' + {alpha:g}\,\lVert T \rVert^2' if isinstance(alpha, (int, float)) and alpha else ''
     best, sought = (f'{what}^*, b^*', f'{{{what},b}}') if affine else (f'{what}^*', what)
-    return rf"{best} = \arg\min_{sought} {_sum_text(result)}{_term(result, p)}{ridge} \qquad {fold}"
+    return rf"{best} = \arg\min_{sought} {_sum_text(result)}{_term(result, p)}{_pull(result)} \qquad {fold}"
 
 # %% ../nbs/20_report.ipynb #ee72a776
 _PAPER = '([ReplaceMe, arXiv 2505.02819](https://arxiv.org/abs/2505.02819))'
@@ -661,7 +675,7 @@ def _details(result):
 
 # %% ../nbs/20_report.ipynb #54bb8664
 _FOLDED = ("The map is folded into {the} output projection, so the model is an ordinary checkpoint with "
-           "fewer layers and no new parameters")
+           "fewer layers and {new}")
 _THROUGH = ("A norm follows that MLP, so that no map can be folded: its output projection and the norm's "
             "weight were fitted through the norm, and the model is an ordinary checkpoint with fewer layers")
 _BESIDE = ("The map is a matrix of its own behind the layer before the cut{cost}, so loading the model takes "
@@ -672,7 +686,8 @@ def _where_words(result):
     cost, writes = result.fit.cost, result.fit.writes
     if result.fit.map=='state': return _BESIDE.format(cost=f' ({cost})' if cost else '')
     if result.fit.map=='normed': return _THROUGH
-    return _FOLDED.format(the=f"{writes}, which is the MLP's" if writes else "that MLP's")
+    new = 'the bias of the map' if result.fit.affine else 'no new parameters'
+    return _FOLDED.format(the=f"{writes}, which is the MLP's" if writes else "that MLP's", new=new)
 
 # %% ../nbs/20_report.ipynb #9290b001
 def _peer_story(result):
@@ -680,6 +695,12 @@ def _peer_story(result):
     m = method_of_result(result)
     trained = '' if was_trained(result) else ' Nothing was trained'
     return f'{peer_words(result)}{trained} ([{m.title}, arXiv {m.paper}](https://arxiv.org/abs/{m.paper})).'
+
+def _lambda(result):
+    "What λ is, where the formula has it"
+    if r'\lambda' not in _pull(result): return ''
+    narrow = ', $T$ the narrow map of the same sums' if result.fit.map=='wide' else ''
+    return rf', $\lambda$ {result.fit.ridge:.3g} of the mean diagonal of the sums{narrow}'
 
 def _letters(result):
     "The letters of the formula: the given stream or output, and what else there is"
@@ -691,7 +712,7 @@ def _letters(result):
     wide = ', $H$ what the last matrix of that MLP reads' if result.fit.map in ('wide', 'normed') else ''
     wide += ', $\\gamma$ the weight of the norm behind it' if result.fit.map=='normed' else ''
     bias = ', $b$ a bias that is folded in as well' if result.fit.affine else ''
-    return given, wide+bias
+    return given, wide+bias+_lambda(result)
 
 # %% ../nbs/20_report.ipynb #b2d9908c
 def _stands(result):
@@ -942,7 +963,9 @@ def _strip(result):
 
 # %% ../nbs/20_report.ipynb #b97c5e69
 def _picture(plot, size, title, caption):
-    return Figure(_svg(plot, size, title), Figcaption(caption))
+    "A figure; the page is whole without one that cannot be drawn"
+    svg = spared(f'the picture {title!r}', _svg, plot, size, title)
+    return svg and Figure(svg, Figcaption(caption))
 
 def _drawings(result):
     "What the plots of the profile need: the profile by length, and keywords"
@@ -995,7 +1018,8 @@ def _choice(result):
     if not rows: return
     picture = None
     if len(_choice_keys(result))>1:
-        picture = _picture(_Plot(plot_choice, result.choice), (4.8,2.8), 'Candidates',
+        unit = '1 - cosine' if result.kind=='images' else 'nats/token'
+        picture = _picture(_Plot(plot_choice, result.choice, unit=unit), (4.8,2.8), 'Candidates',
                            'Each candidate by its distance and by what it was judged by.')
     note = P(choice_note(result), cls='soft small')
     return _section('What else was tried', _html_table(rows, headers), note, picture)
@@ -1004,14 +1028,13 @@ def _choice(result):
 def _html_formula(result):
     "The formula of a least squares fit, or nothing"
     if _method(result)!='lstsq': return
-    kind, alpha, w = result.fit.map, result.fit.alpha, result.fit.weights
+    kind, w = result.fit.map, result.fit.weights
     what, p = ('W', [I('H W'), 'ᵀ']) if kind=='wide' else ('T', [I('S T' if kind=='state' else 'M T')])
-    if kind=='normed': alpha, what, p = None, 'W, γ', [I('γ'), ' ⊙ ', I('H W'), 'ᵀ / rms(', I('H W'), 'ᵀ)']
+    if kind=='normed': what, p = 'W, γ', [I('γ'), ' ⊙ ', I('H W'), 'ᵀ / rms(', I('H W'), 'ᵀ)']
     if result.fit.affine: what, p = what+', b', [*p, ' + ', I('b')]
-    ridge = f' + {alpha:g} ‖T‖²' if isinstance(alpha, (int, float)) and alpha else ''
     weight = ' Σ w ‖' if w not in _USUAL else ' ‖'
     target = (' − ', I('B')) if kind=='state' else (' − (', I('B'), ' − ', I('A'), ')')
-    return P(I(what), ' = argmin', weight, *p, *target, f'‖²{ridge}', cls='formula')
+    return P(I(what), ' = argmin', weight, *p, *target, f'‖²{_pull(result, False)}', cls='formula')
 
 # %% ../nbs/20_report.ipynb #cb7a9f82
 _TRIED = 'The error on tokens that the fit did not see, for each strength of the ridge.'

@@ -93,7 +93,7 @@ def n_parameters(model)->int: # tied weights count once; 4-bit weights count in 
 def short_name(model_path)->str: # never hidden, never empty
     "The last part of a path or id, as part of the name of a folder"
     name = str(model_path)
-    if local_path(name).exists(): name = os.path.abspath(local_path(name)) # of `.` and `..` too
+    if exists(name): name = os.path.abspath(local_path(name)) # of `.` and `..` too
     last = name.replace('\\', '/').rstrip('/').split('/')[-1].split(':')[-1].removesuffix('.gguf')
     return re.sub(r'[^\w.-]+', '-', last).lstrip('.') or 'model'
 
@@ -106,7 +106,7 @@ def check_apart(path, # the folder that will be replaced
     for k,v in named:
         for name in v if isinstance(v, (list, dict)) else [v]:
             if not isinstance(name, (str, PathLike)) or name in ('self', 'python-docs'): continue
-            if k not in kept and not local_path(name).exists(): continue
+            if k not in kept and not exists(name): continue
             if real_path(name, k).is_relative_to(out):
                 raise ReplaceMeError(f"save_path {path} is replaced as a whole, and {k} {name} lies there: "
                                      "choose another save_path.")
@@ -146,6 +146,11 @@ def write_record(folder, result, yaml_text=None, token=None):
     write_whole(Path(folder)/RECORD, json.dumps(result, indent=1, default=str))
 
 # %% ../nbs/21_save.ipynb #41f04de1
+def _tell(path, what, make):
+    "Write a page; where that fails, none of an earlier result stays"
+    def write(): return write_whole(path, make()) or True
+    if not spared(what, write): path.unlink(missing_ok=True)
+
 def write_provenance(folder, result, yaml_text=None, token=None,
                      name=None, # that the card tells to load
                      plots=()): # names of those that are drawn already -> of all of them
@@ -153,8 +158,8 @@ def write_provenance(folder, result, yaml_text=None, token=None,
     folder = Path(folder)
     write_record(folder, result, yaml_text, token)
     plots = spared('the plots', save_plots, folder, result, plots) or list(plots)
-    spared('the model card', lambda: write_whole(folder/'README.md', model_card(result, name, plots)))
-    spared('the report', write_report, folder, result)
+    _tell(folder/'README.md', 'the model card', lambda: model_card(result, name, plots))
+    _tell(folder/'report.html', 'the report', lambda: report_html(result))
     return plots
 
 # %% ../nbs/21_save.ipynb #9bbb1b8d

@@ -199,6 +199,25 @@ def test_files_of_one_name_are_two_kinds(place):
     assert "t.txt (x)" in page and "t.txt (y)" in page and str(place) not in page.split("How to do it again")[0]
 
 
+def test_ten_kinds_with_long_names_that_look_like_mathematics(place):
+    "More letters than a path may have, dollars between which matplotlib reads TeX, and a method that a legend would leave out"
+    kinds = [f"held_out_costs_$5_to_$6^_of_kind_{i}.txt" for i in range(10)]
+    for k in kinds:
+        Path(k).write_text(Path("b.txt").read_text())
+    asked = {**SHORT, "prompt": "Is it input/output or read/write? " * 9}
+    result, out = run(make_config(**asked, eval_dataset=kinds, save_path="out"))
+    page, card = (out / "report.html").read_text(), (out / "README.md").read_text()
+    assert all(k in page for k in kinds) and "perplexity" in card and (out / "domains.png").exists()
+    assert json.loads((out / "replaceme.json").read_text())["config"]["prompt"] == asked["prompt"] and asked["prompt"].strip() in page
+    assert result.perplexity.text == ", ".join(kinds)
+    keys = {k: v for k, v in SHORT.items() if k not in ("layers_to_skip", "method", "prompt", "ridge")}
+    names = ["_mine", "of $1^"]
+    comparison, path = compare(make_config(CompareConfig, **keys, eval_dataset=kinds, methods=[dict(name=n, method="remove") for n in names], layers=[2], save_path="rows"))
+    assert {"pareto.png", "domains.png"} <= {f.name for f in path.iterdir()}
+    shown = [t.get_text() for t in comparison.plot().legends[0].get_texts()]
+    assert sum("mine" in t for t in shown) == 1 and any("of" in t and "1^" in t for t in shown)
+
+
 def test_memory_of_scores_does_not_mix_kinds(place):
     "The same tokens under other names are found again under the present names"
     keys = dict(model_path="./tiny", eval_size=2, eval_length=32)

@@ -11,10 +11,12 @@ import matplotlib.figure
 import pytest
 import yaml
 
+from replaceme.core import ReplaceMeWarning
 from replaceme.plots import plot_heatmap, plot_profile, plot_ridge
 from replaceme.models import tiny_model, tiny_tokenizer
 from replaceme.pipeline import make_config, run
 from replaceme.result import Facts, Record, Result
+from replaceme.save import for_others
 from replaceme.report import (choice_rows, front_matter, model_card, passed_over, report_html, result_rows, results_table, save_plots, sink_notes, story,
                               suggestions, text_table, training_rows, write_report)
 
@@ -194,6 +196,40 @@ def test_no_secret_and_no_path(tmp_path):
     for text in (report_html(result), model_card(result), results_table(result)):
         assert "hf_secret" not in text and "/home/me" not in text and str(tmp_path) not in text
         assert "my-llama" in text
+
+
+def test_words_to_a_model_are_no_paths():
+    asked = "Explain input/output and read/write, or /think about \\n"
+    for prompt in (asked, "x" * 300):
+        told = for_others(make(config=dict(method="lstsq", prompt=prompt, dataset="/home/me/a.txt")))["config"]
+        assert told == dict(method="lstsq", prompt=prompt, dataset="a.txt")
+
+
+def test_the_formula_has_the_ridge_and_the_bias_that_were_fitted():
+    fit = make()["fit"]
+    wide = make(fit=dict(fit, map="wide", ridge=.1))
+    assert r"+ \lambda\,\lVert W - T^\top W_{down} \rVert^2" in story(wide) and r"$\lambda$ 0.1 of the mean diagonal" in story(wide)
+    assert "+ λ ‖W − Tᵀ W₀‖²" in report_html(wide) and r"\lambda" not in story(make())
+    assert "no new parameters" in story(make())
+    affine = story(make(fit=dict(fit, affine=True)))
+    assert "no new parameters" not in affine and "the bias of the map" in affine
+
+
+def test_the_loss_of_an_image_encoder_has_its_own_unit():
+    page = report_html(make_rich(kind="images"))
+    assert "held-out loss (1 - cosine)" in page and "held-out loss (nats/token)" not in page
+
+
+def test_a_picture_that_fails_takes_no_page_with_it(monkeypatch):
+    import replaceme.report as r
+
+    def broken(*args, **kw):
+        raise ValueError("no such glyph")
+    whole = report_html(make_rich())
+    monkeypatch.setattr(r, "plot_choice", broken)
+    with pytest.warns(ReplaceMeWarning, match="the picture 'Candidates' could not be made"):
+        page = report_html(make_rich(seed=1))
+    assert page.count("<svg") == whole.count("<svg") - 1 and "held-out" in page
 
 
 def test_base_model_only_where_a_hub_can_resolve_it(tmp_path, monkeypatch):
