@@ -98,6 +98,8 @@ class Acts:
     def __init__(self): self.S, self.M, self.H = {}, {}, {}
 
 # %% ../nbs/04_activations.ipynb #d945311d
+def _read(h, mask): return None if h is None else masked(h, mask) # experts read no one thing
+
 def capture(model,
             batch, # `input_ids` and `attention_mask`, `(B,S)`
             points=None, # `{i: FoldPoint}`, to have `M[i]` too
@@ -105,7 +107,7 @@ def capture(model,
            )->Acts:
     "All hidden states of one batch, copied, without padding"
     acts, mask = Acts(), batch['attention_mask']
-    def mlp(i, m, h): acts.M[i], acts.H[i] = masked(m, mask), masked(h, mask)
+    def mlp(i, m, h): acts.M[i], acts.H[i] = masked(m, mask), _read(h, mask)
     tap(model, batch, lambda i,x: acts.S.__setitem__(i, masked(x, mask)), mlp, points, until)
     return acts
 
@@ -116,7 +118,7 @@ def sides(one, # a model of one layer
          )->tuple: # what they write, `[(T,d)]`, and read, `[(T,f)]`; the states that leave, `(T,d)`
     "Push kept states through a layer"
     mask, m, h, out = batch['attention_mask'].bool(), {}, {}, []
-    def look(k, wrote, read): m[k], h[k] = masked(wrote, mask), masked(read, mask)
+    def look(k, wrote, read): m[k], h[k] = masked(wrote, mask), _read(read, mask)
     full = x.new_zeros(*mask.shape, x.shape[1]); full[mask] = x
     def swap(layer, args, kwargs):
         new = full.to(hidden_arg(args, kwargs))

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from .core import *
 from .group import *
+from .kept import text_digests
+from .resume import depends_on
 from .keys import *
 from .arch import *
 from .data import *
@@ -336,7 +338,11 @@ class Feed:
     origins:list|None = None # the number of the data set that each text of the calibration is of
 
     def calibration(self):
-        "Batches to choose and to fit by; from then on, `origins` are known"
+        "Batches to choose and to fit by; from then on, `origins` are known, and passes are known by both"
+        batches = self._calibration()
+        depends_on('calibration', [text_digests(batches), self.origins])
+        return batches
+    def _calibration(self):
         if sees(self.model): return calibration_batches(self.model, self.tokenizer, self.keys)
         parts = calibration_parts(self.model, self.tokenizer, self.keys)
         origins = interleave([[i]*len(p) for i,p in enumerate(parts)])

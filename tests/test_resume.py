@@ -255,6 +255,34 @@ def test_another_configuration_text_or_model_begins_anew(place, monkeypatch):
     assert len(stopped_at(monkeypatch, None, go)) == len(whole)
 
 
+@pytest.mark.filterwarnings("ignore:this run goes on")
+@pytest.mark.parametrize("more", [dict(select="loss", top_k=4, ridge=.01), dict(layers_to_skip=1, num_A=2, ridge="auto")], ids=["candidates", "blocks"])
+def test_what_was_judged_on_texts_that_stayed_is_not_believed_when_others_changed(place, monkeypatch, more):
+    "A held-out loss depends on the texts that were fitted to, and a second block on the map of the first"
+    from replaceme import pipeline
+    from replaceme.pipeline import make_config, run
+    rows = [" ".join(f"The map number {i*j} stands in for {i + j} layers." for j in range(9)) for i in range(40)]
+
+    def write(rows):
+        Path("texts.jsonl").write_text("".join(json.dumps(dict(text=r)) + "\n" for r in rows))
+
+    def go():
+        run(make_config(**{**KEYS, "dataset": "texts.jsonl", "dataset_size": 40, "resume_every": 0, **more}))
+        return digest()
+
+    def end(*args):
+        raise Killed
+    write(rows)
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        m.setattr(pipeline, "make_result", end)
+        go()
+    assert [*Path("cache").glob(f"{NOTES}/*/*.safetensors")]
+    write([r.upper()[::-1] for r in rows[:35]] + rows[35:])
+    found = go()
+    monkeypatch.setenv("REPLACEME_CACHE", str(place / "other"))
+    assert found == go()
+
+
 @pytest.mark.parametrize("spoil", [lambda f: f.write_bytes(f.read_bytes()[:-9]), lambda f: f.write_bytes(b""), lambda f: f.unlink()], ids=["cut", "empty", "gone"])
 def test_a_damaged_note_costs_its_pass(place, monkeypatch, spoil):
     from replaceme.pipeline import make_config, run
