@@ -453,6 +453,12 @@ def _prune(cfg, path, stages, stack)->tuple: # (cfg, model, tokenizer, text to s
     return cfg, model, tokenizer, text, done, _finish(result, cfg, stages, loaded, model, done.model)
 
 # %% ../nbs/22_pipeline.ipynb #03f8ba2f
+def _opened(cfg, model): # keywords of `open_saved`
+    "How a pruned model is loaded again"
+    own_code = method_of(cfg).own_code(keys_of(cfg)) or is_linear_model(model)
+    places = layer_places(model, beside_device()) if layerwise(model) else None
+    return dict(auto=auto_class(model), own_code=own_code, places=places)
+
 def _write(tmp, cfg, done, tokenizer, stages):
     "Save the map or the model; returns the model to score, of which there is only one at a time"
     pruned, done.model = done.model, None
@@ -461,11 +467,9 @@ def _write(tmp, cfg, done, tokenizer, stages):
         if cfg.alone: save_transform(tmp, done); return pruned
         most = dict(max_shard_size=largest_part(pruned)) if layerwise(pruned) else {}
         save_checkpoint(pruned, tmp, inputs=tokenizer, **most)
-    ref, auto = outputs(pruned, dummy(pruned)), auto_class(pruned)
-    own_code = method_of(cfg).own_code(keys_of(cfg)) or is_linear_model(pruned)
-    places = layer_places(pruned, beside_device()) if layerwise(pruned) else None
+    ref, how = outputs(pruned, dummy(pruned)), _opened(cfg, pruned)
     del pruned
-    with stages('reload'): return reload(tmp, cfg, ref, auto, own_code, places)
+    with stages('reload'): return reload(tmp, cfg, ref, **how)
 
 # %% ../nbs/22_pipeline.ipynb #70abd48e
 def _describe(folder, cfg, result, yaml_text, stages, plots=()): # -> the names of the plots
@@ -478,12 +482,12 @@ def _describe(folder, cfg, result, yaml_text, stages, plots=()): # -> the names 
 
 # %% ../nbs/22_pipeline.ipynb #5a1e0092
 def _from_its_place(path, cfg, model):
-    "A pruned model whose layers are on the disk, once its folder is in its place"
-    places, keys = layer_places(model, beside_device()), dict(trust_remote_code=cfg.trust_remote_code)
+    "A pruned model that reads weights from the disk, once its folder is in its place; others as they are"
+    if cfg.alone or not any(p.is_meta for p in model.parameters()): return model
+    how, walks = _opened(cfg, model), layerwise(model)
     del model
-    new = from_checkpoint(transformers.AutoModelForCausalLM, path, dtype='auto', use_safetensors=True,
-                          device_map=places, offload_folder=offload_folder(), **keys)
-    return run_layerwise(new.eval(), cfg.stream_tokens)
+    new = open_saved(path, cfg, **how)
+    return run_layerwise(new, cfg.stream_tokens) if walks else new
 
 # %% ../nbs/22_pipeline.ipynb #5a1e01ff
 def for_walks(cfg):
@@ -536,7 +540,7 @@ def _run(cfg, yaml_text, path, tmp, stages, stack)->Result:
             put_in_place(tmp, path, RECORD)
     if stop: raise stop
     if before:
-        if cfg.stream_weights: pruned = _from_its_place(path, cfg, pruned)
+        pruned = _from_its_place(path, cfg, pruned)
         with stages('score'): _score_after(pruned, tokenizer, cfg, text, before, result)
         if tmp is not None:
             spared('the record with the scores', _describe, path, cfg, result, yaml_text, stages, plots)

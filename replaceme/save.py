@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECORD', 'check_hub_name', 'Saving', 'versions', 'n_parameters', 'short_name', 'check_apart', 'check_own',
-           'save_transform', 'write_record', 'write_provenance', 'reload', 'made_of', 'check_hub', 'push_folder',
-           'for_others', 'saved_folder', 'license_of', 'base_of', 'Result']
+           'save_transform', 'write_record', 'write_provenance', 'open_saved', 'reload', 'made_of', 'check_hub',
+           'push_folder', 'for_others', 'saved_folder', 'license_of', 'base_of', 'Result']
 
 # %% ../nbs/21_save.ipynb #6f3a9857
 import json, os, platform, re, tempfile, warnings
@@ -163,21 +163,26 @@ def write_provenance(folder, result, yaml_text=None, token=None,
     return plots
 
 # %% ../nbs/21_save.ipynb #9bbb1b8d
+def open_saved(folder, k, # keys of `Loading`
+               auto='AutoModelForCausalLM', # class that loads it
+               own_code=False, # does the checkpoint carry code of its own?
+               places=None): # a device map in the place of what the keys say
+    "The checkpoint as any user of transformers would load it, where the keys say"
+    place = dict(device_map=places or placement(k.device_map), offload_folder=offload_folder(),
+                 max_memory=as_memory(k.max_memory, k.device_map))
+    return from_checkpoint(getattr(transformers, auto), folder, dtype='auto', use_safetensors=True,
+                           trust_remote_code=k.trust_remote_code or own_code, **place).eval()
+
 def reload(folder, k, # keys of `Loading`
            ref, # outputs of the model in memory
-           auto='AutoModelForCausalLM', # class that loads it
-           own_code=False, # does the checkpoint carry code of its own?
-           places=None): # a device map in the place of what the keys say
-    "The checkpoint as any user of transformers would load it, proved to be the model that was saved"
+           **how): # as for `open_saved`
+    "The same, proved to be the model that was saved"
     def other(why): return ReplaceMeError(f"the saved checkpoint does not load as the pruned model ({why}): "
                                           "nothing was kept. "
                                           "Its family rebuilds layers by their number; please report it.")
-    place = dict(device_map=places or placement(k.device_map), offload_folder=offload_folder(),
-                 max_memory=as_memory(k.max_memory, k.device_map))
-    try: model = from_checkpoint(getattr(transformers, auto), folder, dtype='auto', use_safetensors=True,
-                                 trust_remote_code=k.trust_remote_code or own_code, **place)
+    try: model = open_saved(folder, k, **how)
     except ReplaceMeError as e: raise other(e) from e
-    err = relative_error(outputs(model.eval(), dummy(model)), ref)
+    err = relative_error(outputs(model, dummy(model)), ref)
     if not err<max(1e-3, 4*torch.finfo(model.dtype).eps): raise other(f"relative error {err:.1e}")
     return model
 

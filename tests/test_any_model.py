@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, ViTImageProcessor
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer, ViTImageProcessor
 
 from replaceme.core import ReplaceMeError
 from replaceme.data import synthetic_images
@@ -74,6 +74,20 @@ def test_a_block_that_is_given_where_no_matrix_alone_writes(family, keys, text_m
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and model.config.num_hidden_layers == 4
     assert result.fit.error < result.fit.removal_error
+
+
+def test_a_tokenizer_whose_files_have_names_of_their_own(text_model, tmp_path):
+    "What its class reads is there, whatever it is called"
+    asked = text_model("gpt_neox")
+    folder = tmp_path / "gpt_neox"
+    for f in folder.glob("*token*"):
+        f.unlink()
+    (folder / "vocab.txt").write_text("\n".join(["<|endoftext|>", "<|startoftext|>", *"abcdefghijklmnopqrstuvwxyzTCDS .", *(f"<|byte{i}|>" for i in range(256))]))
+    (folder / "emoji.json").write_text('{"emoji": {}, "emoji_inv": {}}')
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPTNeoXJapaneseTokenizer"}')
+    _, saved = run(make_config(**{**asked, "method": "remove"}))
+    tok, was = [AutoTokenizer.from_pretrained(f) for f in (saved, folder)]
+    assert type(tok).__name__ == "GPTNeoXJapaneseTokenizer" and tok("a cat").input_ids == was("a cat").input_ids != []
 
 
 def test_wide_maps_for_experts_are_refused(text_model):

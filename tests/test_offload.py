@@ -17,7 +17,7 @@ from replaceme.distance import Profile
 from replaceme.evaluate import perplexity
 from replaceme.merge import check_cut, cut, differs_when_rebuilt, explicit_map, replace_block, save_checkpoint, with_bias
 from replaceme.models import fingerprint, load_model, tiny_model, tiny_tokenizer, tiny_vision
-from replaceme.pipeline import prune
+from replaceme.pipeline import make_config, prune, run
 from replaceme.solve import lstsq_map
 from replaceme.stats import Features, collect, measure, writes
 
@@ -293,3 +293,16 @@ def test_device_map_auto_on_a_small_machine(family, tmp_path, monkeypatch):
     small, ref = [replace_block(m, Block(3, 5), None) for m in (away, model)]
     save_checkpoint(small, tmp_path / "small")
     assert torch.equal(logits(type(model).from_pretrained(tmp_path / "small")), logits(ref))
+
+
+@pytest.mark.parametrize("more", [{}, dict(merge=False), dict(method="remove")], ids=str)
+def test_scores_of_a_run_whose_weights_stay_on_the_disk(save_tiny, tmp_path, monkeypatch, more):
+    "They are read from the folder that was saved, which has its last name by the time the pruned model is scored"
+    monkeypatch.chdir(save_tiny(tmp_path))
+    keys = dict(model_path="tiny", layers_to_skip=2, method="lstsq", ridge=.01, dataset="python-docs", dataset_size=8, max_length=32, eval_size=2, eval_length=32,
+                speed=False, prompt="Hi") | more
+    keys = {k: v for k, v in keys.items() if more.get("method") != "remove" or k != "ridge"}
+    here, away = [run(make_config(**keys, **place, save_path=name))[0] for name, place in
+                  (("here", {}), ("away", dict(device_map="auto", max_memory={"cpu": "10KB"})))]
+    assert away.perplexity.after.losses == here.perplexity.after.losses and "scoring_failed" not in away
+    assert away["generations"] == here["generations"]
