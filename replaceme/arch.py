@@ -571,6 +571,7 @@ class NormBehind:
 # %% ../nbs/02_arch.ipynb #a8e3f0b6
 def _plus(out, p, unit, tol): # of `γ` over the weight `p`, or None
     "What a weight of zero leaves of `unit`, where the module multiplies rows by one number a channel"
+    if not unit.any(): return None # of rows of zeros nothing can be told
     none, other = out(torch.zeros_like(p)), out(p+1)
     plus = ((none*unit).sum()/(unit*unit).sum()).item()
     if abs(plus-round(plus))<max(1e-3, tol): plus = float(round(plus))
