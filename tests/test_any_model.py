@@ -61,8 +61,11 @@ def test_auto_on_any_family_gives_an_ordinary_checkpoint(family, text_model):
     assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3", "dead llama", "dead olmo2"])
-@pytest.mark.parametrize("keys", [dict(blocks=[[2, 4]]), dict(layers_to_skip=2, max_blocks=2), dict(method="lstsq", blocks=[[2, 4]], refit=2)], ids=str)
+GIVEN = dict(blocks=[[2, 4]])
+
+
+@pytest.mark.parametrize("family, keys", [*[(f, GIVEN) for f in ("mixtral", "gpt_oss", "deepseek_v3", "dead llama", "dead olmo2")],
+                                          ("mixtral", dict(layers_to_skip=2, max_blocks=2)), ("mixtral", dict(method="lstsq", refit=2, **GIVEN))], ids=str)
 def test_a_block_that_is_given_where_no_matrix_alone_writes(family, keys, text_model):
     "What is read there is no one thing, whoever chose the block; an MLP of zeros, as one that was added may be, is one that takes no map"
     asked = text_model(family.split()[-1])
