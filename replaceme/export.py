@@ -351,19 +351,10 @@ def read_back(path, type, said, other): # what `own_words` returned; the model t
                    f"rounding and {found['beyond']:.1e} beyond it; {_differs(said.text, text)}")
 
 # %% ../nbs/25_export.ipynb #e7a00062
-def _config_in(path): # of the transformers class
-    "The config in a GGUF file; transformers' reader does not say of biases, which the file has or has not"
-    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    names = {t.name for t in gguf.GGUFReader(path).tensors}
-    for key, tensor in (('mlp_bias', 'blk.0.ffn_down.bias'), ('attention_bias', 'blk.0.attn_output.bias')):
-        if getattr(config, key, None) is False and tensor in names: setattr(config, key, True)
-    return config
-
 def read_model(path): # a model in float32
     "What transformers makes of a GGUF file"
     with contextlib.redirect_stderr(io.StringIO()): # a bar of its own
-        return from_checkpoint(AutoModelForCausalLM, path.parent, path.name, gguf_file=path.name,
-                               config=_config_in(path), dtype=torch.float32).eval()
+        return read_gguf_model(path, path.name)
 
 # %% ../nbs/25_export.ipynb #e7a00035
 def own_words(source, prompt, new)->SimpleNamespace: # of tokens

@@ -92,6 +92,16 @@ def test_a_file_is_the_model_up_to_its_rounding(tmp_path, family, kind):
 
 
 @needs_converter
+@pytest.mark.parametrize("keys", [dict(mlp_bias=True), dict(attention_bias=True)])
+def test_a_file_with_biases_comes_back_whole(tmp_path, keys):
+    "An affine map is saved as a bias, and the file of it is a model like any other"
+    model = pruned(**keys)
+    export(save(model, tmp_path / "m"), type="f32", check=False)
+    back, _ = load_model(tmp_path / "m-export/m-f32.gguf")
+    assert off(logits_of(back, IDS), logits_of(model, IDS)) < 1e-5
+
+
+@needs_converter
 def test_other_models_are_not_taken_for_it(tmp_path, monkeypatch):
     "A file of the dense model, of another map, and of one weight that is off: each is seen, and nothing stays"
     folder = save(pruned(), tmp_path / "m")

@@ -15,7 +15,7 @@ from replaceme import cli
 from replaceme.compare import CompareConfig, compare
 from replaceme.contract import contract, saved_and_loaded
 from replaceme.core import ReplaceMeError, ReplaceMeWarning
-from replaceme.models import gguf_folder, load_model, resolve, tiny_model, tiny_tokenizer, tiny_vision
+from replaceme.models import gguf_folder, gguf_place, load_model, resolve, tiny_model, tiny_tokenizer, tiny_vision
 from replaceme.pipeline import EvaluateConfig, analyse, evaluate, make_config, prune, run
 
 UP = "model.layers.3.mlp.up_proj.weight"
@@ -220,7 +220,30 @@ def test_a_gguf_that_lacks_a_tensor():
         gguf_folder("lost.gguf")  # nothing was kept that the next call would take
 
 
-def write_gguf(path, lose=None):
+def test_a_gguf_with_biases():
+    "transformers' config of a GGUF file knows none, and its reader passes over them in silence"
+    d, kv = 32, 16
+    shapes = {f"blk.{i}.{k}.bias": (n,) for i in range(2) for k, n in dict(attn_q=d, attn_k=kv, attn_v=kv, attn_output=d, ffn_gate=64, ffn_up=64, ffn_down=d).items()}
+    write_gguf("biased.gguf", more=shapes)
+    state = load_file(gguf_folder("biased.gguf") / "model.safetensors")
+    assert len([k for k in state if k.endswith("bias")]) == len(shapes) and all(v.any() for v in state.values())
+
+
+@pytest.mark.parametrize("name, n", [("blk.1.attn_q.bias", 32), ("rope_freqs.weight", 4), ("blk.0.attn_q_norm.weight", 8)])
+def test_a_gguf_of_which_a_tensor_is_not_read(name, n):
+    write_gguf("more.gguf", more={name: (n,)})
+    with pytest.raises(ReplaceMeError, match=rf"more.gguf holds 1 tensor \({name}\) that transformers does not read"):
+        load_model("more.gguf")
+
+
+def test_a_gguf_converted_by_an_older_version_is_converted_anew(monkeypatch):
+    write_gguf("whole.gguf")
+    now = gguf_place("whole.gguf")
+    monkeypatch.setattr("replaceme.models._READING", 1)
+    assert gguf_place("whole.gguf") != now
+
+
+def write_gguf(path, lose=None, more=()):
     import gguf
     import numpy as np
     n = 2
@@ -236,7 +259,7 @@ def write_gguf(path, lose=None):
     names = dict(attn_q=(32, 32), attn_k=(16, 32), attn_v=(16, 32), attn_output=(32, 32), ffn_gate=(64, 32), ffn_up=(64, 32), ffn_down=(32, 64),
                  attn_norm=(32,), ffn_norm=(32,))
     shapes = {f"blk.{i}.{k}.weight": s for i in range(n) for k, s in names.items()}
-    shapes |= {"token_embd.weight": (320, 32), "output.weight": (320, 32), "output_norm.weight": (32,)}
+    shapes |= {"token_embd.weight": (320, 32), "output.weight": (320, 32), "output_norm.weight": (32,)} | dict(more)
     for k, s in shapes.items():
         if k != lose:
             w.add_tensor(k, np.random.default_rng(0).standard_normal(s).astype(np.float32))
