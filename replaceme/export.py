@@ -7,13 +7,14 @@ __all__ = ['CONVERTED', 'QUANTISED', 'SCRIPTS', 'TARGETS', 'weight_shapes', 'lay
            'converter', 'converter_knows', 'check_converter', 'quantiser', 'check_type', 'quantise', 'convert',
            'source_gguf', 'tokenizer_keys', 'rewritten', 'keep_keys', 'read_gguf', 'check_gguf', 'weight_errors',
            'divergence_of', 'logits_of', 'read_back', 'read_model', 'own_words', 'in_llama_cpp', 'said_of', 'verify',
-           'assembled', 'chat_pieces', 'ollama_template', 'modelfile', 'in_ollama', 'hub_name', 'config_lines',
-           'script_for', 'Exported', 'export', 'export_model']
+           'assembled', 'chat_pieces', 'adds_bos', 'ollama_template', 'modelfile', 'in_ollama', 'hub_name',
+           'config_lines', 'script_for', 'Exported', 'export', 'export_model']
 
 # %% ../nbs/25_export.ipynb #e7a00004
 import argparse, ast, contextlib, io, json, math, os, re, shlex, shutil, subprocess, sys, warnings
 from collections import Counter
 from contextlib import contextmanager
+from datetime import datetime
 from os.path import commonprefix
 from pathlib import Path
 from types import SimpleNamespace
@@ -427,14 +428,17 @@ def verify(path, type, source, said=None)->tuple: # (what was found, lines of wh
 
 # %% ../nbs/25_export.ipynb #e7a0003e
 _SAID = dict(S='ssm1s', U='uum1u', A='aam1a', V='uum2u', B='aam2a', W='uum3u') # marks, by what they stand for
+_CLOCKS = datetime(2001, 2, 3, 4, 5, 6), datetime(2032, 11, 25, 17, 48, 39) # alike in nothing
 _ROLES = dict(S='system', U='user', A='assistant', V='user', B='assistant', W='user')
 
 def _rendered(tokenizer, letters, asks=True):
-    "A dialogue through the chat template, ready for an answer or not; None where it refuses"
+    "A dialogue through the chat template, ready for an answer or not; None where it refuses or tells time"
     talk = [dict(role=_ROLES[c], content=_SAID[c]) for c in letters]
-    try: text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=asks)
+    def at(now): return tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=asks,
+                                                      strftime_now=now.strftime)
+    try: text, later = map(at, _CLOCKS)
     except Exception: return None
-    return text if all(_SAID[c] in text for c in letters) else None
+    return text if text==later and all(_SAID[c] in text for c in letters) else None
 
 def _between(text, a, b):
     "What stands between two marks; `a` None is the beginning, `b` None the end"
@@ -478,7 +482,20 @@ def chat_pieces(tokenizer)->dict|None: # bos, system, user, assistant, generate,
     talks = ['U', 'UAV', 'UAVBW', *(['SU', 'SUAV', 'SUAVBW'] if p['system'] else [])]
     return p if all(assembled(p, t)==_rendered(tokenizer, t) for t in talks) else None
 
+# %% ../nbs/25_export.ipynb #e7a00066
+def adds_bos(path)->bool: # of a GGUF file
+    "Is the token that begins a text put before each one by what runs the file?"
+    keys = tokenizer_keys(gguf.GGUFReader(path))
+    said = keys.get('tokenizer.ggml.add_bos_token', keys.get('tokenizer.ggml.model'))
+    return said is not None and said.contents() in (True, 'llama') # of SentencePiece: unsaid, it is added
+
 # %% ../nbs/25_export.ipynb #e7a00043
+_PICKS = 'so it was left out: Ollama picks one by that in the file; ollama show --modelfile tells which'
+
+def _begins_twice(p, bos): # pieces, and the token that begins a text
+    "Would a dialogue begin with a token that is put before it anyway?"
+    return any(bos and around and around[0].startswith(bos) for around in (p['system'], p['user']))
+
 def ollama_template(tokenizer, adds_bos)->tuple: # (template or None, system or None, in words)
     "A chat template in Ollama's language, as far as it can be said there"
     if not tokenizer.chat_template:
@@ -486,9 +503,9 @@ def ollama_template(tokenizer, adds_bos)->tuple: # (template or None, system or 
     p = chat_pieces(tokenizer)
     texts = [x for v in (p or {}).values() for x in (v if isinstance(v, tuple) else [v or ''])]
     if p is None or any(s in t for t in texts for s in ('{{', '}}', '"""')):
-        return None, None, ("the chat template is more than fixed text around what is said, so it was left "
-                            "out: Ollama picks one by the template in the file; ollama show --modelfile "
-                            "tells which")
+        return None, None, f"the chat template is more than fixed text around what is said, {_PICKS}"
+    if adds_bos and _begins_twice(p, tokenizer.bos_token):
+        return None, None, f"turns of the chat template begin with the token that begins a text, {_PICKS}"
     each = '{{ else if '.join('eq .Role "%s" }}%s{{ .Content }}%s' % (r, *p[r])
                               for r in ('system', 'user', 'assistant') if p[r])
     text = '{{ range .Messages }}{{ if '+each+'{{ end }}{{ end }}'+p['generate']
@@ -675,8 +692,8 @@ def _ollama(source, tmp, out, name, made, said):
     "Write the Modelfile, and have Ollama try it where it is here"
     tokenizer = said.tokenizer if said else AutoTokenizer.from_pretrained(source.path)
     file = tmp/name if (tmp/name).exists() else out/name
-    adds = gguf.GGUFReader(file).fields.get('tokenizer.ggml.add_bos_token')
-    write = lambda run: modelfile(source, name, tokenizer, bool(adds and adds.contents()), run)
+    adds = adds_bos(file)
+    write = lambda run: modelfile(source, name, tokenizer, adds, run)
     if not (tmp/name).exists(): os.symlink(os.path.abspath(file), tmp/name) # so that FROM finds it
     text, words = write('Not run here: ollama is not on the PATH.')
     (tmp/'Modelfile').write_text(text, encoding='utf-8')

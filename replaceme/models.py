@@ -214,8 +214,8 @@ def read_gguf_model(path, name=None): # of the model in a message; by default th
     model = from_checkpoint(AutoModelForCausalLM, path.parent, name or path, gguf_file=path.name,
                             config=gguf_config(path), dtype=torch.float32)
     if (lost := _unread(model, path)):
-        raise _bad(name or path, f"holds {_some(lost, 'tensor')} that transformers does not read: it would be "
-                                 "loaded as another model. Give the checkpoint that it was made from")
+        raise _bad(name or path, f"holds {_some(lost, 'tensor')} that transformers does not read: it would "
+                                 "be loaded as another model. Give the checkpoint that it was made from")
     return model.eval()
 
 # %% ../nbs/01_models.ipynb #767c400b

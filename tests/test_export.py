@@ -289,6 +289,47 @@ def test_ollama_gets_a_file_and_says_what_was_not_run(tmp_path):
         export(folder, to="ollama", **SAY)  # and that of others does not
 
 
+TURNS = ("{% for m in messages %}{% if m['role']=='user' %}BOS[INST] {{ m['content'] }} [/INST]"
+         "{% else %}{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}")
+SYSTEM = "{% if messages[0]['role']!='system' %}<|system|>DATE<|e|>{% endif %}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|e|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+
+
+@pytest.mark.parametrize("clock", ["{{ strftime_now('%d %b %Y') }}", "{{ 'Good morning' if strftime_now('%H')|int < 12 else 'Good day' }}",
+                                   "{% if strftime_now is defined %}{% set d = strftime_now('%A') %}{% else %}{% set d = 'Monday' %}{% endif %}{{ d }}"])
+def test_no_moment_is_frozen_into_a_chat_template(clock):
+    "What a template says of today would be said for good"
+    tokenizer = byte_tokenizer()
+    for template, fixed in ((SYSTEM, False), ("DATE" + TURNS.replace("BOS", ""), False), (SYSTEM.replace("DATE", "Be kind."), True)):
+        tokenizer.chat_template = template.replace("DATE", clock)
+        text, system, words = room.ollama_template(tokenizer, False)
+        assert (text is not None) == fixed == (chat_pieces(tokenizer) is not None) and ("more than fixed text" in words) == (not fixed)
+
+
+@pytest.mark.parametrize("template", [TURNS.replace("BOS", "{{ bos_token }}"), "{{ bos_token }}" + TURNS.replace("BOS", ""), TURNS.replace("BOS", ""),
+                                      "{{ bos_token }}" + TURNS.replace("BOS", "{{ bos_token }}")])
+@pytest.mark.parametrize("adds", [False, True])
+def test_no_dialogue_begins_twice(template, adds):
+    "The token that begins a text stands once where the template has it once, whoever puts it there"
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    text, _, words = room.ollama_template(tokenizer, adds)
+    if text is None:
+        assert "left out" in words
+        return
+    there = "<s>" * adds + text.split("{{ range")[0] + text.split('eq .Role "user" }}')[1].split("{{ .Content }}")[0] + "hi"
+    here = tokenizer.apply_chat_template([dict(role="user", content="hi")], tokenize=False)
+    assert there in here or adds and there in "<s>" + here and not here.startswith("<s>")  # the file has it added to all texts
+
+
+@needs_converter
+def test_what_a_file_says_of_its_first_token(tmp_path):
+    folder = save(pruned(), tmp_path / "m")
+    room.convert(room.check_folder(folder), tmp_path / "m.gguf", "f16")
+    keys = tokenizer_keys(gguf.GGUFReader(tmp_path / "m.gguf"))
+    assert keys["tokenizer.ggml.model"].contents() == "llama" and "tokenizer.ggml.add_bos_token" not in keys
+    assert room.adds_bos(tmp_path / "m.gguf")
+
+
 @needs_converter
 def test_the_tokenizer_of_a_source_file_is_kept(tmp_path):
     "Key-values of the GGUF file that the dense model came from, with a chat template that the folder has lost"
