@@ -374,7 +374,8 @@ path, prompt, new, threads = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys
 params = llama_cpp.llama_model_default_params()
 params.use_extra_bufts = False
 llama_cpp.llama_model_default_params = lambda: params
-llm = Llama(path, n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False)
+llm = Llama(path, n_ctx=max(512, len(prompt.encode())+new+8), n_threads=threads, n_threads_batch=threads,
+            verbose=False)
 said = llm(prompt, temperature=0., repeat_penalty=1., max_tokens=new)['choices'][0]['text']
 print(json.dumps(dict(ids=llm.tokenize(prompt.encode(), special=True), text=said)))
 """
@@ -712,8 +713,19 @@ class Exported(dict):
             out += [f"  {'run    ' if l['run'] else 'NOT RUN'} {l['what']}: {l['says']}" for l in f['lines']]
         return '\n'.join(out)
 
+# %% ../nbs/25_export.ipynb #e7a00067
+def _check_said(source, prompt, new): # tokens
+    "Raise unless a prompt is one, and it and what is said to it have their place in the model"
+    if not new>=1: raise ReplaceMeError(f"--new_tokens {new} is too small: give 1 or more.")
+    n = len(AutoTokenizer.from_pretrained(source.path)(prompt)['input_ids'])
+    if not n: raise ReplaceMeError(f"--prompt {prompt!r} has no tokens: give some text to continue.")
+    most = getattr(source.config.get_text_config(decoder=True), 'max_position_embeddings', None)
+    if most and n+new>most:
+        raise ReplaceMeError(f"--prompt has {n} tokens, and --new_tokens {new} are added: the model has "
+                             f"{most} positions. Give less of one of them.")
+
 # %% ../nbs/25_export.ipynb #e7a00058
-def _plan(folder, to, type, save_path, overwrite):
+def _plan(folder, to, type, save_path, overwrite, said=None): # prompt, new tokens, where files are checked
     "Everything that can be refused, before anything is made"
     to = [to] if isinstance(to, str) else list(to)
     for t in to:
@@ -731,6 +743,7 @@ def _plan(folder, to, type, save_path, overwrite):
     kept = _made_before(out, file, source) if file and 'gguf' not in to and not overwrite else None
     _check_place(out, [n for n in names if not (kept and n==file)], overwrite)
     if file and not kept: _check_room(source, out, type)
+    if file and not kept and said: _check_said(source, *said)
     return SimpleNamespace(source=source, out=out, to=to, names=names, file=file, kept=kept)
 
 # %% ../nbs/25_export.ipynb #e7a00059
@@ -743,7 +756,7 @@ def export(folder, # of a run, or any checkpoint that needs no code of its own
            prompt='The capital of France is', # that is continued greedily
            new_tokens=24)->Exported:
     "Write what other programs run: a GGUF file, proved where that can be done here, or what starts them"
-    p = _plan(folder, to, type, save_path, overwrite)
+    p = _plan(folder, to, type, save_path, overwrite, (prompt, new_tokens) if check else None)
     files = {}
     with _workshop(p.out) as tmp:
         said = own_words(p.source, prompt, new_tokens) if check and p.file and not p.kept else None

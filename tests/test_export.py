@@ -331,6 +331,19 @@ def test_what_a_file_says_of_its_first_token(tmp_path):
 
 
 @needs_converter
+@pytest.mark.parametrize("flags, why", [(["--new_tokens", 0], "--new_tokens 0 is too small"), (["--new_tokens", -3], "--new_tokens -3 is too small"),
+                                        (["--prompt="], "--prompt '' has no tokens"), (["--prompt", "a" * 300], "the model has 256 positions"),
+                                        (["--new_tokens", 300], "the model has 256 positions")])
+def test_what_cannot_be_said_is_refused_beforehand(tmp_path, capsys, flags, why):
+    save(pruned(), tmp_path / "m")
+    with pytest.raises(SystemExit) as stop:
+        room.export_model([str(tmp_path / "m"), "--to", "gguf", *map(str, flags)])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and why in said and "Traceback" not in said
+    assert not (tmp_path / "m-export").exists()
+
+
+@needs_converter
 def test_the_tokenizer_of_a_source_file_is_kept(tmp_path):
     "Key-values of the GGUF file that the dense model came from, with a chat template that the folder has lost"
     folder = save(pruned(), tmp_path / "m")
