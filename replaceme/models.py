@@ -7,8 +7,8 @@ __all__ = ['package_gguf', 'left_out', 'untied', 'check_weights', 'fill_tables',
            'read_gguf_model', 'gguf_place', 'gguf_folder', 'is_local', 'resolve', 'tiny_tokenizer', 'as_dtype',
            'read_model_config', 'as_device_map', 'offload_folder', 'placement', 'as_memory', 'check_places',
            'quantised_by', 'embedding_of', 'check_tokenizer', 'load_inputs', 'adapter_config', 'merge_adapter',
-           'checked_source', 'load_model', 'causal_types', 'tiny_model', 'tiny_vision', 'header', 'weight_files',
-           'file_bytes', 'Loading', 'only_measures', 'Bits', 'fingerprint']
+           'checked_source', 'load_model', 'check_unwrapped', 'causal_types', 'tiny_model', 'tiny_vision', 'header',
+           'weight_files', 'file_bytes', 'Loading', 'only_measures', 'Bits', 'fingerprint']
 
 # %% ../nbs/01_models.ipynb #e5c7ec28
 import atexit, dataclasses, importlib.util, json, math, os, re, shutil, tempfile, uuid, warnings
@@ -759,6 +759,17 @@ def load_model(model_path, # hub id, folder (of a model, or of an adapter), `.gg
         for part in (model, inputs): part.save_pretrained(path)
         del model
     return _load_plain(path, model_path, dtype, bits, keep_quantised, common, place)
+
+# %% ../nbs/01_models.ipynb #5e1d0d02
+_WRAPPED = dict(_orig_mod='._orig_mod', module='.module', merge_and_unload='.merge_and_unload()',
+                get_base_model='.get_base_model(), which leaves the adapter out') # what tells: the way out
+
+def check_unwrapped(model):
+    "Raise unless a model is one of transformers, not wrapped by peft, torch.compile or a parallel run"
+    if isinstance(model, transformers.PreTrainedModel): return # imported no earlier
+    ways = [f'give its {way}' for k,way in _WRAPPED.items() if hasattr(model, k)]
+    raise ReplaceMeError("a PreTrainedModel of transformers is wanted, and the model is of type "
+                         f"{type(model).__name__}: {[*ways, 'load_model returns one'][0]}.")
 
 # %% ../nbs/01_models.ipynb #2ab0d3f7
 def causal_types()->list: # names of model types, sorted

@@ -209,6 +209,7 @@ def prune(model, tokenizer, # as loaded by `load_model` or by transformers
     "Prune a model in memory: returns the pruned model, sharing its weights with `model`, and the `Result`"
     cfg = make_config(PruneConfig, layers_to_skip=layers_to_skip, **keys)
     if cfg.blocks is None: need(cfg, 'layers_to_skip')
+    check_unwrapped(model)
     stages, loaded = Stages(), resident_memory()
     reset_peak_memory()
     done, result = calibrate(model, tokenizer, cfg, stages)

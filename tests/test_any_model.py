@@ -247,3 +247,25 @@ def test_a_better_fit_of_an_encoder_is_chosen_by_its_last_states(image_model):
 def test_one_shot_record_is_json(image_model):
     result, folder = run(make_config(**{k: v for k, v in image_model("vit").items() if k != "eval_size"}, eval_dataset=None))
     assert "features" not in json.loads((folder / "replaceme.json").read_text(encoding="utf-8")) and safe_open(folder / "model.safetensors", "pt").keys()
+
+
+def wrapped(kind, model):
+    "A model as a program of its own may hold it, and the model that can be got of it"
+    from peft import LoraConfig, PromptTuningConfig, get_peft_model
+    if kind == "compile":
+        return torch.compile(model), lambda m: m._orig_mod
+    if kind == "parallel":
+        return torch.nn.DataParallel(model), lambda m: m.module
+    if kind == "lora":
+        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])), lambda m: m.merge_and_unload()
+    return get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)), lambda m: m.get_base_model()
+
+
+@pytest.mark.parametrize("kind, way", [("compile", "._orig_mod."), ("parallel", ".module."), ("lora", ".merge_and_unload()."), ("prompt", ".get_base_model(),")])
+def test_a_wrapped_model_is_refused_with_the_way_out(kind, way):
+    model, out = wrapped(kind, tiny_model(layers=4))
+    keys = dict(layers_to_skip=2, dataset=[TEXT] * 4, dataset_size=4, max_length=16)
+    with pytest.raises(ReplaceMeError) as said:
+        prune(model, tiny_tokenizer(), **keys)
+    assert f"of type {type(model).__name__}: give its {way}" in str(said.value) and "\n" not in str(said.value)
+    assert prune(out(model), tiny_tokenizer(), **keys)[0].config.num_hidden_layers == 2
