@@ -126,18 +126,22 @@ class PruneConfig(Config):
         return f"{name} means nothing for a model in memory: {why}."
 
 # %% ../nbs/22_config.ipynb #6a7af09b
-class _Loader(yaml.SafeLoader): "YAML that refuses a repeated key"
+class _Loader(yaml.SafeLoader): "YAML that refuses a repeated key, and one that is no word"
 
 # %% ../nbs/22_config.ipynb #14fbaddc
 def _mapping(loader, node, deep=False):
     seen = {}
-    for k,_ in node.value:
+    for k,_ in node.value if isinstance(node, yaml.MappingNode) else ():
         line = k.start_mark.line+1
+        if not isinstance(k, yaml.ScalarNode): # as in a template that was not filled in, {{ model }}
+            raise ReplaceMeError(f"a key must be a word, and one in line {line} is a {k.id}: fill the "
+                                 "template in, or put quotes around a value that begins with {, [ or ?.")
         if k.value in seen:
             raise ReplaceMeError(f"the key {k.value!r} stands twice (lines {seen[k.value]} and {line}): keep "
                                  "one.")
         seen[k.value] = line
     return yaml.SafeLoader.construct_mapping(loader, node, deep)
+
 
 # %% ../nbs/22_config.ipynb #a4dd1255
 _MAPPING = yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG

@@ -75,6 +75,8 @@ def test_the_config_of_these_tests_works(place, checkpoint, capsys):
     ("layers_to_skp: 2", ["unknown key 'layers_to_skp'", "Did you mean 'layers_to_skip'?"]),
     ("blah_blah: 2", ["unknown key 'blah_blah'", "--help"]),
     ("alpha: 1\nalpha: 2", ["'alpha' stands twice", "lines 1 and 2"]),
+    ("model_path: {{ model }}", ["c.yaml", "a key must be a word", "line 1", "quotes"]),
+    ("alpha: 1\n? [a, b]\n: 2", ["a key must be a word", "line 2", "sequence"]),
     ("layers_to_skip: six", ["layers_to_skip is 'six'", "whole number"]),
     ("layers_to_skip: 2.5", ["layers_to_skip is 2.5", "whole number"]),
     ("use_4bit: 1", ["use_4bit is 1", "true or false"]),
