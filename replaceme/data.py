@@ -8,18 +8,18 @@ __all__ = ['SPARE', 'ROLES', 'HELD_OUT', 'FORMATS', 'UNREAD', 'PACKED', 'TEXT_FI
            'reader', 'stream_ids', 'first_tokens', 'decoded', 'Piece', 'bare_ids', 'special_ids', 'begun', 'token_ids',
            'pad_rows', 'at_least', 'long_rows', 'in_batches', 'batches', 'grouped_by_length', 'n_embedded', 'check_ids',
            'hidden_tokens', 'mask_tokens', 'packed_ids', 'pack', 'cut_stream', 'python_docs', 'unboxed', 'as_chat',
-           'is_chat', 'content_text', 'as_message', 'NoText', 'chat_text', 'pick_split', 'split_of', 'one_voice',
-           'opened', 'file_format', 'is_text', 'open_text', 'read_text', 'looks_like_json', 'table_kind', 'json_table',
-           'json_row', 'json_rows', 'csv_rows', 'column_rows', 'FileRows', 'by_split', 'in_folder', 'in_file',
-           'open_dataset', 'is_data', 'memory_rows', 'InMemory', 'sliced', 'open_rows', 'as_text', 'exchange_of',
-           'as_columns', 'pick_columns', 'row_text', 'schema_of', 'only', 'guarded', 'looked_at', 'table_texts',
-           'first_exchange', 'find_source', 'holds_rows', 'parts_of', 'Part', 'is_part', 'as_part', 'piece_length',
-           'named', 'read_table', 'pick', 'Reserved', 'reserved_cache', 'sample_ids', 'rows_at_once', 'first_id',
-           'user_turn', 'opening', 'first_ids', 'repeats', 'poor', 'sample_texts', 'own_texts', 'is_path', 'files_in',
-           'text_files', 'text_splits', 'kind_of', 'plain_only', 'read_shares', 'portions', 'interleave', 'source_key',
-           'shares_of', 'mixture', 'short_data_name', 'data_name', 'plan', 'how_of', 'load_parts', 'load_texts',
-           'synthetic_images', 'as_rgb', 'open_image', 'image_files', 'drawn', 'is_image', 'pick_images', 'undecoded',
-           'table_images', 'load_images', 'pixels', 'image_batches']
+           'is_chat', 'content_text', 'as_message', 'NoText', 'worded', 'chat_text', 'pick_split', 'split_of',
+           'one_voice', 'opened', 'file_format', 'is_text', 'open_text', 'read_text', 'looks_like_json', 'table_kind',
+           'json_table', 'json_row', 'json_rows', 'csv_rows', 'column_rows', 'FileRows', 'by_split', 'in_folder',
+           'in_file', 'open_dataset', 'is_data', 'memory_rows', 'InMemory', 'sliced', 'open_rows', 'as_text',
+           'exchange_of', 'as_columns', 'pick_columns', 'row_text', 'schema_of', 'only', 'guarded', 'looked_at',
+           'table_texts', 'first_exchange', 'find_source', 'holds_rows', 'parts_of', 'Part', 'is_part', 'as_part',
+           'piece_length', 'named', 'read_table', 'pick', 'Reserved', 'reserved_cache', 'sample_ids', 'rows_at_once',
+           'first_id', 'user_turn', 'opening', 'first_ids', 'repeats', 'poor', 'sample_texts', 'own_texts', 'is_path',
+           'files_in', 'text_files', 'text_splits', 'kind_of', 'plain_only', 'read_shares', 'portions', 'interleave',
+           'source_key', 'shares_of', 'mixture', 'short_data_name', 'data_name', 'plan', 'how_of', 'load_parts',
+           'load_texts', 'synthetic_images', 'as_rgb', 'open_image', 'image_files', 'drawn', 'is_image', 'pick_images',
+           'undecoded', 'table_images', 'load_images', 'pixels', 'image_batches']
 
 # %% ../nbs/03_data.ipynb #6193d1e8
 import ast, bz2, gzip, hashlib, io, json, lzma, math, re, uuid, warnings, zipfile, zlib
@@ -367,6 +367,37 @@ def as_message(m)->dict: # with `role` and `content`
 # %% ../nbs/03_data.ipynb #8d208ece
 class NoText(ReplaceMeError): "Why a row gives no text"
 
+# %% ../nbs/03_data.ipynb #7c0de002
+_TALK = [dict(role='user', content='the-words-of-a-user'),
+         dict(role='assistant', content='an-answer-to-them')]
+
+def _as_parts(m): # a message
+    return {**m, 'content': [dict(type='text', text=m['content'])]} if isinstance(m['content'], str) else m
+
+def _heard(tokenizer, form, talk)->int|None: # None where the template refuses
+    "How many messages the chat template writes the words of"
+    try: text = tokenizer.apply_chat_template([form(m) for m in talk], tokenize=False)
+    except Exception: return None # a template is code, and raises what it likes
+    return sum(m['content'] in text for m in talk)
+
+# %% ../nbs/03_data.ipynb #7c0de003
+_forms = {} # {template: what it wants made of a message; None where it writes no words}
+
+def _form(tokenizer):
+    for talk in _TALK, _TALK[:1]:
+        n = {form: _heard(tokenizer, form, talk) for form in (dict, _as_parts)}
+        if any(n.values()): return max(n, key=lambda f: n[f] or 0)
+        if n[dict] is not None: return None
+    return dict # what it refuses is said of the messages themselves
+
+def worded(messages, # with `role` and `content`
+           tokenizer)->list: # of messages
+    "The same messages, their words as the chat template writes them: as a text, or as parts"
+    template = str(tokenizer.chat_template)
+    if template not in _forms: _forms[template] = _form(tokenizer)
+    if (form := _forms[template]) is not None: return [form(m) for m in messages]
+    raise NoText("the chat template writes nothing of what is said: set tokenizer.chat_template to another.")
+
 # %% ../nbs/03_data.ipynb #7812d3a5
 def chat_text(chat, # see `as_chat`
               tokenizer)->str:
@@ -376,6 +407,7 @@ def chat_text(chat, # see `as_chat`
                              "column of plain text (dataset_column), or set tokenizer.chat_template.")
     messages = [as_message(m) for m in as_chat(chat)]
     if not any(m['content'].strip() or 'tool_calls' in m for m in messages): return ''
+    messages = worded(messages, tokenizer)
     try: return tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception as e: # a template is code, and raises what it likes
         roles, said = ', '.join(m['role'] for m in messages), ' '.join(str(e).split()) or type(e).__name__
@@ -1167,9 +1199,9 @@ OPENINGS = dict(plain=['',],
 # %% ../nbs/03_data.ipynb #48e27082
 def user_turn(tokenizer)->str|None:
     "What the chat template puts before a user's words; None where there is no such thing"
-    words = 'the-words-of-a-user'
+    words = _TALK[0]['content']
     if not getattr(tokenizer, 'chat_template', None): return None
-    try: text = tokenizer.apply_chat_template([dict(role='user', content=words)], tokenize=False)
+    try: text = tokenizer.apply_chat_template(worded(_TALK[:1], tokenizer), tokenize=False)
     except Exception: return None # a template may ask for what we do not have
     before, found, _ = text.partition(words)
     return before if found else None

@@ -25,7 +25,7 @@ from .group import *
 from .plots import *
 from .arch import judging, stack_config, run, input_device, sees
 from .layerwise import ends
-from .data import check_ids, n_embedded, packed_ids, special_ids
+from .data import check_ids, n_embedded, packed_ids, special_ids, worded
 from .keys import *
 
 # %% ../nbs/13_evaluate.ipynb #c3dbecad
@@ -378,15 +378,23 @@ def _plain(row, # lm-eval's results of one task
 
 # %% ../nbs/13_evaluate.ipynb #c4a70002
 def check_chat(tokenizer, chat):
-    "Raise where questions shall go through a template that is not there"
-    if chat and chat.get('apply_chat_template') and not getattr(tokenizer, 'chat_template', None):
+    "Raise where questions shall go through a template that is not there, or that does not write them"
+    if not (chat and chat.get('apply_chat_template')): return
+    if not getattr(tokenizer, 'chat_template', None):
         raise ReplaceMeError("apply_chat_template is true, but this tokenizer has no chat template: "
                              "leave it out, or set tokenizer.chat_template.")
+    worded([], tokenizer)
 
 # %% ../nbs/13_evaluate.ipynb #3d457229
 def _check_limit(limit):
     if limit is not None and not limit>0:
         raise ReplaceMeError(f"limit is {limit}: give a number above 0, or nothing for all questions.")
+
+# %% ../nbs/13_evaluate.ipynb #c4a70004
+def _word_chats(lm):
+    "Have lm-eval's model give the chat template what it writes, see `worded`"
+    inner = lm.apply_chat_template
+    lm.apply_chat_template = lambda chat, *args, **kw: inner(worded(chat, lm.tokenizer), *args, **kw)
 
 # %% ../nbs/13_evaluate.ipynb #91009a1f
 def _count_tokens(lm)->dict: # {(context, continuation): tokens}, filled while the model runs
@@ -444,6 +452,7 @@ def _lm_eval(model, tokenizer, loaded, limit, batch_size, log_samples=False, cha
         lm = HFLM(pretrained=model, tokenizer=_padding(tokenizer, model), batch_size=batch_size)
         _check_room(loaded, lm.max_length)
         counts = _count_tokens(lm)
+        if how.get('apply_chat_template'): _word_chats(lm)
         return evaluate(lm, loaded, **kw), counts
 
 # %% ../nbs/13_evaluate.ipynb #d314d797
@@ -601,10 +610,13 @@ def prompt_ids(tokenizer, prompt,
                chat=True, # through the chat template, where there is one
               )->dict: # input_ids and attention_mask, one row
     "A prompt as tokens, BOS once"
-    if not (chat and tokenizer.chat_template): return tokenizer(prompt, return_tensors='pt')
-    said = [dict(role='user', content=prompt)]
-    text = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
-    return tokenizer(text, return_tensors='pt', add_special_tokens=False)
+    text, own = prompt, {}
+    if chat and tokenizer.chat_template:
+        said, own = worded([dict(role='user', content=prompt)], tokenizer), dict(add_special_tokens=False)
+        text = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+    found = tokenizer(text, return_tensors='pt', **own)
+    if found['input_ids'].numel(): return found
+    raise ReplaceMeError(f"no token is made of the prompt {prompt!r}, and there is nothing to go on from.")
 
 # %% ../nbs/13_evaluate.ipynb #f1b9e8f8
 @contextmanager

@@ -70,6 +70,34 @@ def test_a_tokenizer_without_a_template_is_refused(tasks):
         e.eval_tasks(tiny_model(layers=2), tok, tasks, chat=dict(apply_chat_template=True))
 
 
+PARTS = "{% for m in messages %}{{ '[' + m.role + '] ' }}{% for c in m.content | selectattr('type', 'equalto', 'text') %}{{ c.text }}{% endfor %}{% endfor %}"
+MUTE = "{% for m in messages %}[{{ m.role }}]{% endfor %}"
+
+
+@pytest.mark.parametrize("more", [{}, dict(fewshot_as_multiturn=True, system_instruction="Be brief.")])
+def test_words_reach_a_template_that_wants_parts(tasks, asked, more):
+    tok = tiny_tokenizer()
+    tok.chat_template = PARTS
+    e.eval_tasks(tiny_model(layers=2), tok, tasks, chat=dict(apply_chat_template=True, **more))
+    assert asked and all(a.count("What is") == 2 and "Be brief." * bool(more) in a for a in asked)
+    assert tok.decode(e.prompt_ids(tok, "Why?")["input_ids"][0]) == "[user] Why?"
+
+
+def test_a_template_that_writes_no_words_is_refused(tasks, save_tiny, tmp_path):
+    "Before anything is asked; a prompt of no tokens as well"
+    tok = tiny_tokenizer()
+    tok.chat_template = MUTE
+    with pytest.raises(ReplaceMeError, match="nothing of what is said"):
+        e.eval_tasks(tiny_model(layers=2), tok, tasks, chat=dict(apply_chat_template=True))
+    folder = save_tiny(tmp_path) / "tiny"
+    for template, why in (MUTE, "nothing of what is said"), ("{% for m in messages if m.role == 'assistant' %}{{ m.content }}{% endfor %}", "no token is made of the prompt 'Why'"):
+        (folder / "chat_template.jinja").write_text(template)
+        cfg = make_config(model_path=str(folder), dataset="python-docs", dataset_size=4, max_length=32, eval_dataset=None, layers_to_skip=2, prompt="Why",
+                          save_path=str(tmp_path / "out"))
+        with pytest.raises(ReplaceMeError, match=why):
+            run(cfg)
+
+
 @pytest.mark.parametrize("keys, why", [(dict(apply_chat_template=True), "no tasks"), (dict(system_instruction="x"), "no tasks"),
                                        (dict(tasks=["sums"], fewshot_as_multiturn=True), "apply_chat_template")])
 def test_what_would_be_ignored_is_refused(keys, why):

@@ -250,6 +250,26 @@ def template(text):
     return tok
 
 
+PARTS = ("{% for m in messages %}{{ '<' + m.role + '>' }}{% for c in m.content | selectattr('type', 'equalto', 'text') %}{{ c.text }}{% endfor %}"
+         "{% endfor %}")
+MUTE = "{% for m in messages %}{{ '<' + m.role + '>' }}{% endfor %}"
+
+
+@pytest.mark.parametrize("wants", [PARTS, "{% for m in messages %}<{{ m.role }}>{{ m.content[0]['text'] }}{% endfor %}",
+                                   "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"])
+def test_words_reach_a_template_that_wants_parts(tmp_path, wants):
+    "Given as a text or as parts, they come out; so do the first words of the model's own texts"
+    parted = [{**m, "content": [dict(type="text", text=m["content"])]} for m in HI]
+    tok = template(wants)
+    assert texts(lines(tmp_path / "a.jsonl", [dict(messages=HI), dict(messages=parted)]), tokenizer=tok) == ["<user>Hi<assistant>Hello"] * 2
+    assert data.user_turn(tok) == "<user>"
+
+
+def test_a_template_that_writes_no_words_is_refused():
+    fails("row 1: the chat template writes nothing of what is said", rows_of([dict(messages=HI)]), tokenizer=template(MUTE))
+    assert data.user_turn(template(MUTE)) is None
+
+
 def test_calls_of_tools_and_other_keys_reach_the_template():
     tok = template("{% for m in messages %}{{ m.role }}:{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.arguments.a }}"
                    "{% endfor %}{{ m.reasoning_content }}{{ 'name' in m }};{% endfor %}")
