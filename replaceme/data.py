@@ -10,19 +10,19 @@ __all__ = ['SPARE', 'ROLES', 'HELD_OUT', 'FORMATS', 'UNREAD', 'PACKED', 'TEXT_FI
            'hidden_tokens', 'mask_tokens', 'packed_ids', 'pack', 'cut_stream', 'python_docs', 'unboxed', 'as_chat',
            'is_chat', 'content_text', 'as_message', 'NoText', 'worded', 'chat_text', 'pick_split', 'split_of',
            'one_voice', 'opened', 'file_format', 'is_text', 'open_text', 'read_text', 'looks_like_json', 'table_kind',
-           'json_table', 'json_row', 'json_rows', 'csv_rows', 'column_rows', 'FileRows', 'by_split', 'in_folder',
-           'in_file', 'open_dataset', 'is_data', 'memory_rows', 'InMemory', 'sliced', 'open_rows', 'as_text',
-           'exchange_of', 'as_columns', 'pick_columns', 'row_text', 'schema_of', 'only', 'guarded', 'looked_at',
-           'table_texts', 'first_exchange', 'find_source', 'holds_rows', 'parts_of', 'Part', 'is_part', 'as_part',
-           'piece_length', 'named', 'read_table', 'pick', 'Reserved', 'reserved_cache', 'sample_ids', 'rows_at_once',
-           'first_id', 'user_turn', 'opening', 'first_ids', 'repeats', 'poor', 'sample_texts', 'own_texts', 'is_path',
-           'files_in', 'text_files', 'text_splits', 'kind_of', 'plain_only', 'read_shares', 'portions', 'interleave',
-           'source_key', 'shares_of', 'mixture', 'short_data_name', 'data_name', 'plan', 'how_of', 'load_parts',
-           'load_texts', 'synthetic_images', 'as_rgb', 'open_image', 'image_files', 'drawn', 'is_image', 'pick_images',
-           'undecoded', 'table_images', 'load_images', 'pixels', 'image_batches']
+           'json_table', 'json_row', 'json_rows', 'csv_rows', 'column_rows', 'FileRow', 'FileRows', 'by_split',
+           'files_in', 'by_name', 'in_folder', 'in_file', 'open_dataset', 'is_data', 'memory_rows', 'InMemory',
+           'sliced', 'open_rows', 'as_text', 'exchange_of', 'as_columns', 'pick_columns', 'row_text', 'schema_of',
+           'only', 'guarded', 'looked_at', 'table_texts', 'first_exchange', 'find_source', 'holds_rows', 'parts_of',
+           'Part', 'is_part', 'as_part', 'piece_length', 'named', 'read_table', 'pick', 'Reserved', 'reserved_cache',
+           'sample_ids', 'rows_at_once', 'first_id', 'user_turn', 'opening', 'first_ids', 'repeats', 'poor',
+           'sample_texts', 'own_texts', 'is_path', 'text_files', 'text_splits', 'kind_of', 'plain_only', 'read_shares',
+           'portions', 'interleave', 'source_key', 'shares_of', 'mixture', 'short_data_name', 'data_name', 'plan',
+           'how_of', 'load_parts', 'load_texts', 'synthetic_images', 'as_rgb', 'open_image', 'image_files', 'drawn',
+           'is_image', 'pick_images', 'undecoded', 'table_images', 'load_images', 'pixels', 'image_batches']
 
 # %% ../nbs/03_data.ipynb #6193d1e8
-import ast, bz2, gzip, hashlib, io, json, lzma, math, re, uuid, warnings, zipfile, zlib
+import ast, bz2, glob, gzip, hashlib, io, json, lzma, math, re, uuid, warnings, zipfile, zlib
 from collections import namedtuple
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -37,8 +37,8 @@ import datasets, numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from PIL import Image, ImageDraw, UnidentifiedImageError
-from datasets import DownloadConfig, load_dataset, load_dataset_builder, load_from_disk
-from datasets.data_files import DataFilesDict, get_data_patterns
+from datasets import DownloadConfig, NamedSplit, load_dataset, load_dataset_builder, load_from_disk
+from datasets.data_files import FILES_TO_IGNORE, DataFilesDict, EmptyDatasetError, get_data_patterns
 from datasets.exceptions import DataFilesNotFoundError, DatasetsError
 from datasets.packaged_modules import _EXTENSION_TO_MODULE
 from datasets.utils.file_utils import xopen
@@ -654,12 +654,23 @@ def _batches(file, kind):
 
 # %% ../nbs/03_data.ipynb #75eaa42f
 def column_rows(file, columns=None, path=None, kind='parquet'):
-    "Rows of a table in columns, of which only `columns` are read"
-    for batch in _batches(file, kind)[1](columns):
-        for i in range(0, batch.num_rows, 64): yield from batch.slice(i, 64).to_pylist()
+    "Rows of a table in columns, of which only `columns` are read; empty rows where it has none of them"
+    schema, batches = _batches(file, kind)
+    there = columns if columns is None else [c for c in columns if c in schema.names]
+    for batch in batches(schema.names[:1] if there==[] else there):
+        for i in range(0, batch.num_rows, 64):
+            rows = batch.slice(i, 64).to_pylist()
+            yield from ({} for _ in rows) if there==[] else rows
 
 READERS = dict(json=json_rows, csv=csv_rows,
                **{k: partial(column_rows, kind=k) for k in ('parquet', 'arrow', 'orc')})
+
+# %% ../nbs/03_data.ipynb #7c0de011
+class FileRow(dict):
+    "A row of one of several files, which remembers its `file`"
+    def __init__(self, row, file):
+        super().__init__(row)
+        self.file = file
 
 # %% ../nbs/03_data.ipynb #deda3541
 @dataclass
@@ -691,7 +702,7 @@ def _rows(self:FileRows, path):
     try:
         with opened(path, self.token) as f:
             for row in READERS[self.kind](f, self.columns, path):
-                yield row
+                yield FileRow(row, str(path)) if len(self.files)>1 else row
                 n += 1
     except (ReplaceMeError, MemoryError): raise
     except UnicodeDecodeError as e:
@@ -708,19 +719,66 @@ def by_split(builder): # -> dict, split -> rows
     if len(kinds)!=1 or None in kinds: return builder.as_streaming_dataset()
     return {str(s): FileRows(list(fs), *kinds, token=builder.token) for s,fs in files.items()}
 
+# %% ../nbs/03_data.ipynb #49a6c6e6
+def files_in(folder)->list: # of paths, sorted
+    "The files in a folder and the folders within it, but for hidden ones"
+    def hidden(f): return any(n.startswith('.') for n in f.relative_to(folder).parts)
+    return sorted(f for f in Path(folder).rglob('*') if f.is_file() and not hidden(f))
+
 # %% ../nbs/03_data.ipynb #acf2379e
+def _tables_in(folder):
+    def special(f): return any(n.startswith('__') for n in f.relative_to(folder).parts)
+    found = [f for f in files_in(folder) if file_format(f)]
+    return [f for f in found if f.name not in FILES_TO_IGNORE and not special(f)]
+
+def _left_out(folder, splits): # -> the tables that are in no split
+    read = {Path(f).resolve() for fs in splits.values() for f in fs}
+    return [f for f in _tables_in(folder) if f.resolve() not in read]
+
+def _few(files):
+    "Their names, of many the first"
+    names = [Path(f).name for f in files]
+    return ', '.join(names[:3]) + (f' and {len(names)-3} more' if len(names)>3 else '')
+
+# %% ../nbs/03_data.ipynb #7c0de013
+def by_name(folder): # -> dict, split -> table files
+    "The tables of a folder by the splits that `datasets` finds in their names; all are `train` if none is"
+    base = glob.escape(str(folder))
+    found = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
+    splits = {s: tables for s,fs in found.items() if (tables := [f for f in fs if file_format(f)])}
+    left = _left_out(folder, splits)
+    if not left or not splits or 'train' in splits: return splits
+    tables = _tables_in(folder)
+    warnings.warn(f"dataset {folder}: no file is named after train, and after no split at all {_few(left)}: "
+                  f"all {len(tables)} tables are taken as train.", ReplaceMeWarning)
+    return {'train': [str(f) for f in tables], **splits}
+
+# %% ../nbs/03_data.ipynb #7c0de014
+def _of_one_kind(folder, splits): # -> dict, split -> rows
+    kinds = sorted({file_format(f) for fs in splits.values() for f in fs})
+    if len(kinds)>1:
+        raise ReplaceMeError(f"dataset {folder} holds tables of different kinds ({', '.join(kinds)}): "
+                             "give one of them.")
+    return {str(s): FileRows(list(fs), *kinds) for s,fs in splits.items()}
+
+def _say_left(folder, files):
+    if files: warnings.warn(f"dataset {folder}: in none of its splits, and so left out: {_few(files)}. Name "
+                            "such a file after its split, or give it alone.", ReplaceMeWarning)
+
 def in_folder(folder, subset=None): # -> dict, split -> rows
-    "The tables of a folder, in the splits that `datasets` finds; it knows fewer suffixes"
-    try: return by_split(load_dataset_builder(str(folder), subset))
-    except DataFilesNotFoundError:
-        splits = DataFilesDict.from_patterns(get_data_patterns(str(folder)), base_path=str(folder))
-        tables = {str(s): [f for f in fs if file_format(f)] for s,fs in splits.items()}
-        kinds = sorted({file_format(f) for fs in tables.values() for f in fs})
-        if not kinds: raise
-        if len(kinds)>1:
-            raise ReplaceMeError(f"dataset {folder} holds tables of different kinds ({', '.join(kinds)}): "
-                                 "give one of them.")
-        return {s: FileRows(fs, *kinds) for s,fs in tables.items() if fs}
+    "The tables of a folder, in its splits; what is in none is named"
+    try: builder = load_dataset_builder(str(folder), subset)
+    except (DataFilesNotFoundError, EmptyDatasetError):
+        if not (splits := by_name(folder)): raise
+    else:
+        found, splits = by_split(builder), builder.config.data_files or {}
+        said = not all(isinstance(s, NamedSplit) for s in splits) # in README.md, or by numbered files
+        if said or not all(isinstance(r, FileRows) for r in found.values()):
+            if len(builder.BUILDER_CONFIGS)<2: _say_left(folder, _left_out(folder, splits))
+            return found
+        splits = by_name(folder)
+    _say_left(folder, _left_out(folder, splits))
+    return _of_one_kind(folder, splits)
 
 # %% ../nbs/03_data.ipynb #16076c2e
 def in_file(path): # -> dict, split -> rows
@@ -969,6 +1027,12 @@ def looked_at(rows, column=None, again=only)->tuple: # (columns, iterator over r
         columns = pick_columns(head, column, names)
     return columns, guarded(again(rows, columns)) if schema else chain(head, it)
 
+# %% ../nbs/03_data.ipynb #7c0de015
+def _say_mute(name, files, columns):
+    "Warn of the files among several that give nothing"
+    if files: warnings.warn(f"dataset {name}: no row of {_few(files)} gives a text, which is read from the "
+                            f"column {', '.join(columns)} in all of its files.", ReplaceMeWarning)
+
 # %% ../nbs/03_data.ipynb #ecb3ff17
 def table_texts(rows, # iterable of dicts
                 tokenizer, column=None,
@@ -979,13 +1043,14 @@ def table_texts(rows, # iterable of dicts
                )->list: # of str, or of `Piece`s
     "The first `size` texts of a table; empty ones do not count"
     columns, rows = looked_at(rows, column, again)
-    reasons, done = [], []
+    reasons, done, files = [], [], {}
     def texts():
         for i,r in enumerate(rows):
+            files.setdefault(file := getattr(r, 'file', None), file is None)
             try: text = row_text(r, columns, tokenizer)
             except NoText as e: reasons.append(f"row {i+1}: {e}")
             else:
-                if text.strip(): done.append(i); yield text
+                if text.strip(): done.append(i); files[file] = True; yield text
             if len(reasons)>=LOOK and not done: return
     given = texts() if piece_length is None else pack(texts(), tokenizer, piece_length)
     found = list(progress(islice(given, size), size, 'texts', delay=2, leave=False))
@@ -994,6 +1059,7 @@ def table_texts(rows, # iterable of dicts
     if reasons:
         warnings.warn(f"dataset {name}: {len(reasons)} rows are left out beside the {len(found)} that are "
                       f"taken; the first, {reasons[0]}", ReplaceMeWarning)
+    _say_mute(name, [f for f,said in files.items() if not said], columns)
     return found
 
 # %% ../nbs/03_data.ipynb #d55c5dfe
@@ -1304,12 +1370,6 @@ def is_path(dataset)->bool:
     path, name = local_path(dataset), str(dataset)
     written_so = name.startswith(('.', '/', '~')) or name.count('/')>1 or is_text(path)
     return written_so or _suffix(path) in {*FORMATS, *UNREAD} or exists(path)
-
-# %% ../nbs/03_data.ipynb #49a6c6e6
-def files_in(folder)->list: # of paths, sorted
-    "The files in a folder and the folders within it, but for hidden ones"
-    def hidden(f): return any(n.startswith('.') for n in f.relative_to(folder).parts)
-    return sorted(f for f in Path(folder).rglob('*') if f.is_file() and not hidden(f))
 
 # %% ../nbs/03_data.ipynb #1c5a7e22
 def text_files(path)->list: # of paths; none where it is no text

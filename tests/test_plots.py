@@ -99,7 +99,7 @@ def test_all_blocks_of_a_result_are_marked():
 
 INNER = """About Acts AnalyseConfig Answer Asked Asking Bench Bits Block Borrowed Budget Budgeted Calibration Call Case
          Choosing Closed Common CompareConfig Comparing Config Cost Cut Distances Divergence Domain Drafting
-         DraftRun Drafts Ends Equivalence EvaluateConfig Exported Features Feed FFN FileRows FoldPoint Gains Gram
+         DraftRun Drafts Ends Equivalence EvaluateConfig Exported Features Feed FFN FileRow FileRows FoldPoint Gains Gram
          Group Headers HeldOut InMemory Iterating Job Journal Judged Kept Keys Known LaCoKeys Layer Layerwise Line
          LinearConfig LinearMap LinearModel LLMPrunerKeys Loading LogLine Loss MapConfig Mapping Meter Method
          Mix Nearest Network Neurons Norm NormBehind Part Parted Pass Patched Piece Place Plan Point Probed

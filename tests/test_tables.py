@@ -210,6 +210,69 @@ def test_folders_of_tables_whatever_their_suffix(tmp_path):
     fails("holds tables of different kinds (arrow, parquet): give one of them", tmp_path / "mixed")
 
 
+def told(path, **kw):
+    "The texts, and what is said of them."
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = texts(path, **kw)
+    return found, " ".join(str(w.message) for w in said if issubclass(w.category, ReplaceMeWarning))
+
+
+def filled(folder, names):
+    "Files of one row each, which is the name."
+    for n in names.split():
+        (folder / n).parent.mkdir(parents=True, exist_ok=True)
+        (folder / n).write_text(f"text,n\n{n},1\n" if n.endswith("csv") else json.dumps(dict(text=n)))
+    return folder
+
+
+@pytest.mark.parametrize("names, left", [
+    ("part1.jsonl part2.jsonl dev.jsonl", "part1.jsonl, part2.jsonl"), ("a.jsonl b_test.jsonl", "a.jsonl"), ("a.jsonl b.JSONL", ""),
+    ("a.jsonl val/b.jsonl", "a.jsonl"), ("a[1].jsonl b.jsonl", ""), ("a.jsonl config.json __x/b.jsonl .b.jsonl", "")])
+def test_no_file_of_a_folder_is_left_out_unsaid(tmp_path, names, left):
+    "All are read where none is named after train, and the held-out ones stay to be had."
+    found, said = told(filled(tmp_path / "glob[1]*", names))
+    assert sorted(found) == sorted(n for n in names.split() if n not in ("config.json", "__x/b.jsonl", ".b.jsonl"))
+    assert (f"after no split at all {left}: all" in said) if left else not said
+    if "dev" in names:
+        assert texts(tmp_path / "glob[1]*", split="validation") == ["dev.jsonl"]
+
+
+@pytest.mark.parametrize("names, read, left", [
+    ("train.jsonl test.jsonl extra.jsonl stats.csv", "train.jsonl", "extra.jsonl, stats.csv"), ("train-a.jsonl train-b.JSONL dev.jsonl", "", ""),
+    ("data/train-00000-of-00001.jsonl data/test-00000-of-00001.jsonl x.jsonl", "data/train-00000-of-00001.jsonl", "x.jsonl")])
+def test_files_beside_those_of_the_splits_are_named(tmp_path, names, read, left):
+    found, said = told(filled(tmp_path, names))
+    assert found == ([read] if read else ["train-a.jsonl", "train-b.JSONL"]) and (f"left out: {left}." in said if left else not said)
+
+
+def test_a_readme_says_what_is_read(tmp_path):
+    filled(tmp_path, "a.jsonl b.jsonl c.csv")
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: x\n  data_files: a.jsonl\n---\n")
+    found, said = told(tmp_path)
+    assert found == ["a.jsonl"] and "left out: b.jsonl, c.csv." in said
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: x\n  data_files: a.jsonl\n- config_name: y\n  data_files: b.jsonl\n---\n")
+    assert told(tmp_path, subset="y") == (["b.jsonl"], "")
+
+
+@pytest.mark.parametrize("names", ["a.jsonl b.csv", "train.jsonl train2.csv", "dev.jsonl b.csv"])
+def test_tables_of_different_kinds_are_refused(tmp_path, names):
+    with warnings.catch_warnings(action="ignore"):
+        fails("holds tables of different kinds (csv, json): give one of them", filled(tmp_path, names))
+
+
+@pytest.mark.parametrize("column", [None, "text"])
+@pytest.mark.parametrize("suffix, write", [("parquet", pq.write_table), ("orc", pa.orc.write_table), ("arrow", pa.feather.write_feather),
+                                           ("jsonl", lambda t, p: lines(p, t.to_pylist())), ("csv", lambda t, p: t.to_pandas().to_csv(p, index=False))])
+def test_a_file_that_gives_no_text_is_named(tmp_path, suffix, write, column):
+    for name, key in zip("abc", ("text", "content", "text")):
+        write(pa.table({key: [f"{name} one", f"{name} two"], "n": [1, 2]}), tmp_path / f"{name}.{suffix}")
+    found, said = told(tmp_path, column=column)
+    assert found == ["a one", "a two", "c one", "c two"] and f"no row of b.{suffix} gives a text, which is read from the column text" in said
+    assert texts(tmp_path, column="text", split="train[3:5]") == ["c one"]
+    assert told(tmp_path, column=column, size=2)[1] == ""  # where nothing of it was needed
+
+
 # Chats
 
 
