@@ -10,16 +10,17 @@ __all__ = ['SPARE', 'ROLES', 'HELD_OUT', 'FORMATS', 'UNREAD', 'PACKED', 'TEXT_FI
            'hidden_tokens', 'mask_tokens', 'packed_ids', 'pack', 'cut_stream', 'python_docs', 'unboxed', 'as_chat',
            'is_chat', 'content_text', 'as_message', 'NoText', 'worded', 'chat_text', 'pick_split', 'split_of',
            'one_voice', 'opened', 'file_format', 'is_text', 'open_text', 'read_text', 'looks_like_json', 'table_kind',
-           'json_table', 'json_row', 'json_rows', 'csv_rows', 'column_rows', 'FileRow', 'FileRows', 'by_split',
-           'files_in', 'by_name', 'in_folder', 'in_file', 'open_dataset', 'is_data', 'memory_rows', 'InMemory',
-           'sliced', 'open_rows', 'as_text', 'exchange_of', 'as_columns', 'pick_columns', 'row_text', 'schema_of',
-           'only', 'guarded', 'looked_at', 'table_texts', 'first_exchange', 'find_source', 'holds_rows', 'parts_of',
-           'Part', 'is_part', 'as_part', 'piece_length', 'named', 'read_table', 'pick', 'Reserved', 'reserved_cache',
-           'sample_ids', 'rows_at_once', 'first_id', 'user_turn', 'opening', 'first_ids', 'repeats', 'poor',
-           'sample_texts', 'own_texts', 'is_path', 'text_files', 'text_splits', 'kind_of', 'plain_only', 'read_shares',
-           'portions', 'interleave', 'source_key', 'shares_of', 'mixture', 'short_data_name', 'data_name', 'plan',
-           'how_of', 'load_parts', 'load_texts', 'synthetic_images', 'as_rgb', 'open_image', 'image_files', 'drawn',
-           'is_image', 'pick_images', 'undecoded', 'table_images', 'load_images', 'pixels', 'image_batches']
+           'json_table', 'json_row', 'json_rows', 'unswallowed', 'csv_rows', 'column_rows', 'FileRow', 'FileRows',
+           'by_split', 'files_in', 'by_name', 'in_folder', 'in_file', 'open_dataset', 'is_data', 'memory_rows',
+           'InMemory', 'sliced', 'open_rows', 'as_text', 'exchange_of', 'as_columns', 'pick_columns', 'row_text',
+           'schema_of', 'only', 'guarded', 'looked_at', 'table_texts', 'first_exchange', 'find_source', 'holds_rows',
+           'parts_of', 'Part', 'is_part', 'as_part', 'piece_length', 'named', 'read_table', 'pick', 'Reserved',
+           'reserved_cache', 'sample_ids', 'rows_at_once', 'first_id', 'user_turn', 'opening', 'first_ids', 'repeats',
+           'poor', 'sample_texts', 'own_texts', 'is_path', 'text_files', 'text_splits', 'kind_of', 'plain_only',
+           'read_shares', 'portions', 'interleave', 'source_key', 'shares_of', 'mixture', 'short_data_name',
+           'data_name', 'plan', 'how_of', 'load_parts', 'load_texts', 'synthetic_images', 'as_rgb', 'open_image',
+           'image_files', 'drawn', 'is_image', 'pick_images', 'undecoded', 'table_images', 'load_images', 'pixels',
+           'image_batches']
 
 # %% ../nbs/03_data.ipynb #6193d1e8
 import ast, bz2, glob, gzip, hashlib, io, json, lzma, math, re, uuid, warnings, zipfile, zlib
@@ -390,6 +391,7 @@ def _form(tokenizer):
         if n[dict] is not None: return None
     return dict # what it refuses is said of the messages themselves
 
+# %% ../nbs/03_data.ipynb #7c0de031
 def worded(messages, # with `role` and `content`
            tokenizer)->list: # of messages
     "The same messages, their words as the chat template writes them: as a text, or as parts"
@@ -625,13 +627,72 @@ def json_rows(file, columns=None, path=None):
     else: values = enumerate(json_table(_loads(''.join(l for _,l in lines))), 1)
     return (json_row(v, i) for i,v in values)
 
+# %% ../nbs/03_data.ipynb #7c0de021
+_CLOSED = re.compile(r'[^"]*(?:""[^"]*)*"(?!")') # what stands in quotes, to its end
+
+def _record(line, lines, sep)->tuple: # (its lines, how many fields they are, does each quote close a field?)
+    "A record that begins with a line; more are taken as long as a quote is open"
+    raw, fields, closes, at = [line], 1, True, 0
+    while True:
+        quoted = line.startswith('"', at)
+        at += quoted
+        while quoted and not (m := _CLOSED.match(line, at)):
+            if (line := next(lines, None)) is None: return raw, fields, False
+            at = 0
+            raw.append(line)
+        if quoted: at = m.end()
+        end = line.find(sep, at)
+        closes &= not quoted or not line[at:end if end>=0 else None].strip()
+        if end<0: return raw, fields, closes
+        fields, at = fields+1, end+1
+
+# %% ../nbs/03_data.ipynb #7c0de023
+def _requoted(line, sep): # where quotes are letters
+    bare = line.rstrip('\r\n')
+    return sep.join('"'+f.replace('"', '""')+'"' for f in bare.split(sep)) + line[len(bare):]
+
+# %% ../nbs/03_data.ipynb #7c0de037
+def _say_swallowed(name, row, more, letters):
+    warnings.warn(f"{name}: a quote that begins in row {row} ends {more} line{'s' if more>1 else ''} on; "
+                  f"they are taken for {'rows of their own' if letters else 'one text'}. Put quotes around a "
+                  "text that holds some, and write those within twice.", ReplaceMeWarning)
+
+# %% ../nbs/03_data.ipynb #7c0de036
+def unswallowed(lines, sep, name=''): # yields lines
+    "The lines of a CSV file, those in which quotes are letters written so that they are read as such"
+    prose = re.compile(sep+r'(\s|$)' if sep in ',;' else '(?!)')
+    n, row, quotes, said = None, 0, False, False # `n` fields; is it known to quote?
+    for line in lines:
+        raw, fields, closes = _record(line, lines, sep) if '"' in line else ([line], None, True)
+        if n is None and line.strip(): n, quotes = fields or line.count(sep)+1, closes and '"' in line
+        else: row += bool(line.strip())
+        if fields is None or row==0: yield from raw; continue
+        several, whole = len(raw)>1, closes and fields==n
+        apart = all(l.count(sep)==n-1 for l in raw) # could each line be a row of its own?
+        table = apart and several and whole and n>1 and not (quotes or any(map(prose.search, raw)))
+        letters = apart and (not closes or several and not whole) or table
+        odd = table or several and not closes and not letters
+        if odd and not said: _say_swallowed(name, row, len(raw)-1, letters)
+        said |= odd
+        quotes |= whole and (not apart or any('""' in l for l in raw)) and not letters
+        row += (len(raw)-1)*letters
+        yield from (_requoted(l, sep) for l in raw) if letters else raw
+
+# %% ../nbs/03_data.ipynb #7c0de025
+class _Lines(io.TextIOBase):
+    "Lines as pandas reads a file"
+    def __init__(self, lines): self.lines = lines
+    def read(self, size=-1): return ''.join(islice(self.lines, 256))
+
 # %% ../nbs/03_data.ipynb #06102339
 def csv_rows(file, columns=None, path=''):
     "Rows of text; what stands between two fields is the sign that the first line has most of"
     file = io.BufferedReader(file, 1<<16)
     header = file.peek(1<<16).split(b'\n')[0]
     sep = '\t' if _suffix(path) in ('.tsv', '.tab') else max(',;\t|', key=lambda s: header.count(s.encode()))
-    for part in pd.read_csv(file, sep=sep, dtype=str, na_filter=False, encoding='utf-8-sig', chunksize=256):
+    lines = iter(io.TextIOWrapper(file, 'utf-8-sig', newline=''))
+    file = _Lines(unswallowed(lines, sep, f'dataset {Path(path).name}'))
+    for part in pd.read_csv(file, sep=sep, dtype=str, na_filter=False, chunksize=256):
         if not isinstance(part.index, pd.RangeIndex):
             raise ValueError("its rows have more fields than its first line: put quotes around texts that "
                              f"hold the separator {sep!r}")
@@ -731,10 +792,12 @@ def _tables_in(folder):
     found = [f for f in files_in(folder) if file_format(f)]
     return [f for f in found if f.name not in FILES_TO_IGNORE and not special(f)]
 
+# %% ../nbs/03_data.ipynb #7c0de033
 def _left_out(folder, splits): # -> the tables that are in no split
     read = {Path(f).resolve() for fs in splits.values() for f in fs}
     return [f for f in _tables_in(folder) if f.resolve() not in read]
 
+# %% ../nbs/03_data.ipynb #7c0de032
 def _few(files):
     "Their names, of many the first"
     names = [Path(f).name for f in files]
@@ -761,10 +824,12 @@ def _of_one_kind(folder, splits): # -> dict, split -> rows
                              "give one of them.")
     return {str(s): FileRows(list(fs), *kinds) for s,fs in splits.items()}
 
+# %% ../nbs/03_data.ipynb #7c0de035
 def _say_left(folder, files):
     if files: warnings.warn(f"dataset {folder}: in none of its splits, and so left out: {_few(files)}. Name "
                             "such a file after its split, or give it alone.", ReplaceMeWarning)
 
+# %% ../nbs/03_data.ipynb #7c0de034
 def in_folder(folder, subset=None): # -> dict, split -> rows
     "The tables of a folder, in its splits; what is in none is named"
     try: builder = load_dataset_builder(str(folder), subset)

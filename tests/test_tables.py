@@ -198,6 +198,41 @@ def test_a_table_with_semicolons_and_one_whose_texts_are_not_quoted(tmp_path):
     assert texts(tmp_path / "c.csv") == ["007", "NA", "null"]  # as they are written
 
 
+SAID = [f"Sentence {i}." for i in range(300)] # more rows than are read at once
+
+
+@pytest.mark.parametrize("sep", ["\t", ";", ","])
+@pytest.mark.parametrize("first, last, say", [('"Hello there she said', '"Bye" he said', ""), ('"Hello there she said', "he left", ""),
+                                              ('"Hello there.', 'So he said."', "row 1 ends 301 lines on; they are taken for rows of their own")])
+def test_a_quote_that_is_a_letter_swallows_no_rows(tmp_path, sep, first, last, say):
+    "However the file ends: with a quote that begins a text, with none, or with one that ends a text"
+    rows = [first, *SAID, last]
+    (tmp_path / "a.csv").write_text(f"text{sep}n\n" + "".join(f"{r}{sep}{i%2}\n" for i, r in enumerate(rows)))
+    found, said = told(tmp_path / "a.csv")
+    assert found == rows and (say in said if say else not said)
+
+
+def test_what_can_be_neither_is_named(tmp_path):
+    (tmp_path / "a.csv").write_text('text,n\nOne,1\n"Two and\nthree" she said,2\nFour,3\n')
+    found, said = told(tmp_path / "a.csv")
+    assert len(found) == 2 + 1 and "dataset a.csv: a quote that begins in row 2 ends 1 line on; they are taken for one text" in said
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_quoted_texts_stay_what_they_are(tmp_path, seed):
+    "Whatever a writer quotes: line breaks, separators, quotes, and all of them"
+    rng = random.Random(seed)
+    words = ["a", 'b "q" c', "x, y", "l1\nl2", "l,1\nl, 2", "tab\there", '"', ' "s" ', "", "\r\n z", "Dear all,\nme", '""', 'a""b']
+    for i in range(20):
+        n = rng.choice([1, 2, 3])
+        frame = pd.DataFrame([[rng.choice(words) for _ in range(n)] for _ in range(rng.randint(1, 30))], columns=list("uvw")[:n])
+        kind = dict(index=False, sep=rng.choice(",;\t|") if n > 1 else ",", quoting=rng.choice([0, 1]), lineterminator=rng.choice(["\n", "\r\n"]))
+        text = frame.to_csv(**kind)
+        with warnings.catch_warnings(action="error", category=ReplaceMeWarning):
+            rows = list(data.csv_rows(io.BytesIO(text.encode()), path="a.csv"))
+        assert rows == pd.read_csv(io.StringIO(text, newline=""), sep=kind["sep"], dtype=str, na_filter=False).to_dict("records"), text
+
+
 def test_folders_of_tables_whatever_their_suffix(tmp_path):
     for i, name in enumerate(["train.JSONL", "test.JSONL"]):
         lines(tmp_path / name, ROWS[3 * i:3 * i + 3])
