@@ -34,9 +34,17 @@ def is_first()->bool:
 class Parted(BaseException):
     "Another process has ended, or cannot be reached"
 
+_ALONE = [] # names of what the first process does by itself
+
+def _all_asked():
+    "Raise where the others do not come to what is waited for"
+    if _ALONE: raise ReplaceMeError(f"{_ALONE[-1]} is left to the first process, and it waits for all of "
+                                    "them inside: have every process call it; please report this.")
+
 @contextmanager
 def _talking():
     "What torch says when a connection breaks, in a few words"
+    _all_asked()
     try: yield
     except RuntimeError as e:
         rank, n = world()
@@ -202,6 +210,7 @@ def _sendable(e):
 @contextmanager
 def together():
     "What goes wrong in one process goes wrong in all"
+    if world()[1]>1: _all_asked()
     error = None
     try: yield
     except Exception as e: error = e
@@ -211,10 +220,17 @@ def together():
         if e is not None: raise e
 
 # %% ../nbs/00_group.ipynb #9c0a0040
+def _alone(f, *args, **kwargs): # -> what `f` returns; None in the others
+    "Have the first process do something while the others wait for it"
+    if not is_first(): return None
+    _ALONE.append(getattr(f, '__qualname__', type(f).__name__))
+    try: return f(*args, **kwargs)
+    finally: _ALONE.pop()
+
 def from_first(f, *args, **kwargs): # -> what `f` returns in the first process, plain data
     "Have the first process do something, and tell the others what came of it"
     if world()[1]==1: return f(*args, **kwargs)
-    with together(): told = [f(*args, **kwargs) if is_first() else None]
+    with together(): told = [_alone(f, *args, **kwargs)]
     with _talking(): dist.broadcast_object_list(told, 0)
     return told[0]
 
@@ -223,6 +239,6 @@ def from_first(f, *args, **kwargs): # -> what `f` returns in the first process, 
 def only_first(cm): # -> what it yields; None in the others
     "Enter a context in the first process alone: the others come in when it has, and leave with it"
     with ExitStack() as stack:
-        with together(): value = stack.enter_context(cm) if is_first() else None
+        with together(): value = _alone(stack.enter_context, cm)
         yield value
-        with together(): stack.close()
+        with together(): _alone(stack.close)

@@ -261,8 +261,7 @@ def _add_writing(res, models, tokenizer, k, text, batch_size, cache):
     res.writing = compare_writing(a, kept_written(k, other, tokenizer, text, a, batch_size, cache), res.seed)
     if not getattr(k, 'draft', False): return
     cost = next((cost_of_pace(s.rate_ratio) for s in res.speeds or () if s.dense.batch==1), None)
-    hits = from_first(kept_guesses, other, tokenizer, a, batch_size, cache)
-    res.draft = drafting(hits, cost, res.seed)
+    res.draft = drafting(kept_guesses(other, tokenizer, a, batch_size, cache), cost, res.seed)
 
 # %% ../nbs/21_sidebyside.ipynb #9d0a8c2a
 def side_by_side(dense, model, tokenizer, # of both

@@ -268,6 +268,41 @@ def test_analysis_map_and_scores_of_two_processes(place, monkeypatch):
     assert "loss" in launch(2, *command("evaluate_model", "--config", "run.yaml"), cwd=place)[0][1]
 
 
+def test_two_processes_lay_two_models_side_by_side(place, monkeypatch, capsys):
+    "What each writes and what one is worth as a draft among it, made and kept by all, and found again"
+    call(place, monkeypatch, "run_replaceme", "--config", "run.yaml", "--method", "lstsq", "--prompt", "null", "--save_path", "side")
+    words = ["evaluate_model", "--compare", "tiny", "side", *"--eval_dataset other.txt --eval_length 24 --eval_size 3 --speed false --writing text "
+             "--writing_tokens 12 --writing_prompts 3 --draft true".split()]
+    capsys.readouterr()
+    call(place, monkeypatch, *words)
+    one = capsys.readouterr().out
+    assert "drafts that stand, of 4" in one
+    for more in [], [], ["--cache", "false"]:
+        assert [out for _, out, _ in launch(2, *command(*words, *more), cwd=place)] == [one, ""]
+
+
+ALONE = """
+from replaceme.group import everybody, from_first, grouped, summed, together
+from replaceme.kept import kept
+def joined():
+    with together(): return 1
+asks = [lambda: everybody(1), lambda: summed(1), joined, lambda: from_first(max, 1, 2), lambda: kept("kept", "sums", 1, lambda: 2)]
+with grouped():
+    said = []
+    for ask in asks:
+        try: from_first(ask)
+        except Exception as e: said.append(str(e))
+    print(everybody(said), everybody(from_first(lambda: 7)))
+"""
+
+
+def test_what_is_left_to_the_first_process_does_not_wait_for_the_others(tmp_path):
+    "An error in all, and at once: the others would answer to something else, or never"
+    (tmp_path / "alone.py").write_text(ALONE)
+    out = launch(2, sys.executable, "alone.py", cwd=tmp_path)[0][1]
+    assert out.count("is left to the first process, and it waits for all of them inside") == 10 and out.endswith("[7, 7]\n")
+
+
 def test_rows_of_a_comparison(place, monkeypatch):
     methods = ["lstsq", "shortgpt", "laco", "linearpatch"]
     keys = json.loads((place / "run.yaml").read_text())
