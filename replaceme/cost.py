@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 # %% ../nbs/23_cost.ipynb #23c05705
 from .core import *
+from .group import *
 from .kept import *
 from .keys import *
 from .models import *
@@ -1044,6 +1045,8 @@ def _notes(cfg, c): # a Case
     if cfg.layers_to_skip=='auto':
         said.append("layers_to_skip is auto: one layer is counted, and the curve is not")
     if getattr(cfg, 'tasks', None) is not None: said.append("tasks are not counted")
+    if neighbours()>1 and _device(cfg).type in ('cpu', 'mps'):
+        said.append(f"{neighbours()} processes share the memory: what is held and free is that of one")
     if cfg.door!='evaluate' and cfg.dataset_size is None and not c.fit.exact:
         said.append(f"dataset_size is null: {UNKNOWN} texts are counted")
     if c.h.quantised and cfg.door!='evaluate':

@@ -448,8 +448,8 @@ def collect(model, batches, # as from `data.batches`
 
 # %% ../nbs/07_stats.ipynb #8a30b8de
 def free_memory(device)->int: # bytes
-    "Memory still free where the sums will live"
-    if device.type in ('cpu', 'mps', 'meta'): return psutil.virtual_memory().available
+    "Memory still free where the sums will live; of what several processes have together, the share of one"
+    if device.type in ('cpu', 'mps', 'meta'): return psutil.virtual_memory().available//neighbours()
     free = getattr(torch.accelerator, 'get_memory_info', None)
     return free(device)[0] if free else 0 # an older torch cannot say: two passes then
 

@@ -4,6 +4,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import yaml
 import warm
 from torch.utils.flop_counter import FlopCounterMode
 
-from replaceme import cli
+from replaceme import cli, stats
 from replaceme.arch import layers_of, stack_config
 from replaceme.blocks import candidates
 from replaceme.compare import CompareConfig
@@ -248,6 +249,18 @@ def test_what_would_fit_where_it_does_not(tiny):
     assert "it does not fit" in tight.table() and "batch_size: 1: peak" in tight.table()
     small = one(replace(cfg, batch_size=1), free=10**9)
     assert words["batch_size: 1"] == pytest.approx(small.peak, rel=.2)
+
+
+def test_several_processes_share_the_memory_of_their_machine(tiny, monkeypatch):
+    "And the cost of one of them is laid against its share"
+    cfg = make_config(model_path=str(tiny), layers_to_skip=2, device_map="cpu", **LITTLE)
+    monkeypatch.setattr(stats.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**7))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    one_alone = one(cfg)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    of_four = one(cfg)
+    assert (one_alone.free, of_four.free) == (10**7, 2_500_000) and of_four.peak == one_alone.peak
+    assert "4 processes share the memory" in of_four.table() and "processes share" not in one_alone.table()
 
 
 def test_the_recipe_decides(tiny):

@@ -303,6 +303,30 @@ def test_what_is_left_to_the_first_process_does_not_wait_for_the_others(tmp_path
     assert out.count("is left to the first process, and it waits for all of them inside") == 10 and out.endswith("[7, 7]\n")
 
 
+FREE = """
+import types
+import torch
+import replaceme.stats as stats
+from replaceme.group import everybody, from_first, grouped
+stats.psutil = types.SimpleNamespace(virtual_memory=lambda: types.SimpleNamespace(available=6*10**9))
+free = lambda: stats.free_memory(torch.device("cpu"))
+before = free()
+with grouped():
+    with grouped(): print(before, everybody(free()), from_first(free))
+    print(free())
+print(free())
+"""
+
+
+@pytest.mark.parametrize("said,alone", [(None, 6), ("2", 3)], ids=["counted", "as the launcher says"])
+def test_memory_is_that_of_all_processes_of_a_machine_together(tmp_path, monkeypatch, said, alone):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    (tmp_path / "free.py").write_text(FREE)
+    g = 10**9
+    out = launch(2, sys.executable, "free.py", cwd=tmp_path, **({"LOCAL_WORLD_SIZE": said} if said else {}))[0][1]
+    assert out.splitlines() == [f"{alone*g} [{3*g}, {3*g}] {3*g}", f"{3*g}", f"{alone*g}"]
+
+
 def test_rows_of_a_comparison(place, monkeypatch):
     methods = ["lstsq", "shortgpt", "laco", "linearpatch"]
     keys = json.loads((place / "run.yaml").read_text())
