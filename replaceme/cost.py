@@ -248,6 +248,8 @@ class Text:
     def steps(self): return len(self.shapes)
     @property
     def largest(self): return max((b*s for b,s,_ in self.shapes), default=0)
+    @property
+    def longest(self): return max((s for _,s,_ in self.shapes), default=0)
     def __add__(self, other): return Text(self.shapes+other.shapes, self.exact and other.exact)
 
 # %% ../nbs/23_cost.ipynb #23c05732
@@ -1029,7 +1031,7 @@ def case_of(cfg, h:Headers, free=None)->Case:
     if cfg.door!='evaluate' and m.reads(keys_of(cfg)):
         fit, held = calibration_of(h, cfg, r is not None and r.needs_held)
     if m.most_texts: fit = Text(text_of(expected(min(fit.texts, m.most_texts), cfg.batch_size), False,
-                                        fit.largest//cfg.batch_size or 1).shapes)
+                                        fit.longest or 1).shapes)
     gone = 0 if not prunes else n_removed(cfg) if cfg.layers_to_skip!='auto' else 1
     blocks = _blocks(cfg, len(shape.layers))
     judged = judged_of(h, cfg) if cfg.door in ('run', 'evaluate') else Text()

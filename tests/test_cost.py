@@ -2,6 +2,7 @@
 import json
 import shutil
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -261,6 +262,16 @@ def test_several_processes_share_the_memory_of_their_machine(tiny, monkeypatch):
     of_four = one(cfg)
     assert (one_alone.free, of_four.free) == (10**7, 2_500_000) and of_four.peak == one_alone.peak
     assert "4 processes share the memory" in of_four.table() and "processes share" not in one_alone.table()
+
+
+@pytest.mark.parametrize("method", ["laco", "llm_pruner"])
+def test_a_few_texts_are_as_long_whatever_the_batches(tiny, method):
+    "Of a method that reads ten: a batch may be larger than there are texts"
+    def read(size):
+        with warnings.catch_warnings(action="ignore"):
+            return one(make_config(model_path=str(tiny), method=method, layers_to_skip=2, **{**LITTLE, "batch_size": size, "dataset_size": 12}))
+    sizes = 1, 5, 12, 64, "auto"
+    assert [(t.texts, t.tokens) for n in sizes for t in [read(n).texts["calibration"]]] == [(10, 320)] * len(sizes)
 
 
 def test_the_recipe_decides(tiny):
