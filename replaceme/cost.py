@@ -404,6 +404,7 @@ class Step:
     what:str
     work:Work
     sure:bool=True # or at most
+    of:tuple|None=None # which texts: rows of a comparison have the same ones written once
 
 # %% ../nbs/23_cost.ipynb #a88f4563
 @dataclass
@@ -662,15 +663,35 @@ def proofs(self:Case): # -> steps
 
 # %% ../nbs/23_cost.ipynb #23c0576d
 @patch
+def requests(self:Case)->dict: # {(texts, tokens in each, seed): what for}
+    "What the model itself is asked to write"
+    cfg, out = self.cfg, {}
+    def ask(size, what):
+        parts = mixture(cfg.dataset, cfg.dataset_shares)
+        for (d,_),n in zip(parts, plan(parts, size or UNKNOWN)):
+            if d=='self': out.setdefault((n, cfg.max_length, cfg.seed), what)
+    if sees(self.h.model): return out
+    if 'self' in parts_named(cfg):
+        if self.texts.shapes: ask(cfg.dataset_size, 'to calibrate on')
+        if cfg.door=='run' and cfg.trains: ask(training_size(cfg), 'to train on')
+    if self.judged.shapes and 'self' in kinds_judged(cfg.eval_dataset):
+        out[cfg.eval_size, cfg.eval_length, None] = 'to be judged by' # whatever the seed, once in a command
+    return out
+
+# %% ../nbs/23_cost.ipynb #23c05a11
+@patch
+def rows(self:Case, n, length)->int:
+    "How many of `n` texts are written at once"
+    return min(n, rows_at_once(self.h.model, n, length, self.cfg.batch_size))
+
+@patch
 def writing(self:Case): # -> steps
-    "Texts that the model writes for the calibration"
-    cfg = self.cfg
-    if sees(self.h.model) or 'self' not in _parts(cfg): return
-    names = _parts(cfg)
-    size = math.ceil((cfg.dataset_size or UNKNOWN)*names.count('self')/len(names))
-    rows = min(size, rows_at_once(self.h.model, size, cfg.max_length, cfg.batch_size))
-    yield Step('texts', f'{size} texts written, {rows} at once, unless they are kept from before',
-               written_by(self.shape, rows, cfg.max_length, size/rows))
+    "Texts that the model writes"
+    for of,what in self.requests().items():
+        n, length, _ = of
+        rows = self.rows(n, length)
+        yield Step('texts', f'{n} texts written, {rows} at once, {what}, unless they are kept from before',
+                   written_by(self.shape, rows, length, n/rows), of=of)
 
 # %% ../nbs/23_cost.ipynb #23c0576f
 ANSWER = 40 # new tokens of an answer to `prompt`
@@ -804,16 +825,19 @@ def cache(self:Case, rows, length)->dict: # {part: bytes}
     s = self.shape
     return {'KV cache': rows*length*s.item*s.kept*self.n, 'logits': rows*s.vocab*(s.item+8)}
 
+# %% ../nbs/23_cost.ipynb #23c05a12
+@patch
+def text_moment(self:Case, W)->dict: # {moment: {part: bytes}}, empty where none is written
+    "What is held while the model writes: the most that one request takes"
+    found = [self.cache(self.rows(n, length), length) for n,length,_ in self.requests()]
+    return dict(texts={**W, **max(found, key=lambda parts: sum(parts.values()))}) if found else {}
+
 # %% ../nbs/23_cost.ipynb #23c0578c
 @patch
 def moments(self:Case)->dict: # {moment: {part: bytes}}
     "What is held, moment by moment"
     cfg, W, s = self.cfg, self.held_weights(), self.shape
-    out = dict(load=W)
-    if [*self.writing()]:
-        size = cfg.dataset_size or UNKNOWN
-        rows = min(size, rows_at_once(self.h.model, size, cfg.max_length, cfg.batch_size))
-        out['texts'] = {**W, **self.cache(rows, cfg.max_length)}
+    out = dict(load=W) | self.text_moment(W)
     more = self.measured_sums() if self.recipe else {}
     if self.texts.shapes: out['calibrate'] = {**W, **self.activations(self.texts), **more}
     if (q := self.borrows()):
@@ -1071,8 +1095,9 @@ def _steps_of(cfg, c): # by door -> (steps, moments)
     if cfg.door=='analyse':
         steps = [*files, *c.proofs(), *c.writing(),
                  Step('calibrate', f'profile: {c.n} layers', c.passes(c.texts)+c.profile(c.texts))]
-        return steps, dict(load=W, calibrate={**W, **c.activations(c.texts)})
-    if cfg.door=='evaluate': return [*files, *c.judging()], dict(load=W) | c.late_moments(W)
+        return steps, dict(load=W) | c.text_moment(W) | dict(calibrate={**W, **c.activations(c.texts)})
+    if cfg.door=='evaluate':
+        return [*files, *c.writing(), *c.judging()], dict(load=W) | c.text_moment(W) | c.late_moments(W)
     if cfg.quantised and not cfg.alone: return _in_full(c)
     return c.steps(), c.moments()
 
@@ -1179,8 +1204,9 @@ def _compare_cost(cfg, **kw): # of a `CompareConfig`
     for name,row in rows:
         one = cost_of(row, h, **kw)
         own = [s for s in one.steps if s.stage in ('calibrate', 'fit', 'train')]
-        own += [s for s in one.steps if s.stage=='texts' and out is None]*len(cfg.seeds) # all rows share them
         if out is None: steps += [s for s in one.steps if s.stage in ('load', 'prove') or 'dense' in s.what]
+        known = {s.of for s in steps} # texts that a row before had written, which all rows share
+        steps += [s for s in one.steps if s.of and s.of not in known]
         steps += [replace(s, what=f'{name}, {row.layers_to_skip}: {s.what}') for s in own]
         steps += [replace(s, what=f'{name}, {row.layers_to_skip}: {s.what}') for s in one.steps
                   if 'pruned model' in s.what and s.stage=='score']

@@ -13,7 +13,7 @@ import yaml
 import warm
 from torch.utils.flop_counter import FlopCounterMode
 
-from replaceme import cli, stats
+from replaceme import cli, data, stats
 from replaceme.arch import layers_of, stack_config
 from replaceme.blocks import candidates
 from replaceme.compare import CompareConfig
@@ -22,7 +22,7 @@ from replaceme.core import ReplaceMeError
 from replaceme.cost import (Headers, Speed, Text, attention_width, cost_of, dry_run, expected, file_bytes, header, layer_of, routed, shape_of, sums,
                             text_of, walk, weight_files)
 from replaceme.models import tiny_model, tiny_tokenizer, tiny_vision
-from replaceme.pipeline import EvaluateConfig
+from replaceme.pipeline import EvaluateConfig, run
 from replaceme.stats import Gram
 
 ROOT = Path(__file__).parents[1]
@@ -272,6 +272,50 @@ def test_a_few_texts_are_as_long_whatever_the_batches(tiny, method):
             return one(make_config(model_path=str(tiny), method=method, layers_to_skip=2, **{**LITTLE, "batch_size": size, "dataset_size": 12}))
     sizes = 1, 5, 12, 64, "auto"
     assert [(t.texts, t.tokens) for n in sizes for t in [read(n).texts["calibration"]]] == [(10, 320)] * len(sizes)
+
+
+ASKED = {"nine tenths": (dict(dataset=["self", "python-docs"], dataset_shares=[9, 1], dataset_size=20), [(18, 32)]),
+         "a tenth": (dict(dataset=["self", "python-docs"], dataset_shares=[1, 9], dataset_size=20), [(2, 32)]),
+         "judged": (dict(eval_dataset="self"), [(2, 24)]),
+         "judged, of several kinds": (dict(dataset="self", eval_dataset=["python-docs", "self"]), [(2, 24), (8, 32)]),
+         "trained": (dict(dataset=["self", "python-docs"], dataset_shares=[3, 1], recover="cut", train_size=16, train_tokens=64), [(6, 32), (12, 32)]),
+         "trained on the same": (dict(dataset="self", recover="cut", train_tokens=64), [(8, 32)]),
+         "none": (dict(dataset="python-docs"), [])}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_own_texts_are_those_that_a_run_has_written(name, tiny, tmp_path, monkeypatch):
+    "How many, and of how many tokens: as told before, as asked of the model"
+    more, want = ASKED[name]
+    keys = dict(model_path=str(tiny), method="lstsq", layers_to_skip=2, save_path=str(tmp_path / "out"), prompt=None, speed=False)
+    cfg = make_config(**{**keys, **LITTLE, "eval_length": 24, **more})
+    asked, plain = set(), data.own_texts
+
+    def noting(model, tokenizer, size, length, *a, **kw):
+        asked.add((size, length))
+        return plain(model, tokenizer, size, length, *a, **kw)
+    monkeypatch.setattr(data, "own_texts", noting)
+    with warnings.catch_warnings(action="ignore"):
+        cost = one(cfg)
+        assert not asked
+        run(cfg)
+    told = [s for s in cost.steps if s.stage == "texts"]
+    assert sorted(asked) == sorted(s.of[:2] for s in told) == want
+    assert all(f"{s.of[0]} texts written" in s.what and s.work.weights > 0 for s in told)
+    caches = [n * t for n, t in want]  # all of them at once here, 2 heads of 8 numbers for keys and for values in each of 6 layers
+    assert cost.held.get("texts", {}).get("KV cache") == (max(caches) * 4 * 32 * 6 if want else None)
+
+
+def test_other_doors_and_rows_count_own_texts_too(tiny, tmp_path):
+    def told(cfg):
+        cost = one(cfg)
+        return [s.of[:2] for s in cost.steps if s.stage == "texts"], "texts" in cost.held
+    own = dict(model_path=str(tiny), max_length=32, batch_size=4, dataset="self", dataset_size=8)
+    assert told(make_config(AnalyseConfig, **own)) == ([(8, 32)], True)
+    assert told(make_config(EvaluateConfig, model_path=str(tiny), eval_dataset="self", eval_size=3, eval_length=24)) == ([(3, 24)], True)
+    rows = make_config(CompareConfig, methods=["shortgpt", "lstsq", dict(method="streamline", train_size=12)], layers=[1, 2], seeds=[0, 1], eval_dataset="self", eval_size=3, eval_length=24,
+                       save_path=str(tmp_path / "rows"), **own)
+    assert sorted(told(rows)[0]) == [(3, 24), (8, 32), (8, 32), (12, 32), (12, 32)]  # for each seed, but the pieces that all are judged by
 
 
 def test_the_recipe_decides(tiny):
