@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification,
                           AutoTokenizer, PreTrainedConfig)
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .core import *
 from .kept import *
@@ -181,16 +182,31 @@ def check_files(folder, name):
     elif (folder/_INDEX).exists(): _check_index(folder, name)
     else: raise _bad(name, f"has no safetensors weights: {_no_weights(folder)}")
 
+# %% ../nbs/01_models.ipynb #767c4005
+_LLAMA3 = dict(rope_type='llama3', low_freq_factor=1., high_freq_factor=4.,
+               original_max_position_embeddings=8192) # of Llama 3.1 to 3.3
+
+def _set_rotation(config, by): # numbers that a file divides the rotation's frequencies by, as a tensor
+    "Have the config divide them by Llama 3's rule, where that gives these numbers"
+    plain = config.rope_parameters
+    def frequencies(factor):
+        config.rope_parameters = {**plain, **_LLAMA3, 'factor': factor}
+        return ROPE_INIT_FUNCTIONS['llama3'](config, 'cpu')[0]
+    ruled = frequencies(1.)/frequencies(by.max().item())
+    if ruled.shape!=by.shape or not torch.allclose(ruled, by, rtol=1e-4): config.rope_parameters = plain
+
 # %% ../nbs/01_models.ipynb #767c4001
 _BIASES = dict(mlp_bias='.ffn_down.bias', attention_bias='.attn_output.bias') # key: end of a tensor's name
 
 def gguf_config(path): # of the transformers class
-    "The config in a GGUF file; transformers' reader does not say of biases, which the file has or has not"
+    "The config in a GGUF file; transformers' reader passes over biases and a scaled rotation"
     import gguf # importing it early is slow
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    names = [t.name for t in gguf.GGUFReader(path).tensors]
-    for key in [k for k,end in _BIASES.items() if any(n.endswith(end) for n in names)]:
+    tensors = {t.name: t for t in gguf.GGUFReader(path).tensors}
+    for key in [k for k,end in _BIASES.items() if any(n.endswith(end) for n in tensors)]:
         if getattr(config, key, None) is False: setattr(config, key, True)
+    by = tensors.get('rope_freqs.weight')
+    if by is not None: _set_rotation(config, torch.from_numpy(by.data.copy()).float().flatten())
     return config
 
 # %% ../nbs/01_models.ipynb #767c4002
@@ -200,6 +216,8 @@ def _unread(model, path): # -> names of tensors
     r, state = gguf.GGUFReader(path), model.state_dict(keep_vars=True)
     file, head = {t.name: math.prod(map(int, t.shape)) for t in r.tensors}, model.get_output_embeddings()
     if getattr(head, 'weight', 0) is model.get_input_embeddings().weight: file.pop('output.weight', None)
+    if (getattr(model.config, 'rope_parameters', 0) or {}).get('rope_type')=='llama3':
+        file.pop('rope_freqs.weight', None)
     for k in left_out(model, set(file)): del file[k]
     # numbers, since experts that are several tensors here are one there
     if sum(file.values())<=sum({id(p): p.numel() for p in state.values()}.values()): return []

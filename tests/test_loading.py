@@ -9,6 +9,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import replaceme
 from replaceme import cli
@@ -236,6 +238,18 @@ def test_a_gguf_of_which_a_tensor_is_not_read(name, n):
         load_model("more.gguf")
 
 
+def test_a_gguf_with_the_rotation_of_llama_3():
+    "The file holds what the frequencies are divided by, transformers' reader passes over it, and the model would be another"
+    config = AutoConfig.for_model("llama", hidden_size=32, num_attention_heads=4, rope_theta=500000.)
+    config.rope_parameters = dict(rope_type="llama3", rope_theta=500000., factor=32., low_freq_factor=1., high_freq_factor=4., original_max_position_embeddings=8192)
+    scaled = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0]
+    by = 500000. ** (-torch.arange(0, 8, 2) / 8) / scaled
+    assert by.min() == 1 and by.max() == 32 and len(by.unique()) > 2
+    write_gguf("scaled.gguf", more={"rope_freqs.weight": by.numpy()}, theta=500000.)
+    model, _ = load_model("scaled.gguf")
+    assert torch.allclose(model.model.rotary_emb.inv_freq, scaled, rtol=1e-5) and model.config.rope_parameters["factor"] == 32
+
+
 def test_a_gguf_converted_by_an_older_version_is_converted_anew(monkeypatch):
     write_gguf("whole.gguf")
     now = gguf_place("whole.gguf")
@@ -243,7 +257,7 @@ def test_a_gguf_converted_by_an_older_version_is_converted_anew(monkeypatch):
     assert gguf_place("whole.gguf") != now
 
 
-def write_gguf(path, lose=None, more=()):
+def write_gguf(path, lose=None, more=(), theta=None):
     import gguf
     import numpy as np
     n = 2
@@ -251,6 +265,8 @@ def write_gguf(path, lose=None, more=()):
     for k, v in dict(context_length=256, embedding_length=32, block_count=n, feed_forward_length=64, head_count=4, head_count_kv=2, vocab_size=320).items():
         getattr(w, f"add_{k}")(v)
     w.add_layer_norm_rms_eps(1e-6), w.add_rope_dimension_count(8)
+    if theta:
+        w.add_rope_freq_base(theta)
     tokens = sorted(tiny_tokenizer().get_vocab().items(), key=lambda x: x[1])
     w.add_tokenizer_model("gpt2"), w.add_tokenizer_pre("default")
     w.add_token_list([t for t, _ in tokens] + ["ab"] + [f"<x{i}>" for i in range(len(tokens) + 1, 320)])
@@ -262,7 +278,7 @@ def write_gguf(path, lose=None, more=()):
     shapes |= {"token_embd.weight": (320, 32), "output.weight": (320, 32), "output_norm.weight": (32,)} | dict(more)
     for k, s in shapes.items():
         if k != lose:
-            w.add_tensor(k, np.random.default_rng(0).standard_normal(s).astype(np.float32))
+            w.add_tensor(k, np.random.default_rng(0).standard_normal(s).astype(np.float32) if isinstance(s, tuple) else s)
     w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file(), w.close()
 
 
