@@ -26,7 +26,7 @@ from .kept import *
 def write_note(file, data, tensors):
     "Write plain data and tensors, whole or not at all"
     file.parent.mkdir(parents=True, exist_ok=True)
-    tmp = file.with_name(f'.{file.name}.partial')
+    tmp = file.with_name(f'.{file.name}.{os.getpid()}.partial') # two runs may be at it
     some = {k: t.detach().contiguous() for k,t in tensors.items()} or {'none': torch.zeros(0)}
     save_file(some, tmp, metadata=dict(note=json.dumps(data)))
     os.replace(tmp, file)
