@@ -219,10 +219,10 @@ def run_layerwise(model, # with its layers on the disk
                   tokens=65536): # of a chunk
     "Have a model run layer by layer from now on, once that is proved to be the same"
     model.replaceme_layerwise = Layerwise(tokens)
-    _look_at_outs(model)
     batch = dummy(model)
     batch['attention_mask'][:,:2] = 0 # padding, so that there is a mask
     try:
+        _look_at_outs(model)
         with judging(model):
             ref, (got, *_) = _logits(model, batch), [_logits(model, batch) for _ in ends(model, [batch])]
         off = ((got-ref)[:,2:].float().norm()/ref[:,2:].float().norm()).item()
@@ -231,7 +231,8 @@ def run_layerwise(model, # with its layers on the disk
         del model.replaceme_layerwise
         what = off if isinstance(off, str) else f"relative error {off:.1e}"
         raise ReplaceMeError(f"{type(model).__name__} computes something else layer by layer ({what}): more "
-                             "than the hidden state passes between its layers; leave stream_weights out.")
+                             "than the hidden state passes between its layers, or a module reads weights "
+                             "that another one has; leave stream_weights out.")
     return model
 
 # %% ../nbs/05_layerwise.ipynb #5a1e0039

@@ -6,9 +6,9 @@
 __all__ = ['package_gguf', 'left_out', 'untied', 'check_weights', 'fill_tables', 'from_checkpoint', 'check_files', 'gguf_config',
            'read_gguf_model', 'gguf_place', 'gguf_folder', 'is_local', 'resolve', 'tiny_tokenizer', 'as_dtype',
            'read_model_config', 'as_device_map', 'offload_folder', 'placement', 'as_memory', 'check_places',
-           'quantised_by', 'embedding_of', 'check_tokenizer', 'load_inputs', 'adapter_config', 'merge_adapter',
-           'checked_source', 'load_model', 'check_unwrapped', 'causal_types', 'tiny_model', 'tiny_vision', 'header',
-           'weight_files', 'file_bytes', 'Loading', 'only_measures', 'Bits', 'fingerprint']
+           'spread_places', 'quantised_by', 'embedding_of', 'check_tokenizer', 'load_inputs', 'adapter_config',
+           'merge_adapter', 'checked_source', 'load_model', 'check_unwrapped', 'causal_types', 'tiny_model',
+           'tiny_vision', 'header', 'weight_files', 'file_bytes', 'Loading', 'only_measures', 'Bits', 'fingerprint']
 
 # %% ../nbs/01_models.ipynb #e5c7ec28
 import atexit, dataclasses, importlib.util, json, math, os, re, shutil, tempfile, uuid, warnings
@@ -123,6 +123,18 @@ def fill_tables(model, info): # transformers' account of the loading; tables are
         if not (b := model.get_buffer(n)).is_meta: b.copy_(fresh[n])
     info['missing_keys'] = set(info['missing_keys'])-tables
 
+# %% ../nbs/01_models.ipynb #5e1d0d06
+def _placed(cls, path, device_map=None, config=None, **kw): # -> all of them, as they go on
+    "The keys of `from_pretrained` with a mapping as it takes one, by the names of a model without numbers"
+    if config is not None: kw['config'] = config
+    if not isinstance(device_map, dict) or not _nested(device_map): return dict(kw, device_map=device_map)
+    known = {k: kw[k] for k in ('token', 'revision', 'trust_remote_code') if k in kw}
+    config, trust = config or AutoConfig.from_pretrained(path, **known), kw.get('trust_remote_code')
+    with torch.device('meta'): # a class that is no auto class has another word for it
+        model = (cls.from_config(config, trust_remote_code=trust) if hasattr(cls, 'from_config') else
+                 cls._from_config(config))
+    return dict(kw, device_map=spread_places(model, device_map))
+
 # %% ../nbs/01_models.ipynb #c921b2c4
 def from_checkpoint(cls, # class of a model, or an auto class
                     path, # folder or hub id
@@ -130,6 +142,7 @@ def from_checkpoint(cls, # class of a model, or an auto class
                     parts=False, # does the config describe more than the language model?
                     **kw): # for `from_pretrained`
     "A model out of a checkpoint, whole, or an error that names the weights that are not those of its config"
+    kw = _placed(cls, path, **kw)
     with mock.patch('transformers.modeling_utils.log_state_dict_report', lambda *args, **kw: None):
         model, info = cls.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **kw)
     fill_tables(model, info)
@@ -452,6 +465,7 @@ def _place(v, key='device_map'):
 def as_device_map(device_map):
     "accelerate's placement, from a config or a command line"
     if device_map is None or device_map in _CHOOSES: return device_map
+    if device_map=='disk': return {'': 'disk'} # transformers takes the word within a mapping alone
     if not isinstance(device_map, dict): return _place(device_map)
     if device_map: return {str(k): _place(v) for k,v in device_map.items()}
     raise ReplaceMeError("device_map is an empty mapping: give each module a place, such as {'': cpu}, or "
@@ -501,10 +515,31 @@ def check_places(model, device_map):
     if (wrong := [k for k in device_map if k not in known]):
         raise ReplaceMeError(f"device_map names {_some(wrong, 'module')}, which {type(model).__name__} has "
                              f"not: use names of its modules.{nearest(wrong[0], known)}")
+    modules = dict(model.named_modules())
+    if (alone := [k for k,v in device_map.items() if v=='disk' and k not in modules]):
+        raise ReplaceMeError(f"device_map puts {_some(alone)} on the disk, and only a whole module is read "
+                             "from there: name the module in its place.")
     covers = lambda k, n: k in ('', n) or n.startswith(k+'.')
     bare = [n for n,_ in model.named_parameters() if not any(covers(k, n) for k in device_map)]
     if bare: raise ReplaceMeError(f"device_map has no place for {_some(bare)}: name their modules, or '' for "
                                   "the rest.")
+
+# %% ../nbs/01_models.ipynb #5e1d0d04
+def _nested(names): # -> those with others of them inside
+    return [k for k in names if any(n!=k and (k=='' or n.startswith(k+'.')) for n in names)]
+
+def spread_places(model, device_map): # a mapping; names that the model has not are left out of it
+    "A mapping in which no name stands for a part of another, as transformers and accelerate understand it"
+    parts = model.named_modules(), model.named_parameters(), model.named_buffers()
+    known = {n for part in parts for n,_ in part}
+    res = {k: v for k,v in device_map.items() if k in known}
+    while (k := next(iter(_nested(res)), None)) is not None:
+        place, m = res.pop(k), model.get_submodule(k)
+        own = m.named_parameters(recurse=False), m.named_buffers(recurse=False)
+        names = [n for part in (m.named_children(), *own) for n,_ in part]
+        res = {(f'{k}.{n}' if k else n): place for n in names} | res
+    check_places(model, res)
+    return res
 
 # %% ../nbs/01_models.ipynb #be6925d4
 def quantised_by(config)->dict|None:

@@ -8,11 +8,12 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from safetensors import safe_open
-from transformers import AutoModel, modeling_utils
+from transformers import AutoModel, ViTImageProcessor, modeling_utils
 
 from replaceme import merge
 from replaceme.arch import find_points, fold_points, layers_of
 from replaceme.blocks import Block, candidates
+from replaceme.core import ReplaceMeError
 from replaceme.distance import Profile
 from replaceme.evaluate import perplexity
 from replaceme.merge import check_cut, cut, differs_when_rebuilt, explicit_map, replace_block, save_checkpoint, with_bias
@@ -295,6 +296,7 @@ def test_device_map_auto_on_a_small_machine(family, tmp_path, monkeypatch):
     assert torch.equal(logits(type(model).from_pretrained(tmp_path / "small")), logits(ref))
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize("more", [{}, dict(merge=False), dict(method="remove")], ids=str)
 def test_scores_of_a_run_whose_weights_stay_on_the_disk(save_tiny, tmp_path, monkeypatch, more):
     "They are read from the folder that was saved, which has its last name by the time the pruned model is scored"
@@ -306,3 +308,49 @@ def test_scores_of_a_run_whose_weights_stay_on_the_disk(save_tiny, tmp_path, mon
                   (("here", {}), ("away", dict(device_map="auto", max_memory={"cpu": "10KB"})))]
     assert away.perplexity.after.losses == here.perplexity.after.losses and "scoring_failed" not in away
     assert away["generations"] == here["generations"]
+=======
+def places(stack):
+    "Mappings as the messages advise them, and with one place inside another"
+    return ["disk", {"": "cpu", f"{stack}.5": "disk"}, {"": "disk", f"{stack}.1": "cpu"}, {"": "cpu", stack: "disk", f"{stack}.2": "cpu"}]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "vit"])
+def test_the_word_disk_and_the_rest_of_a_mapping(family, tmp_path):
+    "transformers takes no word disk, and fails where a mapping names a module and what it is a part of"
+    kw = dict(FAMILIES.get(family, {}))
+    model = tiny_vision("vit", layers=6) if family == "vit" else tiny_model(kw.pop("model_type", family), layers=6, **kw)
+    model.save_pretrained(tmp_path / "dense")
+    if family == "vit":
+        ViTImageProcessor(size=dict(height=32, width=32)).save_pretrained(tmp_path / "dense")
+    else:
+        tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    stack = name_of(model, layers_of(model))
+    for where in places(stack):
+        away, _ = load_model(tmp_path / "dense", device_map=where)
+        gone = [n for n, p in layers_of(away).named_parameters() if p.is_meta]
+        assert gone and fingerprint(away) == fingerprint(model), where
+        if isinstance(where, dict):
+            assert {int(n.split(".")[0]) for n in gone} == {i for i in range(6) if where.get(f"{stack}.{i}", where.get(stack, where[""])) == "disk"}
+        with torch.no_grad():
+            one, two = [m(torch.ones(1, 3, 32, 32) if family == "vit" else IDS)[0] for m in (away, model)]
+        assert torch.equal(one, two), where
+
+
+@pytest.mark.parametrize("where", places("model.layers"), ids=str)
+def test_a_run_with_a_mapping(where, tmp_path):
+    folder = tmp_path / "dense"
+    tiny_model(layers=6).save_pretrained(folder), tiny_tokenizer().save_pretrained(folder)
+    (tmp_path / "text.txt").write_text("\n".join(f"Line {i} of a text, and nothing more." for i in range(40)))
+    keys = dict(model_path=str(folder), layers_to_skip=2, method="lstsq", dataset=str(tmp_path / "text.txt"), dataset_size=8, max_length=32,
+                eval_dataset=None, prompt=None, speed=False)
+    (a, here), (b, there) = [run(make_config(**keys, device_map=m, save_path=str(tmp_path / n))) for m, n in ((None, "here"), (where, "there"))]
+    assert a["block"] == b["block"] and rel(logits(load_model(there)[0]), logits(load_model(here)[0])) < 1e-6
+
+
+@pytest.mark.parametrize("where, why", [({"": "cpu", "model.layers.5.mlp.up_proj.weight": "disk"}, "only a whole module"), ({"": "cpu", "model.layers.6": "disk"}, "names 1 module"),
+                                        ({"": "cpu", "lm_head.weight": "disk"}, "only a whole module")])
+def test_a_mapping_that_cannot_be(where, why, tmp_path):
+    tiny_model(layers=6).save_pretrained(tmp_path), tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ReplaceMeError, match=why):
+        load_model(tmp_path, device_map=where)
+>>>>>>> 80b5169 (A device map may say disk, and '' for the rest)

@@ -327,6 +327,14 @@ def test_layers_that_hand_on_more_than_the_state_are_refused():
         run_layerwise(model)
 
 
+def test_layers_that_hand_their_weights_to_another_module_are_refused(tmp_path):
+    "The experts of DBRX get theirs as arguments, which accelerate leaves on the disk: one line, and nothing is left behind"
+    save_checkpoint(tiny_model("dbrx", layers=4), tmp_path / "dense", inputs=tiny_tokenizer())
+    with pytest.raises(ReplaceMeError, match="DbrxForCausalLM computes something else layer by layer .* leave stream_weights out") as e:
+        open_layerwise(tmp_path / "dense")
+    assert "a module reads weights that another one has" in str(e.value) and "\n" not in str(e.value)
+
+
 def test_a_number_that_is_not_finite_is_blamed_on_its_text(llama):
     away, _ = open_layerwise(llama / "dense")
     bs = calibration(llama)
