@@ -46,11 +46,14 @@ def task_records(model, tokenizer,
     loaded = load_tasks(tasks, include_path, chat)
     out, counts = _lm_eval(model, tokenizer, loaded, limit, batch_size, True, chat)
     kinds = {name: getattr(t, 'OUTPUT_TYPE', None)=='multiple_choice' for name,t in loaded['tasks'].items()}
+    within = out.get('group_subtasks') or {}
+    def tasks_in(name): return [t for n in within[name] for t in tasks_in(n)] if within.get(name) else [name]
     count = lambda name: out['n-samples'].get(name, {}).get('effective',
                                                             out['results'][name].get('sample_len'))
     return {name: dict(scores=_plain(row, out['n-shot'].get(name, 0), count(name)),
                        better=[m for m,h in (out['higher_is_better'].get(name) or {}).items() if h],
-                       questions=_questions(out['samples'].get(name, []), counts, kinds.get(name)))
+                       questions=_questions(out['samples'].get(name, []), counts, kinds.get(name)),
+                       **(dict(tasks=tasks_in(name)) if within.get(name) else {})) # of a group
             for name,row in out['results'].items()}
 
 # %% ../nbs/20_tasks.ipynb #fde5982f
@@ -72,6 +75,11 @@ def metrics_of(record)->list:
     return sorted(found, key=lambda m: m!='acc')
 
 # %% ../nbs/20_tasks.ipynb #0c226d31
+def _if_mean(x, before, after, metric): # (N,3) -> the same, or None
+    "The scores of the questions, where those of the task are their means"
+    said = [_record(r)['scores'][metric] for r in (after, before)]
+    return x if np.allclose(x.mean(0)[:2], said, atol=1e-9) else None
+
 def question_pairs(before, after, metric, task='the task')->np.ndarray|None: # (N,3) after, before, chance
     "What each question scores after and before, and by guessing; None if the score is not their mean"
     b, a = _record(before), _record(after)
@@ -82,7 +90,7 @@ def question_pairs(before, after, metric, task='the task')->np.ndarray|None: # (
     if any(metric not in q['scores'] for r in (a, b) for q in r['questions']): return None
     x = np.array([[p['scores'][metric], q['scores'][metric], 1/len(q['loglik']) if 'loglik' in q else 0.]
                   for p,q in zip(a['questions'], b['questions'])])
-    return x if np.allclose(x.mean(0)[:2], [a['scores'][metric], b['scores'][metric]], atol=1e-9) else None
+    return _if_mean(x, b, a, metric)
 
 # %% ../nbs/20_tasks.ipynb #4de1f6b5
 class Share(Change):
@@ -112,6 +120,13 @@ def _overall(main, seed): # {task: (after, before, pairs or None)}
     return Share(_share(a, b, chance, draws), tasks=len(main))
 
 # %% ../nbs/20_tasks.ipynb #c0f04dbd
+def _pairs(before, after, metric, t): # (N,3), or None
+    "The same of a task by its name; of a group, the questions of all its tasks"
+    if not (tasks := _record(before[t]).get('tasks')): return question_pairs(before[t], after[t], metric, t)
+    found = [question_pairs(before[i], after[i], metric, i) for i in tasks]
+    if any(x is None for x in found): return None
+    return _if_mean(np.concatenate(found), before[t], after[t], metric)
+
 def retained(before, # what `task_records` returns of a model, or `eval_tasks`, which has no intervals
              after, # and of the other
              seed=0, # of the draws
@@ -120,12 +135,12 @@ def retained(before, # what `task_records` returns of a model, or `eval_tasks`, 
     if set(before)!=set(after):
         raise ReplaceMeError(f"one model was asked {', '.join(sorted(before)) or 'nothing'}, the other "
                              f"{', '.join(sorted(after)) or 'nothing'}. Give both the same tasks.")
-    res, main = {}, {}
+    res, main, within = {}, {}, {t for r in before.values() for t in _record(r).get('tasks', ())}
     for t in before:
         for m in metrics_of(before[t]):
             a, b = [_record(r[t])['scores'][m] for r in (after, before)]
-            x = question_pairs(before[t], after[t], m, t)
-            if t not in main: main[t] = a, b, x
+            x = _pairs(before, after, m, t)
+            if t not in {*main, *within}: main[t] = a, b, x
             chance = 0. if x is None else float(x[:,2].mean())
             share, questions = _share(a, b, chance, _drawn(x, seed)), None if x is None else len(x)
             res.setdefault(t, {})[m] = Share(share, questions=questions)
@@ -138,7 +153,7 @@ def equivalences(before, after, # of both models, from `task_records`
                 )->dict: # {task: {metric: Equivalence}}, of the scores that are means over the questions
     "Which scores of two models are equal"
     pairs = {t: {m: x for m in metrics_of(before[t]) if m in _record(after[t])['scores']
-                 and (x := question_pairs(before[t], after[t], m, t)) is not None} for t in before}
+                 and (x := _pairs(before, after, m, t)) is not None} for t in before}
     return {t: {m: equivalence(x[:,0], x[:,1], margin, seed) for m,x in ms.items()} for t,ms in pairs.items()
             if ms}
 

@@ -296,7 +296,6 @@ def test_device_map_auto_on_a_small_machine(family, tmp_path, monkeypatch):
     assert torch.equal(logits(type(model).from_pretrained(tmp_path / "small")), logits(ref))
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("more", [{}, dict(merge=False), dict(method="remove")], ids=str)
 def test_scores_of_a_run_whose_weights_stay_on_the_disk(save_tiny, tmp_path, monkeypatch, more):
     "They are read from the folder that was saved, which has its last name by the time the pruned model is scored"
@@ -308,7 +307,8 @@ def test_scores_of_a_run_whose_weights_stay_on_the_disk(save_tiny, tmp_path, mon
                   (("here", {}), ("away", dict(device_map="auto", max_memory={"cpu": "10KB"})))]
     assert away.perplexity.after.losses == here.perplexity.after.losses and "scoring_failed" not in away
     assert away["generations"] == here["generations"]
-=======
+
+
 def places(stack):
     "Mappings as the messages advise them, and with one place inside another"
     return ["disk", {"": "cpu", f"{stack}.5": "disk"}, {"": "disk", f"{stack}.1": "cpu"}, {"": "cpu", stack: "disk", f"{stack}.2": "cpu"}]
@@ -353,4 +353,3 @@ def test_a_mapping_that_cannot_be(where, why, tmp_path):
     tiny_model(layers=6).save_pretrained(tmp_path), tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ReplaceMeError, match=why):
         load_model(tmp_path, device_map=where)
->>>>>>> 80b5169 (A device map may say disk, and '' for the rest)

@@ -308,3 +308,30 @@ def test_everything_is_left_as_it_was(tok, folder, tmp_path, monkeypatch, capsys
     assert torch.equal(torch.get_rng_state(), state)
     assert logging.getLogger("lm_eval").level == 0 and "DISABLE_MULTIPROC" not in os.environ
     assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
+
+
+def test_a_group_counts_once_and_has_an_interval(tmp_path):
+    "Its questions are those of its tasks, which are not counted again beside it"
+    from replaceme.tasks import equivalences, retained, task_records
+    rng = np.random.default_rng(0)
+    for k, n in dict(x=12, y=30, z=20).items():
+        rows = [dict(q=f"What {k} is {i}?", c=[*map(str, rng.permutation(WORDS)[:3])], a=int(rng.integers(3))) for i in range(n)]
+        (tmp_path / f"{k}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        (tmp_path / f"{k}.yaml").write_text(f"""
+task: sub_{k}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path}/{k}.jsonl}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{q}}}}"
+doc_to_choice: "{{{{c}}}}"
+doc_to_target: a
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+""")
+    (tmp_path / "g.yaml").write_text("group: some\ntask: [sub_x, sub_y]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n")
+    a, b = [task_records(tiny_model("llama", layers=4, seed=n, initializer_range=1.), tiny_tokenizer(), ["some", "sub_z"], None, str(tmp_path)) for n in (0, 1)]
+    found = retained(a, b)
+    mean, one = found["mean"], lambda r, t: r[t]["scores"]["acc"]
+    assert mean.tasks == 2 and mean.before == (one(a, "some") + one(a, "sub_z")) / 2 and mean.low < mean.percent < mean.high
+    assert found["tasks"]["some"]["acc"].questions == 42 and one(a, "some") == pytest.approx((12 * one(a, "sub_x") + 30 * one(a, "sub_y")) / 42)
+    assert set(equivalences(a, b)) == {"some", "sub_x", "sub_y", "sub_z"}
