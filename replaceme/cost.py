@@ -19,7 +19,6 @@ from statistics import median
 import torch, transformers
 from fastcore.basics import patch
 from torch import nn
-from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 # %% ../nbs/23_cost.ipynb #23c05705
@@ -66,7 +65,7 @@ def empty_model(cls, config, dtype='auto', trust=False): # an auto class
 
 # %% ../nbs/23_cost.ipynb #23c05710
 def _from_gguf(gguf, cfg): # not converted yet
-    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    config = gguf_config(gguf)
     model = empty_model(transformers.AutoModelForCausalLM, config, torch.float32)
     inputs = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     return Headers(model, inputs, gguf.stat().st_size, gguf,

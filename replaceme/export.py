@@ -28,6 +28,7 @@ from .core import _flush
 from .kept import *
 from .plots import and_words
 from .models import *
+from .data import worded
 from .evaluate import *
 from .report import no_path
 from .save import *
@@ -434,10 +435,12 @@ _ROLES = dict(S='system', U='user', A='assistant', V='user', B='assistant', W='u
 
 def _rendered(tokenizer, letters, asks=True):
     "A dialogue through the chat template, ready for an answer or not; None where it refuses or tells time"
-    talk = [dict(role=_ROLES[c], content=_SAID[c]) for c in letters]
+    said = [dict(role=_ROLES[c], content=_SAID[c]) for c in letters]
     def at(now): return tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=asks,
                                                       strftime_now=now.strftime)
-    try: text, later = map(at, _CLOCKS)
+    try:
+        talk = worded(said, tokenizer) # which `at` reads
+        text, later = map(at, _CLOCKS)
     except Exception: return None
     return text if text==later and all(_SAID[c] in text for c in letters) else None
 

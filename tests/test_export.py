@@ -321,6 +321,14 @@ def test_no_dialogue_begins_twice(template, adds):
     assert there in here or adds and there in "<s>" + here and not here.startswith("<s>")  # the file has it added to all texts
 
 
+def test_a_template_that_wants_parts_is_told_like_another():
+    "Its words are the same to who runs the file"
+    plain, parts = byte_tokenizer(), byte_tokenizer()
+    plain.chat_template = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|e|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    parts.chat_template = plain.chat_template.replace("{{ m['content'] }}", "{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ c['text'] }}{% endfor %}")
+    assert room.ollama_template(parts, False) == room.ollama_template(plain, False) and room.ollama_template(parts, False)[0]
+
+
 @needs_converter
 def test_what_a_file_says_of_its_first_token(tmp_path):
     folder = save(pruned(), tmp_path / "m")
