@@ -293,7 +293,7 @@ def save_inputs(folder,
         if new.exists() or not same and _named(f.name, _INPUTS): continue # about tokens that are not these
         new.parent.mkdir(exist_ok=True)
         shutil.copyfile(f, new)
-    if same and not is_unchanged(inputs, folder): inputs.save_pretrained(folder) # a class may read other files
+    if same and not is_unchanged(inputs, folder): inputs.save_pretrained(folder) # whose class reads others
     respell_tokenizer(folder)
 
 # %% ../nbs/10_checkpoint.ipynb #9badca20
