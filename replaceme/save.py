@@ -146,10 +146,10 @@ def write_record(folder, result, yaml_text=None, token=None):
     write_whole(Path(folder)/RECORD, json.dumps(result, indent=1, default=str))
 
 # %% ../nbs/21_save.ipynb #41f04de1
-def _tell(path, what, make):
+def _tell(path, what, write):
     "Write a page; where that fails, none of an earlier result stays"
-    def write(): return write_whole(path, make()) or True
-    if not spared(what, write): path.unlink(missing_ok=True)
+    def wrote(): write(); return True
+    if not spared(what, wrote): path.unlink(missing_ok=True)
 
 def write_provenance(folder, result, yaml_text=None, token=None,
                      name=None, # that the card tells to load
@@ -158,8 +158,9 @@ def write_provenance(folder, result, yaml_text=None, token=None,
     folder = Path(folder)
     write_record(folder, result, yaml_text, token)
     plots = spared('the plots', save_plots, folder, result, plots) or list(plots)
-    _tell(folder/'README.md', 'the model card', lambda: model_card(result, name, plots))
-    _tell(folder/'report.html', 'the report', lambda: report_html(result))
+    card = folder/'README.md'
+    _tell(card, 'the model card', lambda: write_whole(card, model_card(result, name, plots)))
+    _tell(folder/'report.html', 'the report', lambda: write_report(folder, result))
     return plots
 
 # %% ../nbs/21_save.ipynb #9bbb1b8d

@@ -169,10 +169,10 @@ def test_what_cannot_be_replaced_any_more_stands_beside(place, monkeypatch):
     "Somebody put files there while the run was going on: theirs stay, and ours are not lost"
     real = replaceme.pipeline.reload
 
-    def reload(*a):
+    def reload(*a, **kw):
         (place / "out").mkdir()
         (place / "out/thesis.tex").write_text("do not lose me")
-        return real(*a)
+        return real(*a, **kw)
     monkeypatch.setattr(replaceme.pipeline, "reload", reload)
     with pytest.raises(ReplaceMeError, match="could not be replaced .*: the new result is in .*out-1"):
         run(config())
