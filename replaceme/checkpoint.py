@@ -217,8 +217,7 @@ def source_folder(name, # folder or hub id, as in `model.name_or_path`
                   revision=None, token=None): # of a hub id
     "The folder that a model came from, itself or in the hub's cache; None where there is none"
     if not name: return None
-    if exists(name) and Path(name).is_dir():
-        return Path(name) if (Path(name)/'config.json').is_file() else None
+    if is_folder(name): return Path(name) if (Path(name)/'config.json').is_file() else None
     from huggingface_hub import snapshot_download
     names = ['config.json', 'generation_config.json', '*.py', *_BESIDE, *[p.upper() for p in _BESIDE]]
     kw = dict(revision=revision, token=token, allow_patterns=names, ignore_patterns=_NOT[:-1])

@@ -142,7 +142,6 @@ def _mapping(loader, node, deep=False):
         seen[k.value] = line
     return yaml.SafeLoader.construct_mapping(loader, node, deep)
 
-
 # %% ../nbs/22_config.ipynb #a4dd1255
 _MAPPING = yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG
 _Loader.add_constructor(_MAPPING, lambda l,n: _mapping(l, n, deep=True))

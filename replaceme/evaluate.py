@@ -257,16 +257,16 @@ def _folder_tasks(folder):
     return found
 
 # %% ../nbs/13_evaluate.ipynb #64c646a4
-def _is_folder(o): return exists(o) and Path(o).is_dir() and (os.sep in o or any(Path(o).rglob('*.yaml')))
+def _holds_tasks(o): return is_folder(o) and (os.sep in o or any(Path(o).rglob('*.yaml')))
 
 def _expand(tasks, include_path):
     "Tasks with folders replaced by the tasks in them, and the folders"
     one = isinstance(include_path, (str, os.PathLike))
     wanted, folders = {}, [str(f) for f in ([include_path] if one else include_path or [])]
     for f in folders:
-        if not (exists(f) and Path(f).is_dir()): raise ReplaceMeError(f"include_path {f}: no such folder.")
+        if not is_folder(f): raise ReplaceMeError(f"include_path {f}: no such folder.")
     for name, shots in read_tasks(tasks).items():
-        if not _is_folder(name): wanted[name] = shots; continue
+        if not _holds_tasks(name): wanted[name] = shots; continue
         folders.append(name)
         wanted.update({t: shots for t in _folder_tasks(name)})
     return wanted, folders

@@ -242,8 +242,10 @@ def _unread(model, path): # -> names of tensors
 # %% ../nbs/01_models.ipynb #767c4003
 def read_gguf_model(path, name=None): # of the model in a message; by default the path
     "The model in a GGUF file, whole, in float32, or an error that names what transformers cannot read of it"
-    model = from_checkpoint(AutoModelForCausalLM, path.parent, name or path, gguf_file=path.name,
-                            config=gguf_config(path), dtype=torch.float32)
+    bar = lambda tensors, **kw: progress(tensors, desc='reading the GGUF file', unit=' tensors', leave=False)
+    with mock.patch('transformers.modeling_gguf_pytorch_utils.tqdm', bar): # its own fills a log
+        model = from_checkpoint(AutoModelForCausalLM, path.parent, name or path, gguf_file=path.name,
+                                config=gguf_config(path), dtype=torch.float32)
     if (lost := _unread(model, path)):
         raise _bad(name or path, f"holds {_some(lost, 'tensor')} that transformers does not read: it would "
                                  "be loaded as another model. Give the checkpoint that it was made from")
@@ -275,7 +277,7 @@ def gguf_folder(gguf)->Path: # path of a `.gguf` file -> a checkpoint folder in 
     return kept_folder(gguf_place(gguf), lambda folder: _convert_gguf(Path(gguf), folder))
 
 # %% ../nbs/01_models.ipynb #5d485b06
-def is_local(path): return exists(path) and Path(path).is_dir()
+def is_local(path): return is_folder(path)
 
 # %% ../nbs/01_models.ipynb #64c6ad7b
 def resolve(model_path, # as a user writes it

@@ -1,4 +1,5 @@
 """Each mistake: one clear line on standard error, exit code 2, no traceback, nothing written."""
+import dataclasses
 import errno
 import json
 import os
@@ -12,7 +13,9 @@ import torch
 import yaml
 
 from replaceme import cli
+from replaceme.config import PruneConfig
 from replaceme.core import help_page
+from replaceme.export import export_model
 from replaceme.models import tiny_model, tiny_tokenizer
 
 TEXTS = ["The map stands in for the layers that went, line %d of many. " % i * 3 for i in range(20)]
@@ -176,6 +179,22 @@ def test_flags(place, checkpoint, capsys):
 ])
 def test_values(place, checkpoint, capsys, keys, parts):
     fails(capsys, place, write(place, config(checkpoint, **keys)), *parts)
+
+
+PLACES = sorted({f.name for f in dataclasses.fields(PruneConfig) if f.metadata.get("path")} | {"save_path"})
+
+
+@pytest.mark.parametrize("value", ["x" * 400, "a text of words, not a path " * 20, "x/" * 3000], ids=["name", "text", "path"])
+@pytest.mark.parametrize("key", PLACES)
+def test_what_is_too_long_to_be_a_path(place, checkpoint, capsys, key, value):
+    "Whichever key should name a place"
+    fails(capsys, place, write(place, config(checkpoint, **{key: value})))
+
+
+@pytest.mark.parametrize("flag", ["--eval_dataset", "--model_path"])
+def test_what_is_too_long_to_be_scored_or_exported(place, checkpoint, capsys, flag):
+    fails(capsys, place, ["--model_path", checkpoint, "--prompt", "null", flag, "x" * 400], command=cli.evaluate_model)
+    fails(capsys, place, ["x" * 400, "--to", "vllm"], command=export_model)
 
 
 def test_data_without_content(place, checkpoint, capsys):
