@@ -59,5 +59,5 @@ def plot_domains(domains, # of `Domain`, or mappings with the same names
                  ax=None):
     "The loss above the dense model on each kind of text, with its interval"
     get = lambda d, k: d[k] if isinstance(d, dict) else getattr(d, k)
-    rows = [(get(d, 'text'), *(x for x in get(d, 'above') if x is not None)) for d in domains]
+    rows = [(shortened(get(d, 'text')), *(x for x in get(d, 'above') if x is not None)) for d in domains]
     return plot_bars(rows, 'loss above the dense model (nats/token)', ax, fmt='+.3f')
