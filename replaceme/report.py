@@ -1036,6 +1036,12 @@ def _html_formula(result):
     target = (' − ', I('B')) if kind=='state' else (' − (', I('B'), ' − ', I('A'), ')')
     return P(I(what), ' = argmin', weight, *p, *target, f'‖²{_pull(result, False)}', cls='formula')
 
+def _html_lambda(result):
+    "The letters of the ridge, where the formula has them"
+    if 'λ' not in _pull(result, False): return
+    wide = '; T is the narrow map of the same sums, W₀ the matrix as it was' if result.fit.map=='wide' else ''
+    return P(f'λ is {result.fit.ridge:.3g} of the mean diagonal of the sums{wide}.', cls='soft small')
+
 # %% ../nbs/20_report.ipynb #cb7a9f82
 _TRIED = 'The error on tokens that the fit did not see, for each strength of the ridge.'
 
@@ -1046,7 +1052,7 @@ def _fit_section(result):
     plain = f'; plain removal leaves {r:.1%}' if r is not None else ''
     fitted = 'what was fitted' if result.fit.map=='normed' else 'the map'
     left = f'Of the squared length of B − A, {fitted} leaves {e:.1%} unexplained{plain}.'
-    parts = [_html_formula(result), P(f'{left} Fitted on {_data_text(result)}.')]
+    parts = [_html_formula(result), _html_lambda(result), P(f'{left} Fitted on {_data_text(result)}.')]
     if (kinds := _kind_words(result)): parts.append(P(f"The fit: {', '.join(kinds)}."))
     if ridge_rows(ridge):
         parts.append(_picture(_Plot(plot_ridge, ridge), (4.8,2.6), 'Held-out error by ridge', _TRIED))

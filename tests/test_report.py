@@ -209,7 +209,7 @@ def test_the_formula_has_the_ridge_and_the_bias_that_were_fitted():
     fit = make()["fit"]
     wide = make(fit=dict(fit, map="wide", ridge=.1))
     assert r"+ \lambda\,\lVert W - T^\top W_{down} \rVert^2" in story(wide) and r"$\lambda$ 0.1 of the mean diagonal" in story(wide)
-    assert "+ λ ‖W − Tᵀ W₀‖²" in report_html(wide) and r"\lambda" not in story(make())
+    assert "+ λ ‖W − Tᵀ W₀‖²" in report_html(wide) and "λ is 0.1 of the mean diagonal" in report_html(wide) and r"\lambda" not in story(make())
     assert "no new parameters" in story(make())
     affine = story(make(fit=dict(fit, affine=True)))
     assert "no new parameters" not in affine and "the bias of the map" in affine
