@@ -127,7 +127,7 @@ def kept_written(k, # keys of `Writes`
 def kept_guesses(model, tokenizer, dense, # `Written` of the dense model
                  batch_size=8, cache=True)->list: # as `guesses`
     "Which tokens of the dense model's texts another one would have said, kept by content"
-    make = lambda: guesses(model, dense.prompts, dense.answers, batch_size)
+    def make(): return from_first(guesses, model, dense.prompts, dense.answers, batch_size)
     if not (cache and keepable(model)): return make()
     facts = dict(model=model_key(model), tokenizer=tokenizer_key(tokenizer), batch_size=batch_size,
                  texts=digest_of([dense.prompts, dense.answers]))
