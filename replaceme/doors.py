@@ -14,7 +14,7 @@ from dataclasses import fields
 from .core import *
 from .group import *
 from .plots import and_words
-from .result import Result
+from .save import Result # with its plots and pages
 from .report import result_rows, taken_rows, text_table
 
 # %% ../nbs/25_doors.ipynb #0f24154c

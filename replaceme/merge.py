@@ -37,9 +37,12 @@ def _stores(model):
                     if getattr(h, k, None) is not None)
 
 # %% ../nbs/11_merge.ipynb #24b06f80
-def shared_copy(model): # -> a model of the same class
+def shared_copy(model,
+                but=(), # modules in whose places empty ones stand
+               ): # -> a model of the same class
     "A copy of the modules and config of `model` that shares all its tensors"
     memo = {id(t): t for t in chain(model.parameters(), model.buffers(), _stores(model))}
+    memo |= {id(m): nn.Module() for m in but}
     new = copy.deepcopy(model, memo)
     bound = lambda f: getattr(getattr(f, '__wrapped__', None), '__self__', None) is model
     for k in [k for k,f in vars(new).items() if bound(f)]: delattr(new, k)
@@ -155,9 +158,11 @@ def keep_layers(model,
                 keep, # layer numbers, in order
                ): # -> a model that shares its tensors with `model`
     "A copy of the model with these layers only, in which everything that counts layers counts the new ones"
-    new = shared_copy(model)
-    layers, configs, n = layers_of(new), _configs(new), len(layers_of(model))
-    names, kept = _numbers(layers), [layers[i] for i in keep]
+    old = layers_of(model)
+    stays = {id(old[i]) for i in keep} # some models have one layer twice
+    new = shared_copy(model, [l for l in old if id(l) not in stays])
+    layers, configs, n = layers_of(new), _configs(new), len(old)
+    names, kept = _numbers(old), [layers[i] for i in keep]
     layers._modules.clear(); layers.extend(kept)
     for j,layer in enumerate(kept): _renumber(layer, names, j)
     for config in configs: _cut_config(config, list(keep), n)
@@ -250,8 +255,9 @@ def cut(model,
     "Take layers out of a copy of the model, so that its config builds the same model again where that can be"
     keep, n = without(model, blocks), len(layers_of(model))
     new = keep_layers(model, keep)
-    if not differs_when_rebuilt(new): return new
-    scalings = _scalings(stack_config(new), new) if 'of layer' in differs_when_rebuilt(new) else ()
+    found = differs_when_rebuilt(new)
+    if not found: return new
+    scalings = _scalings(stack_config(new), new) if 'of layer' in found else ()
     for edits in chain(_translations(stack_config(model), keep, n), scalings):
         other = keep_layers(model, keep)
         for config in _configs(other): vars(config).update(edits)

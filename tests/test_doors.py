@@ -26,6 +26,8 @@ def test_importing_the_package_loads_nothing():
 
 
 def test_doors_are_those_of_their_rooms():
+    "And a result that is read back has all that one has which was just made"
+    python("from replaceme.doors import Result; assert callable(Result.plot) and callable(Result.save_report)")
     python("from replaceme import *; import replaceme.models as m, replaceme.pipeline as p, replaceme.doors as d\n"
            "assert load_model is m.load_model and prune is p.prune and run is d.run and callable(compare) and callable(evaluate)")
 

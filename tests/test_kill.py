@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of one run, 40 of them or REPLACEME_KILLS: each time the whole folder or none, an untouched input, and a next run that ends well.
+"""SIGKILL at random moments of one run, 16 of them or REPLACEME_KILLS: each time the whole folder or none, an untouched input, and a next run that ends well.
 
 The file is its own script: a process that has everything imported forks the runs, since an import takes longer than a run. Half
 of the kills are drawn over the time of a run, half over its steps on the disk, which lie close together around the saving.
@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-KILLS = int(os.environ.get("REPLACEME_KILLS", 40))
+KILLS = int(os.environ.get("REPLACEME_KILLS", 16))
 WHOLE = {"model.safetensors", "config.json", "tokenizer.json", "replaceme.json", "replaceme.yaml", "README.md", "report.html"}
 STEPS = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"}  # and what is opened to be written
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LINES = [line.split(" #")[0].strip() for block in re.findall(r"^``` ?sh\n(.*?)^```", README, re.M | re.S) for line in block.splitlines()]
 TYPED = [line for line in LINES if line] + re.findall(r"`(make \w+)`", README)
-TEXT = ["--dataset", "python-docs", "--dataset_size", "40", "--max_length", "64", "--eval_size", "2", "--eval_length", "64", "--prompt", "null"]
+TEXT = ["--dataset", "python-docs", "--dataset_size", "40", "--max_length", "64", "--eval_size", "2", "--eval_length", "64", "--speed", "false", "--prompt", "null"]
 SMALL = ["--eval_size", "2", "--eval_length", "64", "--prompt", "null", "--cache", "false"]
 
 
