@@ -14,13 +14,13 @@ __all__ = ['SPARE', 'ROLES', 'HELD_OUT', 'FORMATS', 'UNREAD', 'PACKED', 'TEXT_FI
            'by_split', 'files_in', 'by_name', 'in_folder', 'in_file', 'open_dataset', 'is_data', 'memory_rows',
            'InMemory', 'sliced', 'open_rows', 'as_text', 'exchange_of', 'as_columns', 'pick_columns', 'row_text',
            'schema_of', 'only', 'guarded', 'looked_at', 'table_texts', 'first_exchange', 'find_source', 'holds_rows',
-           'parts_of', 'Part', 'is_part', 'as_part', 'piece_length', 'named', 'read_table', 'pick', 'Reserved',
-           'reserved_cache', 'sample_ids', 'rows_at_once', 'first_id', 'user_turn', 'opening', 'first_ids', 'repeats',
-           'poor', 'sample_texts', 'own_texts', 'is_path', 'text_files', 'text_splits', 'kind_of', 'plain_only',
-           'read_shares', 'portions', 'interleave', 'source_key', 'shares_of', 'mixture', 'short_data_name',
-           'data_name', 'plan', 'how_of', 'load_parts', 'load_texts', 'synthetic_images', 'as_rgb', 'open_image',
-           'image_files', 'drawn', 'is_image', 'pick_images', 'undecoded', 'table_images', 'load_images', 'pixels',
-           'image_batches']
+           'parts_of', 'Part', 'is_part', 'as_part', 'with_parts', 'piece_length', 'named', 'read_table', 'pick',
+           'Reserved', 'reserved_cache', 'sample_ids', 'rows_at_once', 'first_id', 'user_turn', 'opening', 'first_ids',
+           'repeats', 'poor', 'sample_texts', 'own_texts', 'is_path', 'text_files', 'text_splits', 'kind_of',
+           'plain_only', 'read_shares', 'portions', 'interleave', 'source_key', 'shares_of', 'mixture',
+           'short_data_name', 'data_name', 'plan', 'how_of', 'load_parts', 'load_texts', 'synthetic_images', 'as_rgb',
+           'open_image', 'image_files', 'drawn', 'is_image', 'pick_images', 'undecoded', 'table_images', 'load_images',
+           'pixels', 'image_batches']
 
 # %% ../nbs/03_data.ipynb #6193d1e8
 import ast, bz2, glob, gzip, hashlib, io, json, lzma, math, re, uuid, warnings, zipfile, zlib
@@ -1212,6 +1212,13 @@ def as_part(d)->Part:
                              "together, or false.")
     return Part(str(d['path']), **{k: v for k,v in d.items() if k!='path'})
 
+# %% ../nbs/03_data.ipynb #b79056f7
+def with_parts(dataset):
+    "The same with a `Part` for each mapping that names a data set, alone or in a list"
+    if is_part(dataset): return as_part(dataset)
+    if not isinstance(dataset, (list, tuple)) or not any(map(is_part, dataset)): return dataset
+    return [as_part(d) if is_part(d) else d for d in dataset]
+
 # %% ../nbs/03_data.ipynb #b52c6f65
 def piece_length(d, max_length)->int|None: # tokens
     "The length of the pieces if the rows of a data set are strung together, see `pack`; else None"
@@ -1221,9 +1228,8 @@ def piece_length(d, max_length)->int|None: # tokens
 def named(dataset):
     "The same with a name for all that is in memory, as a configuration keeps it"
     if isinstance(dataset, Path): return str(dataset)
-    if is_part(dataset): return as_part(dataset)
+    dataset = with_parts(dataset)
     if isinstance(dataset, (list, tuple)):
-        if any(map(is_part, dataset)): dataset = [as_part(d) if is_part(d) else d for d in dataset]
         return InMemory(dataset) if holds_rows(dataset) else [named(d) for d in dataset]
     if hasattr(dataset, '__next__'):
         raise ReplaceMeError("dataset is a generator, which can be read but once: give list(...) of it, or "
@@ -1552,7 +1558,7 @@ def mixture(dataset, # one data set or a list of them
             shares=None, # see `read_shares`
            )->list: # of pairs: a data set, its share of the whole
     "The parts of a mixture; a name in `MIXES` stands for its parts, which have equal shares of its share"
-    given = parts_of(dataset)
+    given = parts_of(with_parts(dataset))
     if not given: raise ReplaceMeError("dataset is an empty list: name one data set or more, such as self.")
     for d in given:
         if isinstance(d, str) and not _is_name(d) and (len(d)>200 or re.search(r'\s', d)):
@@ -1806,6 +1812,7 @@ def load_images(dataset, # see the table above, or a data set in memory
                )->list: # of PIL images in RGB, in memory, each of its own size
     "Up to `size` images of a folder, a file or a data set"
     at_least(dataset_size=(1 if size is None else size, 1))
+    dataset = with_parts(dataset)
     _images_only(dataset)
     column, *how = how_of(dataset, column, subset, split)
     subset, split = split_of(*how)

@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import warm
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
@@ -136,8 +137,7 @@ def test_a_folder_without_a_result_is_named(tmp_path, text):
 
 
 def command(*words, cwd):
-    return subprocess.run([sys.executable, "-c", "from replaceme.doors import main; main()", *words], cwd=cwd, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    return warm.run([sys.executable, "-c", "from replaceme.doors import main; main()", *words], cwd=cwd, capture_output=True, text=True)
 
 
 def test_examples_are_written_and_never_over_what_differs(tmp_path):

@@ -784,7 +784,10 @@ def test_each_part_of_a_mixture_has_its_own_column(tmp_path):
     got = texts(named(parts), size=8)
     assert sorted(got) == sorted([f"first {i}" for i in range(6)] + [f"second {i}" for i in range(2)])
     assert texts(named(dict(path=str(a), column="body")), size=2) == ["first 0", "first 1"]
-    assert texts([named(parts[0]), named(parts[1])], size=8) == got
+    assert texts([named(parts[0]), named(parts[1])], size=8) == got == texts(parts, size=8)
+    assert texts(dict(path=str(a), column="body"), size=2) == texts([dict(path=a, column="body")], size=2) == ["first 0", "first 1"]
+    with pytest.raises(ReplaceMeError, match="unknown key 'colum'. Did you mean 'column'"):
+        texts([dict(path=str(a), colum="body")])
 
 
 def test_a_mapping_in_a_file_a_flag_and_a_record(tmp_path):
