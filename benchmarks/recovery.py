@@ -1,10 +1,10 @@
 """What does training behind the pruning bring on each kind of text, and does it take more passes or more text?
 
-    python benchmarks/recovery.py [RUNG:TOKENS:TEXTS ...]     (lora:500000:self lora:500000:broad by default; after `make data`; two hours on two cores)
+    python benchmarks/recovery.py [RUNG:TOKENS:TEXTS ...]     (lora:500000:self lora:250000:broad by default; after `make data`; two hours on two cores)
 
 SmolLM2-135M-Instruct in float32 loses 6 of its 30 layers by `auto`, calibrated on 124 texts of 512 tokens that it wrote itself; each training starts from that model,
-with the dense one as its teacher. TEXTS is `self`, those 124 texts again and again, or `broad`: they, wikitext2, chats, problems and code, about 500,000 tokens, so
-that nothing is seen twice; of the documentation there is nothing. Judged by the five kinds of text of domains.yaml, 12 pieces each: nats a token above the dense
+with the dense one as its teacher. TEXTS is `self`, those 124 texts again and again, or `broad`: of them, of chats, problems and code a fifth each, as far as there are
+so many, and wikitext2, as much as it takes that nothing is seen twice; of the documentation there is nothing. Judged by the five kinds of text of domains.yaml, 12 pieces each: nats a token above the dense
 model, 95% by a paired bootstrap over pieces. Rows are written to benchmarks/results/recovery.json one by one; a row of the same training is replaced.
 """
 import dataclasses
@@ -18,23 +18,24 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parents[1]
-OUT, TEXTS, ROWS = ROOT / "benchmarks/results/recovery.json", 124, 1042
-RUNS = "lora:500000:self", "lora:500000:broad"
+OUT, TEXTS = ROOT / "benchmarks/results/recovery.json", 124
+RUNS = "lora:500000:self", "lora:250000:broad"
 
 
-def training_texts(texts, model, tokenizer, length):
-    "The model's own texts, alone or among real ones"
+def training_texts(texts, n, model, tokenizer, length):
+    "The model's own texts, alone or among real ones, `n` in all"
     from data import DATA
     from replaceme.data import load_texts
+
     def of(dataset, size=None):
         return list(load_texts(dataset, tokenizer=tokenizer, model=model, size=size, max_length=length))
-    own = of("self", TEXTS)
+    own, draw = of("self", TEXTS), random.Random(0)
     if texts == "self":
         return own
     few = [{"path": str(DATA / f"domains/{k}_calib.jsonl"), "pack": True} for k in ("chat", "math")] + [str(DATA / "domains/code_calib.txt")]
-    rows = [t for d in few for t in of([d])] + own
-    rows += random.Random(0).sample(of(str(DATA / "wikitext2_valid.txt")), ROWS - len(rows))
-    random.Random(1).shuffle(rows)
+    rows = [t for part in [own, *map(of, few)] for t in draw.sample(part, min(len(part), n // 5))]
+    rows += draw.sample(of(str(DATA / "wikitext2_valid.txt")), n - len(rows))
+    draw.shuffle(rows)
     return rows
 
 
@@ -74,7 +75,7 @@ def main(*runs):
     facts = dict(threads=torch.get_num_threads(), block=list(result.block), texts=TEXTS, pieces=said["eval_size"])
     keep(facts, row("auto", pruned, dense, pieces, names, tokens=0, distinct=0))
     for rung, tokens, texts in (r.split(":") for r in runs):
-        rows = training_texts(texts, model, tokenizer, length)
+        rows = training_texts(texts, -(-int(tokens) * 16 // 15 // length), model, tokenizer, length)  # a sixteenth is held out
         start = time.perf_counter()
         small, (climbed,) = recover(model, pruned, [result.block], batches(rows, tokenizer, 4, length), [rung], int(tokens))
         more = dict(tokens=climbed.trained, distinct=len(rows) * length, minutes=(time.perf_counter() - start) / 60,

@@ -303,9 +303,10 @@ class Mix:
     "A random map `T = diag(s)P + ab'` of width `d`, applied to rows"
     def __init__(self, d, seed=0):
         g = torch.Generator().manual_seed(seed)
-        sign = torch.where(torch.rand(d, generator=g)<.5, -1., 1.)
-        self.s, self.p = sign*(torch.rand(d, generator=g)+.5), torch.randperm(d, generator=g)
-        self.a, self.b = torch.randn(2, d, generator=g)/d**.5
+        kw = dict(generator=g, dtype=torch.float32) # whatever the default is
+        sign = 1-2*(torch.rand(d, **kw)<.5).float()
+        self.s, self.p = sign*(torch.rand(d, **kw)+.5), torch.randperm(d, generator=g)
+        self.a, self.b = torch.randn(2, d, **kw)/d**.5
     def __call__(self, u): # `(..., d)`
         s, p, a, b = [o.to(u.device) for o in (self.s, self.p, self.a, self.b)]
         u = u.float()

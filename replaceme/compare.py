@@ -45,6 +45,7 @@ from .pipeline import *
 # %% ../nbs/23_compare.ipynb #9c0a0162
 from .group import *
 from .draft import RUN, draft_cost, drafting, guesses
+from .scores import generation_key, tasks_key
 
 # %% ../nbs/23_compare.ipynb #7bc1905c
 def paired(a, b, # (N,) losses of two models on the same pieces, or rights and wrongs on the same questions
@@ -201,13 +202,8 @@ def costs(result)->dict:
 def tasks_digest(cfg)->str|None:
     "A hash of the questions that are asked, and the check that all are multiple choice"
     if cfg.tasks is None: return None
-    loaded = load_tasks(cfg.tasks, None, cfg.chat)
-    _check_choices(loaded)
-    words = lambda t: {k: v for k,v in t.dump_config().items() if isinstance(v, (str, int, float, list))
-                       and 'path' not in k}
-    asked = [[name, words(t), [dict(d) for d in t.eval_docs][:cfg.limit]]
-             for name,t in sorted(loaded['tasks'].items())]
-    return digest_of([asked, cfg.chat] if cfg.chat else asked)
+    _check_choices(load_tasks(cfg.tasks, None, cfg.chat))
+    return tasks_key(cfg.tasks, cfg.limit, None, cfg.chat)
 
 # %% ../nbs/23_compare.ipynb #b1ccfadc
 def _named(cfg): return cfg.dataset if isinstance(cfg.dataset, list) else [cfg.dataset]
@@ -274,7 +270,8 @@ class Bench:
         self.ids, self.data = eval_pieces(model, tokenizer, cfg), {}
         self.kinds = no_path(judged_names(cfg.eval_dataset))
         self.versions = {k: v for k,v in versions().items() if k in ('replaceme', 'torch', 'transformers')}
-        self.facts = dict(model=identity(model, tokenizer), text=digest_of(self.ids.tolist()),
+        about = dict(identity(model, tokenizer), generation=generation_key(model))
+        self.facts = dict(model=about, text=digest_of(self.ids.tolist()),
                           tasks=tasks_digest(cfg),
                           versions=self.versions, device=input_device(model).type)
 
@@ -299,7 +296,8 @@ def asked(self:Bench, plan=None)->list: # None is the dense model
 def found(self:Bench, plan=None):
     "The finished row of a plan under its present name, or None"
     row = from_first(read_kept, self.path(plan))
-    return row and {**row, **dict(method=plan.name if plan else 'dense', kinds=self.kinds)}
+    if not row or 'error' in row: return None # what failed may have room, memory or a file now
+    return {**row, **dict(method=plan.name if plan else 'dense', kinds=self.kinds)}
 
 # %% ../nbs/23_compare.ipynb #6d1c0b0c
 @patch
@@ -426,11 +424,11 @@ def make(self:Bench, plan)->dict:
     except ReplaceMeError as e: row['error'] = str(e)
     except (torch.OutOfMemoryError, MemoryError):
         if world()[1]>1: raise # the others may be waiting for it
-        row.update(error="out of memory: lower batch_size or max_length", again=True)
+        row['error'] = "out of memory: lower batch_size or max_length"
     after = held_now()
     if 'peak_memory' in row: row['peak_memory'] = max(0, row['peak_memory'] - max(0, after-self.held))
     self.check_untouched(plan)
-    return row if row.get('again') else self.keep(row, plan)
+    return row if 'error' in row else self.keep(row, plan)
 
 # %% ../nbs/23_compare.ipynb #9f99430b
 def ppl(loss): return math.exp(min(loss, 700))

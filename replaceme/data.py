@@ -6,18 +6,18 @@
 __all__ = ['SPARE', 'ROLES', 'HELD_OUT', 'FORMATS', 'UNREAD', 'PACKED', 'TEXT_FILES', 'MAGIC', 'READERS', 'PARTS', 'NAMED',
            'LOOK', 'Source', 'SOURCES', 'MIXES', 'HOW', 'OPENINGS', 'RECIPE', 'IMAGE_FILES', 'spanned', 'seam',
            'reader', 'stream_ids', 'first_tokens', 'decoded', 'Piece', 'bare_ids', 'special_ids', 'begun', 'token_ids',
-           'pad_rows', 'at_least', 'long_rows', 'in_batches', 'batches', 'grouped_by_length', 'n_embedded', 'check_ids',
-           'hidden_tokens', 'mask_tokens', 'packed_ids', 'pack', 'cut_stream', 'python_docs', 'unboxed', 'as_chat',
-           'is_chat', 'content_text', 'as_message', 'NoText', 'worded', 'chat_text', 'pick_split', 'split_of',
-           'one_voice', 'opened', 'file_format', 'is_text', 'open_text', 'read_text', 'looks_like_json', 'table_kind',
-           'json_table', 'json_row', 'json_rows', 'unswallowed', 'csv_rows', 'column_rows', 'FileRow', 'FileRows',
-           'by_split', 'files_in', 'by_name', 'in_folder', 'in_file', 'open_dataset', 'is_data', 'memory_rows',
-           'InMemory', 'sliced', 'open_rows', 'as_text', 'exchange_of', 'as_columns', 'pick_columns', 'row_text',
-           'schema_of', 'only', 'guarded', 'looked_at', 'table_texts', 'first_exchange', 'find_source', 'holds_rows',
-           'parts_of', 'Part', 'is_part', 'as_part', 'with_parts', 'piece_length', 'named', 'read_table', 'pick',
-           'Reserved', 'reserved_cache', 'sample_ids', 'rows_at_once', 'first_id', 'user_turn', 'opening', 'first_ids',
-           'repeats', 'poor', 'sample_texts', 'own_texts', 'is_path', 'text_files', 'text_splits', 'kind_of',
-           'plain_only', 'read_shares', 'portions', 'interleave', 'source_key', 'shares_of', 'mixture',
+           'pad_rows', 'at_least', 'only_texts', 'long_rows', 'in_batches', 'batches', 'grouped_by_length',
+           'n_embedded', 'check_ids', 'hidden_tokens', 'mask_tokens', 'packed_ids', 'pack', 'cut_stream', 'python_docs',
+           'unboxed', 'as_chat', 'is_chat', 'content_text', 'as_message', 'NoText', 'worded', 'chat_text', 'pick_split',
+           'split_of', 'one_voice', 'opened', 'file_format', 'is_text', 'open_text', 'read_text', 'looks_like_json',
+           'table_kind', 'json_table', 'json_row', 'json_rows', 'unswallowed', 'csv_rows', 'column_rows', 'FileRow',
+           'FileRows', 'by_split', 'files_in', 'by_name', 'in_folder', 'in_file', 'open_dataset', 'is_data',
+           'memory_rows', 'InMemory', 'sliced', 'open_rows', 'as_text', 'exchange_of', 'as_columns', 'pick_columns',
+           'row_text', 'schema_of', 'only', 'guarded', 'looked_at', 'table_texts', 'first_exchange', 'find_source',
+           'holds_rows', 'parts_of', 'Part', 'is_part', 'as_part', 'with_parts', 'piece_length', 'named', 'read_table',
+           'pick', 'Reserved', 'reserved_cache', 'sample_ids', 'rows_at_once', 'first_id', 'user_turn', 'opening',
+           'first_ids', 'repeats', 'poor', 'sample_texts', 'own_texts', 'is_path', 'text_files', 'text_splits',
+           'kind_of', 'plain_only', 'read_shares', 'portions', 'interleave', 'source_key', 'shares_of', 'mixture',
            'short_data_name', 'data_name', 'plan', 'how_of', 'load_parts', 'load_texts', 'synthetic_images', 'as_rgb',
            'open_image', 'image_files', 'drawn', 'is_image', 'pick_images', 'undecoded', 'table_images', 'load_images',
            'pixels', 'image_batches']
@@ -177,6 +177,22 @@ def at_least(**kw): # name=(value, least)
     for name,(value,least) in kw.items():
         if value<least: raise ReplaceMeError(f"{name} {value} is too small: give {least} or more.")
 
+# %% ../nbs/03_data.ipynb #7e475002
+def only_texts(texts): # yields texts, or `Piece`s
+    "The texts of a list or a stream of them, or a single one; what is no text is refused"
+    def wrong(x): return ReplaceMeError(f"texts are wanted, and {x}: load_texts makes texts of names, files "
+                                        "and tables.")
+    if isinstance(texts, str):
+        if texts and (exists(texts) or not re.search(r'\s', texts) and _is_name(texts)):
+            raise wrong(f"{texts!r} is the name of a data set")
+        texts = [texts]
+    if isinstance(texts, (bytes, Path)) or hasattr(texts, 'keys') or not hasattr(texts, '__iter__'):
+        raise wrong(f"a {type(texts).__name__} is none")
+    for t in texts:
+        if not isinstance(t, str): raise wrong(f"a {type(t).__name__} among them is none")
+        yield t
+
+
 # %% ../nbs/03_data.ipynb #5fcec0f4
 def long_rows(texts, # or pieces
               tokenizer,
@@ -184,7 +200,7 @@ def long_rows(texts, # or pieces
              )->dict: # {number of the text: token ids}
     "The texts that have two tokens or more, in their order"
     at_least(max_length=(max_length, 2))
-    rows = [token_ids(t, tokenizer, max_length) for t in texts]
+    rows = [token_ids(t, tokenizer, max_length) for t in only_texts(texts)]
     kept = {i: r for i,r in enumerate(rows) if len(r)>1}
     if kept: return kept
     most = max(map(len, rows), default=0)
@@ -885,7 +901,7 @@ def memory_rows(x):
     for way in 'to_pylist', 'to_dicts': # tables of pyarrow and polars
         if hasattr(x, way): return getattr(x, way)()
     if isinstance(x, dict): return {k: memory_rows(v) for k,v in x.items()} if _splits(x) else json_table(x)
-    return [json_row(r, i) for i,r in enumerate(x, 1)] if isinstance(x, (list, tuple)) else x
+    return [json_row(r, i) for i,r in enumerate(x, 1)] if hasattr(x, '__len__') else x
 
 # %% ../nbs/03_data.ipynb #a0e2e655
 def _splits(x): # is a mapping one of splits? In one of columns the values are lists of other things than rows
@@ -1216,6 +1232,9 @@ def as_part(d)->Part:
 def with_parts(dataset):
     "The same with a `Part` for each mapping that names a data set, alone or in a list"
     if is_part(dataset): return as_part(dataset)
+    if hasattr(dataset, '__next__'):
+        raise ReplaceMeError("dataset is a generator, which can be read but once: give list(...) of it, or "
+                             "datasets.IterableDataset.from_generator.")
     if not isinstance(dataset, (list, tuple)) or not any(map(is_part, dataset)): return dataset
     return [as_part(d) if is_part(d) else d for d in dataset]
 
@@ -1231,9 +1250,6 @@ def named(dataset):
     dataset = with_parts(dataset)
     if isinstance(dataset, (list, tuple)):
         return InMemory(dataset) if holds_rows(dataset) else [named(d) for d in dataset]
-    if hasattr(dataset, '__next__'):
-        raise ReplaceMeError("dataset is a generator, which can be read but once: give list(...) of it, or "
-                             "datasets.IterableDataset.from_generator.")
     return InMemory(dataset) if is_data(dataset) else dataset
 
 # %% ../nbs/03_data.ipynb #b0cd565a
@@ -1620,6 +1636,9 @@ def _enough(texts, dataset, share, n, mixed, most=False):
     "The texts of a part; in a mixture, fewer than its `n` are an error"
     have = len(texts)
     if not texts: raise ReplaceMeError(f"dataset {_called(dataset)} holds no text.")
+    if (is_data(dataset) or isinstance(dataset, InMemory)) and all(map(exists, texts)):
+        raise ReplaceMeError(f"dataset {_called(dataset)}: its texts are names of files, such as "
+                             f"{texts[0]!r}: give the names alone, or dict(path=...) to say how one is read.")
     if mixed and n is not None and have<n:
         raise ReplaceMeError(f"dataset {_called(dataset)} has {have} texts and not the {n} that are its "
                              f"share ({float(100*share):.3g}%): lower dataset_size to {int(have/share)}, "

@@ -25,7 +25,7 @@ from .group import *
 from .plots import *
 from .arch import judging, stack_config, run, input_device, sees
 from .layerwise import ends
-from .data import check_ids, n_embedded, packed_ids, special_ids, worded
+from .data import as_chat, check_ids, n_embedded, only_texts, packed_ids, special_ids, worded
 from .keys import *
 
 # %% ../nbs/13_evaluate.ipynb #c3dbecad
@@ -53,10 +53,12 @@ def cut_pieces(tokenizer,
                pieces=24, # at most so many
               )->torch.Tensor: # (pieces, length) token ids
     "The first pieces of a text, each begun as the tokenizer begins a text; a short text is one shorter piece"
-    if isinstance(text, torch.Tensor): return text
+    if isinstance(text, torch.Tensor):
+        if text.dim()==2 and not text.is_floating_point(): return text.long()
+        raise ReplaceMeError(f"token ids come as whole numbers, (pieces, length), and not as {text.dtype} of "
+                             f"shape {tuple(text.shape)}.")
     before, _ = special_ids(tokenizer)
-    texts = [text] if isinstance(text, str) else text
-    ids = packed_ids(texts, tokenizer, max(length, len(before)+1))
+    ids = packed_ids(only_texts(text), tokenizer, max(length, len(before)+1))
     rows = [[*before, *row] for row in islice(ids, max(pieces, 0))] or [before]
     if min(len(rows[0]), length)<2 or length<=len(before) or pieces<1:
         raise ReplaceMeError("perplexity needs two tokens or more to predict one: the text has "
@@ -606,13 +608,17 @@ def stability(dense, # what `task_samples` returns for the dense model
     return statistics.fmean(t['stability'] for t in task_stability(dense, pruned, score, metric).values())
 
 # %% ../nbs/13_evaluate.ipynb #b3a53143
-def prompt_ids(tokenizer, prompt,
+def prompt_ids(tokenizer, prompt, # a text, or the messages of a chat
                chat=True, # through the chat template, where there is one
               )->dict: # input_ids and attention_mask, one row
     "A prompt as tokens, BOS once"
-    text, own = prompt, {}
-    if chat and tokenizer.chat_template:
-        said, own = worded([dict(role='user', content=prompt)], tokenizer), dict(add_special_tokens=False)
+    text, own, asks = prompt, {}, chat and tokenizer.chat_template
+    talk = [dict(role='user', content=prompt)] if isinstance(prompt, str) else asks and as_chat(prompt)
+    if not isinstance(prompt, str) and not talk:
+        raise ReplaceMeError("a prompt is one text, or one chat for a tokenizer with a chat template, and no "
+                             f"{type(prompt).__name__}: {str(prompt)[:60]!r}.")
+    if asks:
+        said, own = worded(talk, tokenizer), dict(add_special_tokens=False)
         text = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
     found = tokenizer(text, return_tensors='pt', **own)
     if found['input_ids'].numel(): return found

@@ -9,7 +9,7 @@ __all__ = ['BUSY', 'Texts', 'parts_named', 'kinds_judged', 'judged_names', 'text
            'training_batches', 'load_pictures', 'picture_batches', 'one_text', 'same_number', 'eval_text', 'Feed']
 
 # %% ../nbs/15_feed.ipynb #2c8dce05
-import math, warnings
+import math, os, warnings
 from dataclasses import dataclass, fields
 from itertools import chain, islice
 from pathlib import Path
@@ -83,12 +83,14 @@ def text_name(dataset)->str|None: # `eval_dataset`
     return ', '.join(judged_names(dataset)) if isinstance(dataset, list) else dataset
 
 # %% ../nbs/15_feed.ipynb #907e1d9b
+def _source(d): return os.path.realpath(local_path(d)) if exists(d) else d # however a path is spelt
+
 def scored_and_fitted(k)->list: # keys of `Texts` and `Judged` -> names
     "Data sets that a model is both fitted to and scored on, but for its own texts, which are written anew"
     judged = k.eval_dataset if isinstance(k.eval_dataset, list) else [k.eval_dataset]
-    fitted = [(d, *how_of(d, None, k.dataset_subset, k.dataset_split)[1:]) for d in parts_named(k)]
+    fitted = [(_source(d), *how_of(d, None, k.dataset_subset, k.dataset_split)[1:]) for d in parts_named(k)]
     return [str(d) for d in judged if d!='self'
-            and (d, *how_of(d, None, k.eval_subset, k.eval_split)[1:]) in fitted]
+            and (_source(d), *how_of(d, None, k.eval_subset, k.eval_split)[1:]) in fitted]
 
 # %% ../nbs/15_feed.ipynb #a647d473
 def _no_text(k):

@@ -105,12 +105,14 @@ def told(o):
 # %% ../nbs/00_kept.ipynb #3de33429
 _OURS = ('replaceme', 'transformers', 'accelerate', 'transformers_modules')
 
-def _from(o): return str(getattr(o, '__module__', None)).split('.')[0]
+def _from(o): return str(getattr(getattr(o, 'func', o), '__module__', None)).split('.')[0] # of a partial, too
 
 def keepable(model)->bool:
-    "Does a model do what its weights and config say? Foreign hooks may change anything"
+    "Does a model do what its weights and config say? Foreign hooks and `forward`s may change anything"
     hooks = [h for m in model.modules() for d in (m._forward_hooks, m._forward_pre_hooks) for h in d.values()]
-    return all(_from(h) in _OURS for h in hooks)
+    given = [vars(m)['forward'] for m in model.modules() if 'forward' in vars(m)
+             and not hasattr(m, '_hf_hook')]
+    return all(_from(f) in _OURS for f in hooks+given)
 
 # %% ../nbs/00_kept.ipynb #9ff33262
 def _programs(model):
@@ -118,9 +120,20 @@ def _programs(model):
     names = {type(m).__module__ for m in model.modules() if _from(type(m))=='transformers_modules'}
     return sorted(file_digest(sys.modules[n].__file__) for n in names)
 
+# %% ../nbs/00_kept.ipynb #9ff33263
+def _numbers(m):
+    "What a module was set to, in its numbers and in the buffers that no file has, to six digits"
+    said = {k: v for k,v in vars(m).items() if isinstance(v, (int, float)) and k[0]!='_'
+            and k not in ('training', 'gradient_checkpointing')}
+    buffers = {k: m._buffers.get(k) for k in m._non_persistent_buffers_set}
+    sums = {k: [f'{s.item():.6g}' for s in (b.double().sum(), b.double().square().sum())]
+            for k,b in buffers.items() if b is not None and not b.is_meta}
+    return {**said, **sums}
+
+# %% ../nbs/00_kept.ipynb #9ff33264
 def _modules(model):
-    "What a model is made of, module by module, with the settings that they say"
-    return [(name, type(m).__name__, m.extra_repr()) for name,m in model.named_modules()]
+    "What a model is made of, module by module, with the settings that they say or have"
+    return [(name, type(m).__name__, m.extra_repr(), _numbers(m)) for name,m in model.named_modules()]
 
 # %% ../nbs/00_kept.ipynb #0637e323
 def _fast_rules(tokenizer): # vocabulary among them; padding and truncation are what was asked for last

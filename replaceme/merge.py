@@ -37,10 +37,20 @@ def _stores(model):
                     if getattr(h, k, None) is not None)
 
 # %% ../nbs/11_merge.ipynb #24b06f80
+def _check_forward(model):
+    "Raise where a model was given a `forward` that a copy would still call on the model itself"
+    f = vars(model).get('forward')
+    if f is None or hasattr(model, '_hf_hook') or getattr(f, '__self__', None) is model: return
+    if getattr(getattr(f, '__wrapped__', None), '__self__', None) is model: return # is taken off the copy
+    raise ReplaceMeError(f"{type(model).__name__} was given a forward of its own, which a copy would still "
+                         "call on this model: take it off (del model.forward).")
+
+# %% ../nbs/11_merge.ipynb #24b06f81
 def shared_copy(model,
                 but=(), # modules in whose places empty ones stand
                ): # -> a model of the same class
     "A copy of the modules and config of `model` that shares all its tensors"
+    _check_forward(model)
     memo = {id(t): t for t in chain(model.parameters(), model.buffers(), _stores(model))}
     memo |= {id(m): nn.Module() for m in but}
     new = copy.deepcopy(model, memo)
@@ -230,14 +240,15 @@ def _translations(config, keep, n):
 
 # %% ../nbs/11_merge.ipynb #b0c1b31b
 def without(model,
-            blocks, # the blocks to take out, `Block`s
+            blocks, # the blocks to take out, `Block`s or pairs, that share no layer
            )->list: # the numbers of the layers that stay
     "The layers that stay when blocks go"
-    n = len(layers_of(model))
-    gone = {i for b in blocks for i in range(*b)}
+    n, blocks = len(layers_of(model)), [*map(as_block, blocks)]
+    gone = {i for b in blocks for i in range(b.start, b.end)}
     if not gone<=set(range(1, n)):
         raise ReplaceMeError(f"Blocks {list(blocks)} do not fit a model of {n} layers whose first layer "
                              "stays.")
+    joined(blocks) # none empty, no two that overlap
     return [i for i in range(n) if i not in gone]
 
 # %% ../nbs/11_merge.ipynb #7f09311d
@@ -470,6 +481,7 @@ def replace_block(model,
                   fit, # the map in their place, a `Fit` or a narrow `(d,d)` matrix; None is plain removal
                  ): # -> the pruned model
     "Remove a block and fold the map in its place into the layer before the cut; `model` is left as it is"
+    block = as_block(block)
     new = cut(with_bias(model) if getattr(fit, 'affine', False) else model, [block])
     if fit is not None: put(new, block.start-1, fit)
     return new
@@ -554,16 +566,28 @@ def _save_weights(model, folder, max_shard_size):
         warnings.filterwarnings('ignore', message='Attempting to save a model with offloaded modules')
         model.save_pretrained(folder, max_shard_size=max_shard_size)
 
+# %% ../nbs/11_merge.ipynb #c065e9bb
+_WEIGHTS = re.compile(r'(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?')
+
+def _weight_files(folder)->dict: # {path: when it was written, and which file it is}
+    "The files of weights that transformers would load from a folder"
+    there = [f for f in Path(folder).glob('*') if _WEIGHTS.fullmatch(f.name)]
+    return {f: (s.st_mtime_ns, s.st_ino) for f in there for s in [f.stat()]}
+
+
 # %% ../nbs/11_merge.ipynb #5a7ec0f2
 def save_checkpoint(model, folder,
                     max_shard_size='5GB', # of a file; about as much memory may be needed beside the model
                     inputs=None, # the tokenizer or image processor; with it the folder is complete
                     source=None): # folder or hub id it came from; what the model says by default
     "Save a model so that transformers 4 and 5 load the same, with what stood beside its weights"
-    source = source_folder(source or model.name_or_path)
+    source, folder = source_folder(source or model.name_or_path), local_path(folder)
+    before = _weight_files(folder)
     _save_weights(model, folder, max_shard_size)
+    for f,was in before.items(): # of a model that was there, and would be loaded in the place of this one
+        if _weight_files(folder).get(f)==was: f.unlink()
     respell(folder, model.config, source)
-    for f in Path(folder).glob('*.safetensors'): # their writer lets nobody else read them
-        shutil.copymode(Path(folder)/'config.json', f)
+    for f in folder.glob('*.safetensors'): # their writer lets nobody else read them
+        shutil.copymode(folder/'config.json', f)
     if source: save_generation(folder, model, source)
     if inputs is not None: save_inputs(folder, inputs, source)

@@ -128,15 +128,12 @@ def _written_rows(result):
     yield _row("loss on the dense model's texts", *w.loss, '.3f', False)
 
 # %% ../nbs/20_report.ipynb #6c1e0e02
-def _times(label, both, ratio, fmt='.1f'): # the change is that of the pairs
-    return [*_row(label, *both, fmt)[:3], f'{100*(ratio[0]-1):+.1f}%']
-
 def _pace_rows(paces):
     "Seconds and joules of both"
     for b in paces:
-        if b.ms: yield _times(f"{b.batch} image{'s'*(b.batch>1)} (ms)", b.ms, b.ms_ratio)
-        if b.first_ms and b.batch==1: yield _times('first token (ms)', b.first_ms, b.first_ratio)
-        if b.rates: yield _times(f"tokens/s, {b.batch} text{'s'*(b.batch>1)}", b.rates, b.rate_ratio)
+        if b.ms: yield _row(f"{b.batch} image{'s'*(b.batch>1)} (ms)", *b.ms, '.1f')
+        if b.first_ms and b.batch==1: yield _row('first token (ms)', *b.first_ms, '.1f')
+        if b.rates: yield _row(f"tokens/s, {b.batch} text{'s'*(b.batch>1)}", *b.rates, '.1f')
     for b in paces:
         one = 'joules per image' if b.ms else 'joules per token'
         if b.joules: yield _row(f'{one}, batch {b.batch}', *b.joules, '.3g')
@@ -510,7 +507,7 @@ def _advise_fit(result):
                'More calibration text or another block may change that.')
     if not result.tasks and result.kind!='images':
         yield ('Perplexity says how well the model reads, not what it can still do: give tasks, '
-               'and run evaluate_model --config with the same file.')
+               'and run evaluate_model --compare with both models.')
 
 # %% ../nbs/20_report.ipynb #ed51003e
 @of_result

@@ -116,8 +116,9 @@ def check_own(model_path, path, was, # the model that the result there was made 
               named=False): # did somebody name the folder?
     "Raise where nobody named the folder, and it holds what was made of another model"
     now = str(model_path)
-    if named or was in (None, now, no_path(now)): return
-    if os.path.exists(was) and os.path.realpath(was)==os.path.realpath(local_path(now)): return
+    if named or was is None: return
+    both = [os.path.realpath(local_path(p)) for p in (was, now)]
+    if both[0]==both[1] or not os.path.exists(both[0]) and was in (now, no_path(now)): return
     raise ReplaceMeError(f"{path} holds what was made of {was}, and would be replaced by what is made of "
                          f"{now}: give save_path.")
 

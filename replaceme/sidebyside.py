@@ -237,10 +237,13 @@ def _counted(models, names, context, text, kinds, seed):
     sizes, memory = tuple(m.num_parameters() for m in models), tuple(memory_of(m, context) for m in models)
     return SideBySide(tuple(names), sizes, memory, text, kinds, seed=seed)
 
+# %% ../nbs/21_sidebyside.ipynb #43fa4217
 def _answered(dense, model, tokenizer, prompt):
     "What both models write after a prompt"
     before, after = continuation(dense, tokenizer, prompt), continuation(model, tokenizer, prompt)
     return dict(prompt=prompt, before=before, after=after)
+
+def _each(prompts): return [prompts] if isinstance(prompts, str) else prompts
 
 # %% ../nbs/21_sidebyside.ipynb #6b20f106
 def _compare_records(res, records, margin):
@@ -268,7 +271,7 @@ def side_by_side(dense, model, tokenizer, # of both
                  text=None, # as for `cut_pieces`; None leaves perplexity and divergence out
                  tasks=None, # as for `eval_tasks`; None leaves them out
                  limit=None, # questions of each task
-                 prompts=(), # what both continue
+                 prompts=(), # what both continue, one or several
                  length=512, pieces=24, # of the text
                  include_path=None, # folder(s) whose task files are known by name too
                  batch_size=8, # requests of the tasks in a forward pass
@@ -292,5 +295,5 @@ def side_by_side(dense, model, tokenizer, # of both
         _compare_records(res, [kept_tasks(m, tokenizer, *asked) for m in both], equal_within/100)
     if isinstance(speed, dict) or speed: res.speeds = _timed(both, tokenizer, speed)
     _add_writing(res, both, tokenizer, writing, text, batch_size, cache)
-    res.answers = [from_first(_answered, dense, model, tokenizer, p) for p in prompts]
+    res.answers = [from_first(_answered, dense, model, tokenizer, p) for p in _each(prompts)]
     return res

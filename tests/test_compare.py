@@ -362,8 +362,12 @@ def test_a_failing_row_is_a_row(place, tmp_path, monkeypatch):
     assert "failed: remove, 1 layer, seed 0: no layer may go" in c.table() and "no layer may go" in (path/"comparison.md").read_text()
     assert list(csv.DictReader((path/"comparison.csv").open()))[1]["error"] == "no layer may go: ask for fewer."
     seen.clear()
-    compare(here(place, tmp_path/"out"))
-    assert seen == [("lstsq", 2)]  # what ran out of memory is tried again, what cannot be is not
+    again, _ = compare(here(place, tmp_path/"out"))
+    assert seen == [("remove", 1), ("remove", 2), ("lstsq", 2)]  # there may be room, memory or a file now
+    assert [r.get("error") for r in again.rows] == [r.get("error") for r in c.rows]
+    monkeypatch.setattr(module, "prune", prune)
+    well, _ = compare(here(place, tmp_path/"out"))
+    assert [r.get("error") for r in well.rows] == [None] * 5
 
 
 def test_all_rows_may_fail(place, tmp_path, monkeypatch):
@@ -556,3 +560,26 @@ def save_sized(folder, shape):
     tok = tiny_tokenizer()
     AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape, max_position_embeddings=128)).save_pretrained(folder)
     tok.save_pretrained(folder)
+
+
+def test_solved_examples_and_how_a_model_generates_are_what_rows_depend_on(place, tmp_path):
+    "The file of a task's solved examples, which `evaluate_model` knew of and the bench did not; the tokens that end a text"
+    from replaceme.compare import Bench, tasks_digest
+    at = tmp_path / "asked"
+    at.mkdir()
+    rows = [dict(q=f"question {i}", a=["yes", "no"], gold=i % 2) for i in range(4)]
+    for name in ("asked", "solved"):
+        (at / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files = dict(test=str(at / "asked.jsonl"), train=str(at / "solved.jsonl"))
+    (at / "t.yaml").write_text(yaml.safe_dump(dict(task="mine", dataset_path="json", dataset_kwargs=dict(data_files=files), output_type="multiple_choice",
+                                                   test_split="test", fewshot_split="train", num_fewshot=1, doc_to_text="{{q}}", doc_to_choice="{{a}}",
+                                                   doc_to_target="gold", metric_list=[dict(metric="acc")])))
+    cfg = here(place, tmp_path / "out", tasks=str(at))
+    before = tasks_digest(cfg)
+    (at / "solved.jsonl").write_text("\n".join(json.dumps(dict(r, q="another")) for r in rows))
+    assert tasks_digest(cfg) != before
+    model, tok = tiny_model("llama", layers=6), tiny_tokenizer()
+    facts = [Bench(model, tok, here(place, tmp_path / "out"), tmp_path).facts]
+    model.generation_config.eos_token_id = 7
+    facts.append(Bench(model, tok, here(place, tmp_path / "out"), tmp_path).facts)
+    assert facts[0] != facts[1]

@@ -497,7 +497,7 @@ def test_state_errors_are_those_of_the_hidden_states(tmp_path, keys, blocks):
 
 # names of these rooms that are younger than the rooms, and were never found elsewhere
 SINCE = dict(speed="""CONTEXTS DOSES Meter Takes both_taken caches_at card_meter depth_bytes energy_meter image_ms image_pace pairs_within
-                      processor_meter untimed writing_pace""".split())
+                      processor_meter untimed writing_pace""".split(), scores=["generation_key"])
 
 
 @pytest.mark.parametrize("name", ["divergence", "intervals", "speed", "tasks", "scores"])

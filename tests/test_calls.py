@@ -1,0 +1,193 @@
+"""What people call in a notebook with what they have at hand: it is read as it was meant, or refused, and never measured as something else."""
+import contextlib
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from replaceme.blocks import Block
+from replaceme.core import ReplaceMeError
+from replaceme.data import batches, load_texts
+from replaceme.evaluate import continuation, perplexity, prompt_ids
+from replaceme.merge import cut, replace_block, save_checkpoint
+from replaceme.models import load_model, tiny_model, tiny_tokenizer
+from replaceme.pipeline import make_config, prune
+from replaceme.feed import scored_and_fitted
+from replaceme.save import check_own
+from replaceme.sidebyside import kept_perplexity, side_by_side
+
+TOK = tiny_tokenizer()
+TEXT = "The quick brown fox jumps over the lazy dog, and then the dog jumps over the fox. " * 12
+ROWS = [f"{i} layers went and {i * i} are left over for the rest of us" for i in range(12)]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("REPLACEME_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def model():
+    return tiny_model("llama", layers=6)
+
+
+@torch.no_grad()
+def loss(m):
+    ids = TOK(TEXT, return_tensors="pt").input_ids[:, :200]
+    return m(ids, labels=ids).loss.item()
+
+
+# a model that was changed without a word in its weights or config
+
+def slower(m): m.model.rotary_emb.inv_freq.mul_(.25)
+def without_a_layer(m): m.model.layers[3].forward = lambda h, *args, **kw: h
+def sharper(m): [setattr(layer.self_attn, "scaling", 3 * layer.self_attn.scaling) for layer in m.model.layers]
+
+
+@pytest.mark.parametrize("change", [slower, without_a_layer, sharper])
+def test_scores_and_texts_are_those_of_the_model_that_was_asked(model, change):
+    kept_perplexity(model, TOK, TEXT, 32, 4)
+    own = load_texts("self", tokenizer=TOK, model=model, size=4, max_length=24)
+    change(model)
+    assert kept_perplexity(model, TOK, TEXT, 32, 4)["value"] == pytest.approx(perplexity(model, TOK, TEXT, 32, 4).value)
+    assert load_texts("self", tokenizer=TOK, model=model, size=4, max_length=24) != own
+    dense = tiny_model("llama", layers=6)
+    assert kept_perplexity(dense, TOK, TEXT, 32, 4)["value"] == pytest.approx(perplexity(dense, TOK, TEXT, 32, 4).value)  # and nothing else stayed behind
+
+
+def test_a_forward_that_a_copy_would_call_on_the_dense_model_is_refused(model):
+    inner, calls = model.forward, []
+    model.forward = lambda *args, **kw: calls.append(1) or inner(*args, **kw)
+    with pytest.raises(ReplaceMeError, match="del model.forward"):
+        prune(model, TOK, 2, method="lstsq", dataset=[dict(text=t) for t in ROWS], dataset_size=8, max_length=32)
+    del model.forward
+    small, _ = prune(model, TOK, 2, method="lstsq", dataset=[dict(text=t) for t in ROWS], dataset_size=8, max_length=32)
+    assert loss(small) != loss(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_default_dtype_changes_nothing(model, dtype):
+    keys = dict(method="lstsq", dataset=[dict(text=t) for t in ROWS], dataset_size=8, max_length=32, ridge=.1)
+    want, _ = prune(model, TOK, 2, **keys)
+    old = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        got, _ = prune(model, TOK, 2, **keys)
+    finally:
+        torch.set_default_dtype(old)
+    assert all(torch.equal(a, b) for a, b in zip(want.state_dict().values(), got.state_dict().values()))
+
+
+# blocks
+
+def test_blocks_are_pairs_and_nothing_else(model):
+    want = loss(cut(model, [Block(2, 5)]))
+    for same in ([range(2, 5)], [(2, 5)], [[np.int64(2), np.int64(5)]], (range(2, 5),)):
+        assert loss(cut(model, same)) == want
+    assert loss(replace_block(model, range(2, 5), None)) == loss(replace_block(model, (2, 5), None)) == want
+    for bad in ([[2, 3, 4]], [range(1, 6, 2)], [Block(3, 3)], [Block(4, 2)], [Block(1, 3), Block(2, 4)], Block(2, 4), [(0, 2)], [(2, 7)]):
+        with pytest.raises(ReplaceMeError):
+            cut(model, bad)
+
+
+# a folder that holds another model
+
+@pytest.mark.parametrize("first, second", [("5GB", "50KB"), ("50KB", "5GB"), ("50KB", "90KB")])
+def test_what_was_saved_last_is_what_loads(model, tmp_path, first, second):
+    a, b = cut(model, [Block(1, 3)]), cut(model, [Block(3, 5)])
+    (tmp_path / "notes.bin").write_bytes(b"mine")
+    save_checkpoint(a, tmp_path, max_shard_size=first, inputs=TOK)
+    save_checkpoint(b, tmp_path, max_shard_size=second, inputs=TOK)
+    assert loss(AutoModelForCausalLM.from_pretrained(tmp_path)) == pytest.approx(loss(b))
+    assert loss(load_model(tmp_path)[0]) == pytest.approx(loss(b)) and (tmp_path / "notes.bin").read_bytes() == b"mine"
+
+
+def test_a_tilde_is_somebodys_home(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    save_checkpoint(model, "~/small", inputs=TOK)
+    assert (tmp_path / "home/small/model.safetensors").exists() and not Path("~").exists()
+
+
+# what is no text
+
+def wrongs(folder):
+    (folder / "x.txt").write_text(TEXT)
+    rows = dict(text=[TEXT, TEXT])
+    return ["python-docs", str(folder / "x.txt"), folder / "x.txt", pd.DataFrame(rows), rows, datasets.Dataset.from_dict(rows), [dict(text=TEXT)],
+            TOK(TEXT, return_tensors="pt"), [[1, 2, 3]], TEXT.encode(), None]
+
+
+@pytest.mark.parametrize("i", range(11))
+def test_what_is_no_text_is_not_measured(model, tmp_path, i):
+    text = wrongs(tmp_path)[i]
+    for call in (lambda: perplexity(model, TOK, text, 32, 4), lambda: batches(text, TOK, 4, 32)):
+        with pytest.raises(ReplaceMeError, match="load_texts makes texts"):
+            call()
+
+
+def test_a_text_alone_and_ids_of_any_kind(model):
+    assert [b["input_ids"].tolist() for b in batches(TEXT, TOK, 4, 32)] == [b["input_ids"].tolist() for b in batches([TEXT], TOK, 4, 32)]
+    ids = torch.tensor(TOK(TEXT).input_ids[:64]).view(2, 32)
+    assert perplexity(model, TOK, ids.int()).value == perplexity(model, TOK, ids).value
+    for bad in (ids[0], ids.float()):
+        with pytest.raises(ReplaceMeError, match="pieces, length"):
+            perplexity(model, TOK, bad)
+
+
+def test_rows_that_name_files_are_no_texts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("x.jsonl", "y.jsonl"):
+        Path(name).write_text('{"text": "a text of the table"}\n' * 4)
+    for bad in ([dict(file="x.jsonl"), dict(file="y.jsonl")], dict(path=["x.jsonl", "y.jsonl"]), [dict(name="x.jsonl", pack=True)]):
+        with pytest.raises(ReplaceMeError, match="names of files"):
+            load_texts(bad, tokenizer=TOK, size=2)
+    assert load_texts([dict(path="x.jsonl", column="text")], tokenizer=TOK, size=2) == ["a text of the table"] * 2
+
+
+@pytest.mark.parametrize("kind", [pd.Series, np.array, lambda rows: datasets.Dataset.from_dict(dict(text=rows))["text"], tuple])
+def test_texts_come_in_many_lists(kind):
+    assert load_texts(kind(ROWS), tokenizer=TOK, size=None) == ROWS
+
+
+def test_a_generator_is_refused_wherever_it_is_given():
+    with pytest.raises(ReplaceMeError, match="generator"):
+        load_texts((t for t in ROWS), tokenizer=TOK, size=4)
+
+
+# prompts
+
+def test_a_prompt_is_a_text_or_a_chat(model):
+    chat = [dict(role="user", content="What is A?"), dict(role="assistant", content="B."), dict(role="user", content="And C?")]
+    assert TOK.decode(prompt_ids(TOK, chat)["input_ids"][0]).count("[user]") == 2
+    assert isinstance(continuation(model, TOK, chat, 4), str)
+    for bad, ask in ((["What?", "And?"], True), (["What?", "And?"], False), (chat, False), (None, True), (3, True)):
+        with pytest.raises(ReplaceMeError, match="a prompt is one text"):
+            continuation(model, TOK, bad, 4, chat=ask)
+    one = side_by_side(model, model, TOK, prompts="Hello you", speed=False)
+    assert [a["prompt"] for a in one.answers] == ["Hello you"]
+
+
+# one file, spelt in several ways; two models of one name
+
+def test_a_text_is_known_however_it_is_spelt(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d").mkdir()
+    for name in ("same.txt", "other.txt"):
+        Path(name).write_text(TEXT)
+    for spelt, found in (("same.txt", 1), ("./same.txt", 1), (str(tmp_path / "same.txt"), 1), ("d/../same.txt", 1), ("other.txt", 0)):
+        assert len(scored_and_fitted(make_config(model_path="m", layers_to_skip=1, dataset="same.txt", eval_dataset=spelt))) == found
+
+
+def test_two_models_of_one_name_do_not_share_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("m1", "y/m1"):
+        Path(name).mkdir(parents=True)
+    for now, was, fine in (("m1", "m1", True), ("./m1", "m1", True), (str(tmp_path / "m1"), "m1", True), ("y/m1", "m1", False), ("m1", "y/m1", False),
+                           (str(tmp_path / "gone/m2"), "m2", True), ("org/m3", "org/m3", True), ("org/m3", "org/m4", False)):
+        with contextlib.nullcontext() if fine else pytest.raises(ReplaceMeError, match="give save_path"):
+            check_own(now, "pruned/m1", was)
