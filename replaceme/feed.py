@@ -83,7 +83,7 @@ def text_name(dataset)->str|None: # `eval_dataset`
     return ', '.join(judged_names(dataset)) if isinstance(dataset, list) else dataset
 
 # %% ../nbs/15_feed.ipynb #907e1d9b
-def _source(d): return os.path.realpath(local_path(d)) if exists(d) else d # however a path is spelt
+def _source(d): return os.path.realpath(local_path(d)) if d and exists(d) else d # however it is spelt
 
 def scored_and_fitted(k)->list: # keys of `Texts` and `Judged` -> names
     "Data sets that a model is both fitted to and scored on, but for its own texts, which are written anew"

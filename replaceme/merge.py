@@ -37,6 +37,11 @@ def _stores(model):
                     if getattr(h, k, None) is not None)
 
 # %% ../nbs/11_merge.ipynb #24b06f80
+def _handle(p):
+    "Another parameter of the same numbers, since `to` and `requires_grad_` change a parameter where it is"
+    if type(p) is not nn.Parameter or p.is_meta: return p # quantised ones have more, others are elsewhere
+    return nn.Parameter(p.detach(), p.requires_grad)
+
 def _check_forward(model):
     "Raise where a model was given a `forward` that a copy would still call on the model itself"
     f = vars(model).get('forward')
@@ -49,9 +54,10 @@ def _check_forward(model):
 def shared_copy(model,
                 but=(), # modules in whose places empty ones stand
                ): # -> a model of the same class
-    "A copy of the modules and config of `model` that shares all its tensors"
+    "A copy of the modules and config of `model` that shares all its numbers; its `half()` leaves them alone"
     _check_forward(model)
-    memo = {id(t): t for t in chain(model.parameters(), model.buffers(), _stores(model))}
+    memo = {id(t): t for t in chain(model.buffers(), _stores(model))}
+    memo |= {id(p): _handle(p) for p in model.parameters()}
     memo |= {id(m): nn.Module() for m in but}
     new = copy.deepcopy(model, memo)
     bound = lambda f: getattr(getattr(f, '__wrapped__', None), '__self__', None) is model

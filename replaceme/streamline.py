@@ -56,9 +56,9 @@ def train_network(dense, small, block, at, names, loss, learn, held, tokens, kee
     kw = dict(seed=seed, folder=folder, trainer=trainer, keep_path=keep_path)
     if loss!='mse':
         return fit_weights(small, names, loss, learn, held, tokens, desc=f'network for {block}', **kw)
-    ids = {id(p) for n,p in small.named_parameters() if n in set(names)}
-    one = keep_layers(small, [at])
-    inner = [n for n,p in one.named_parameters() if id(p) in ids]
+    there = {p.data_ptr() for n,p in small.named_parameters() if n in set(names)}
+    one = keep_layers(small, [at]) # of the same numbers: what is trained here is trained there
+    inner = [n for n,p in one.named_parameters() if p.data_ptr() in there]
     return fit_weights(one, inner, 'mse', learn, held, tokens, state_targets(dense, at, block.end),
                        desc=f'network for {block}', **kw)
 

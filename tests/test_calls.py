@@ -82,6 +82,18 @@ def test_another_default_dtype_changes_nothing(model, dtype):
     assert all(torch.equal(a, b) for a, b in zip(want.state_dict().values(), got.state_dict().values()))
 
 
+@pytest.mark.parametrize("method", ["lstsq", "remove", "auto"])
+def test_what_is_done_to_the_pruned_model_is_not_done_to_the_dense_one(model, method):
+    want = {k: v.clone() for k, v in model.state_dict().items()}
+    small, _ = prune(model, TOK, 2, method=method, dataset=[dict(text=t) for t in ROWS], dataset_size=8, max_length=32)
+    shared = {p.data_ptr() for p in small.parameters()} & {p.data_ptr() for p in model.parameters()}
+    assert len(shared) > 20  # no numbers were copied
+    small.requires_grad_(False).half()
+    assert model.dtype == torch.float32 and all(p.requires_grad for p in model.parameters())
+    small.float()
+    assert all(torch.equal(v, want[k]) for k, v in model.state_dict().items())
+
+
 # blocks
 
 def test_blocks_are_pairs_and_nothing_else(model):

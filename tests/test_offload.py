@@ -152,8 +152,9 @@ def test_a_cut_loads_and_copies_nothing(kind, tmp_path):
             m._hf_hook.weights_map.dataset = Closed()
     small = cut(away, [Block(2, 4)])
     assert {id(s) for s in stores(small)} <= {id(s) for s in stores(away)} and differs_when_rebuilt(small) is None
-    tensors = {id(t) for t in (*away.parameters(), *away.buffers())}
-    assert all(id(t) in tensors for t in (*small.parameters(), *small.buffers()))
+    def numbers(m):
+        return {id(t) if t.is_meta else t.data_ptr() for t in (*m.parameters(), *m.buffers())}
+    assert numbers(small) <= numbers(away)
     with pytest.raises(AssertionError, match="was loaded"):
         logits(small)
 
