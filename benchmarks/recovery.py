@@ -65,6 +65,7 @@ def main(*runs):
     from replaceme.evaluate import all_losses
     from replaceme.feed import eval_text, judged_names
     from replaceme.recover import recover
+    from replaceme.train import TextRows, split_texts
     warnings.simplefilter("ignore", ReplaceMeWarning)
     said = yaml.safe_load((ROOT / "benchmarks/domains.yaml").read_text())
     judge = {k: said[k] for k in ("eval_dataset", "eval_size", "eval_length")}
@@ -76,9 +77,10 @@ def main(*runs):
     keep(facts, row("auto", pruned, dense, pieces, names, tokens=0, distinct=0))
     for rung, tokens, texts in (r.split(":") for r in runs):
         rows = training_texts(texts, -(-int(tokens) * 16 // 15 // length), model, tokenizer, length)  # a sixteenth is held out
+        learn, held = split_texts(batches(rows, tokenizer, 4, length))
         start = time.perf_counter()
-        small, (climbed,) = recover(model, pruned, [result.block], batches(rows, tokenizer, 4, length), [rung], int(tokens))
-        more = dict(tokens=climbed.trained, distinct=len(rows) * length, minutes=(time.perf_counter() - start) / 60,
+        small, (climbed,) = recover(model, pruned, [result.block], learn, [rung], int(tokens), held)
+        more = dict(tokens=climbed.trained, distinct=min(climbed.trained, TextRows(learn).tokens), minutes=(time.perf_counter() - start) / 60,
                     parameters=climbed.parameters, history=climbed.history)
         keep(facts, row(f"{rung}, {texts}", small, dense, pieces, names, **more))
 
