@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['SHARED', 'paired', 'entry', 'Plan', 'row_config', 'plans', 'CompareConfig', 'text_losses', 'rights', 'stabilities',
-           'costs', 'tasks_digest', 'data_digest', 'plain_config', 'check_place', 'eval_pieces', 'Bench', 'held_now',
-           'heap_given_back', 'write_texts', 'ppl', 'Nearest', 'Row', 'About', 'Line', 'lines', 'difference', 'ahead',
-           'ahead_text', 'task_differences', 'with_differences', 'Comparison', 'writing_columns', 'draft_columns',
-           'csv_row', 'front', 'compare_path', 'about', 'read_comparison', 'write_comparison', 'check_compare',
-           'run_rows', 'compare']
+           'costs', 'data_digest', 'plain_config', 'check_place', 'eval_pieces', 'Bench', 'held_now', 'heap_given_back',
+           'write_texts', 'ppl', 'Nearest', 'Row', 'About', 'Line', 'lines', 'difference', 'ahead', 'ahead_text',
+           'task_differences', 'with_differences', 'Comparison', 'writing_columns', 'draft_columns', 'csv_row', 'front',
+           'compare_path', 'about', 'read_comparison', 'write_comparison', 'check_compare', 'run_rows', 'compare']
 
 # %% ../nbs/23_compare.ipynb #2e25b001
 import ctypes, dataclasses, functools, gc, io, json, math, os, re, warnings
@@ -198,13 +197,6 @@ def costs(result)->dict:
                 seconds=sum(v for k,v in result.seconds.items() if k!='texts'),
                 peak_memory=max(0, result.peak_memory-result.loaded_memory))
 
-# %% ../nbs/23_compare.ipynb #8c0b866f
-def tasks_digest(cfg)->str|None:
-    "A hash of the questions that are asked, and the check that all are multiple choice"
-    if cfg.tasks is None: return None
-    _check_choices(load_tasks(cfg.tasks, None, cfg.chat))
-    return tasks_key(cfg.tasks, cfg.limit, None, cfg.chat)
-
 # %% ../nbs/23_compare.ipynb #b1ccfadc
 def _named(cfg): return cfg.dataset if isinstance(cfg.dataset, list) else [cfg.dataset]
 
@@ -271,8 +263,8 @@ class Bench:
         self.kinds = no_path(judged_names(cfg.eval_dataset))
         self.versions = {k: v for k,v in versions().items() if k in ('replaceme', 'torch', 'transformers')}
         about = dict(identity(model, tokenizer), generation=generation_key(model))
-        self.facts = dict(model=about, text=digest_of(self.ids.tolist()),
-                          tasks=tasks_digest(cfg),
+        asked = None if cfg.tasks is None else tasks_key(cfg.tasks, cfg.limit, None, cfg.chat)
+        self.facts = dict(model=about, text=digest_of(self.ids.tolist()), tasks=asked,
                           versions=self.versions, device=input_device(model).type)
 
     def path(self, plan=None)->Path: return kept_path(self.rows_at, 'row', self.asked(plan))

@@ -564,7 +564,6 @@ def save_sized(folder, shape):
 
 def test_solved_examples_and_how_a_model_generates_are_what_rows_depend_on(place, tmp_path):
     "The file of a task's solved examples, which `evaluate_model` knew of and the bench did not; the tokens that end a text"
-    from replaceme.compare import Bench, tasks_digest
     at = tmp_path / "asked"
     at.mkdir()
     rows = [dict(q=f"question {i}", a=["yes", "no"], gold=i % 2) for i in range(4)]
@@ -575,10 +574,10 @@ def test_solved_examples_and_how_a_model_generates_are_what_rows_depend_on(place
                                                    test_split="test", fewshot_split="train", num_fewshot=1, doc_to_text="{{q}}", doc_to_choice="{{a}}",
                                                    doc_to_target="gold", metric_list=[dict(metric="acc")])))
     cfg = here(place, tmp_path / "out", tasks=str(at))
-    before = tasks_digest(cfg)
-    (at / "solved.jsonl").write_text("\n".join(json.dumps(dict(r, q="another")) for r in rows))
-    assert tasks_digest(cfg) != before
     model, tok = tiny_model("llama", layers=6), tiny_tokenizer()
+    before = Bench(model, tok, cfg, tmp_path).facts
+    (at / "solved.jsonl").write_text("\n".join(json.dumps(dict(r, q="another")) for r in rows))
+    assert [k for k, v in Bench(model, tok, cfg, tmp_path).facts.items() if v != before[k]] == ["tasks"]
     facts = [Bench(model, tok, here(place, tmp_path / "out"), tmp_path).facts]
     model.generation_config.eos_token_id = 7
     facts.append(Bench(model, tok, here(place, tmp_path / "out"), tmp_path).facts)
