@@ -68,7 +68,6 @@ def as_block(b)->Block:
                              "that stays behind it, such as Block(3, 6).") from None
     return Block(start, end)
 
-
 # %% ../nbs/06_blocks.ipynb #0ba9d63f
 def joined(blocks, # `Block`s or pairs, in any order
            merge_consecutive=True, # join blocks that touch? otherwise they are refused

@@ -192,7 +192,6 @@ def only_texts(texts): # yields texts, or `Piece`s
         if not isinstance(t, str): raise wrong(f"a {type(t).__name__} among them is none")
         yield t
 
-
 # %% ../nbs/03_data.ipynb #5fcec0f4
 def long_rows(texts, # or pieces
               tokenizer,

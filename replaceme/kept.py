@@ -121,7 +121,7 @@ def _programs(model):
     return sorted(file_digest(sys.modules[n].__file__) for n in names)
 
 # %% ../nbs/00_kept.ipynb #9ff33263
-def _numbers(m):
+def _set_to(m):
     "What a module was set to, in its numbers and in the buffers that no file has, to six digits"
     said = {k: v for k,v in vars(m).items() if isinstance(v, (int, float)) and k[0]!='_'
             and k not in ('training', 'gradient_checkpointing')}
@@ -133,7 +133,7 @@ def _numbers(m):
 # %% ../nbs/00_kept.ipynb #9ff33264
 def _modules(model):
     "What a model is made of, module by module, with the settings that they say or have"
-    return [(name, type(m).__name__, m.extra_repr(), _numbers(m)) for name,m in model.named_modules()]
+    return [(name, type(m).__name__, m.extra_repr(), _set_to(m)) for name,m in model.named_modules()]
 
 # %% ../nbs/00_kept.ipynb #0637e323
 def _fast_rules(tokenizer): # vocabulary among them; padding and truncation are what was asked for last

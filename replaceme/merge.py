@@ -580,7 +580,6 @@ def _weight_files(folder)->dict: # {path: when it was written, and which file it
     there = [f for f in Path(folder).glob('*') if _WEIGHTS.fullmatch(f.name)]
     return {f: (s.st_mtime_ns, s.st_ino) for f in there for s in [f.stat()]}
 
-
 # %% ../nbs/11_merge.ipynb #5a7ec0f2
 def save_checkpoint(model, folder,
                     max_shard_size='5GB', # of a file; about as much memory may be needed beside the model
@@ -590,8 +589,8 @@ def save_checkpoint(model, folder,
     source, folder = source_folder(source or model.name_or_path), local_path(folder)
     before = _weight_files(folder)
     _save_weights(model, folder, max_shard_size)
-    for f,was in before.items(): # of a model that was there, and would be loaded in the place of this one
-        if _weight_files(folder).get(f)==was: f.unlink()
+    # what nobody has written now is of a model that was there, and would be loaded in the place of this one
+    for f in {f for f,_ in before.items() & _weight_files(folder).items()}: f.unlink()
     respell(folder, model.config, source)
     for f in folder.glob('*.safetensors'): # their writer lets nobody else read them
         shutil.copymode(folder/'config.json', f)
