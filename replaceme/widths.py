@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 
 from .core import *
 from .arch import *
+from .merge import parameter_over
 from .unmerged import *
 from .keys import *
 
@@ -86,7 +87,8 @@ def build_with(cls, config,
     for k in {**wants, **params}:
         given, wanted = [tuple(o[k].shape) if k in o else None for o in (have, wants)]
         if given!=wanted: raise WrongSize(f"{k} would be {wanted} and not {given}")
-    for k in wants: set_value(new, k, have[k] if k not in params else _own(have[k], old.get(k)))
+    theirs = {id(p): parameter_over(p) for p in old.values()} # one for those that are tied
+    for k in wants: set_value(new, k, theirs[id(old[k])] if k not in params else _own(have[k], old.get(k)))
     _buffers(new, dense)
     return new.train(dense.training)
 
