@@ -1,5 +1,6 @@
 """What both models take, in every run: turns, a dose of seconds, bytes by hand, and where it stands. Nothing here depends on how fast a computer is."""
 import json
+import statistics
 
 import pytest
 import torch
@@ -214,3 +215,14 @@ def test_of_several_processes_the_first_one_measures(pair, monkeypatch):
     result = {}
     assert pipeline._time_both(dense, pruned, tok, make_config(eval_dataset=None), result) is None
     assert result == dict(speed=dict(device="told")) and asked == [pipeline.both_taken]
+
+
+@pytest.mark.parametrize("paces", [([1., 2., 4.], [1., 1., 6.]), ([3., 5.], [4., 2.])])
+def test_table_picture_and_side_by_side_say_one_ratio(paces):
+    "That of the two numbers that are shown; the pairs say how far to believe it"
+    dense, pruned = map(statistics.median, paces)
+    ratio = s.pair_ratio(*paces)
+    assert ratio[0] == pruned / dense and ratio[1] <= ratio[0] <= ratio[2]
+    batch = dict(batch=1, pairs=len(paces[0]), rates=[dense, pruned], rate_ratio=list(ratio))
+    row = taken_rows(dict(speed=dict(device="cpu", batches=[batch])))[0]
+    assert row[-1] == f"{100 * (ratio[0] - 1):+.1f}%"
