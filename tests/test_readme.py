@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LINES = [line.split(" #")[0].strip() for block in re.findall(r"^``` ?sh\n(.*?)^```", README, re.M | re.S) for line in block.splitlines()]
 TYPED = [line for line in LINES if line] + re.findall(r"`(make \w+)`", README)
-TEXT = ["--dataset", "python-docs", "--dataset_size", "40", "--max_length", "64", "--eval_size", "2", "--eval_length", "64", "--speed", "false", "--prompt", "null"]
+TEXT = ["--dataset", "python-docs", "--dataset_size", "40", "--max_length", "64", "--eval_size", "2", "--eval_length", "64"]
+QUICK = ["--speed", "false", "--prompt", "null"]
 SMALL = ["--eval_size", "2", "--eval_length", "64", "--prompt", "null", "--cache", "false"]
 
 
@@ -33,7 +34,7 @@ def call(place, *words, **env):
 
 def test_run_replaceme(place):
     words = next(shlex.split(t) for t in TYPED if t.startswith("run_replaceme"))
-    out = call(place, *words, *TEXT, "--dataset_shares", "null", "--select", "distance", "--refit", "0", "--layers", "6")
+    out = call(place, *words, *TEXT, *QUICK, "--dataset_shares", "null", "--select", "distance", "--refit", "0", "--layers", "6")
     assert "report   pruned/smollm2-135m-minus6-auto/report.html" in out
 
 
@@ -49,7 +50,7 @@ def test_evaluate_model(place):
 
 def test_compare_methods(place):
     words = next(shlex.split(t) for t in TYPED if t.startswith("compare_methods"))
-    out = call(place, *words, *TEXT[:-2], "--methods", "[uidl]", "--layers", "[3]")
+    out = call(place, *words, *TEXT, "--methods", "[uidl]", "--layers", "[3]")
     assert "uidl" in out and (place / "compared/smollm2/pareto.png").exists()
 
 
@@ -108,7 +109,7 @@ def test_make(place, tmp_path):
     "The demo in a small dose; `make test` is what runs this, and is only looked at"
     wanted = {t for t in TYPED if t.startswith("make ")}
     assert wanted == {"make demo", "make test"}
-    out = call(ROOT, "make", "demo", f"FLAGS={' '.join(TEXT[:-2])}", f"DEMO={tmp_path / 'out'}")
+    out = call(ROOT, "make", "demo", f"FLAGS={' '.join(TEXT + QUICK[:2])}", f"DEMO={tmp_path / 'out'}")
     assert "run_replaceme --config examples/smollm2_demo.yaml" in out and (tmp_path / "out/report.html").exists()
     rows = [line.split()[0] for line in out.split("-----\n")[1].splitlines()[:3]]
     assert rows == ["dense", "auto", "lstsq"] and len(re.findall(r"^  (?:dense|auto .*|lstsq .*): ", out, re.M)) == 3
