@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .core import *
 from .group import *
+from .resume import noted_tensors
 from .plots import *
 from .arch import *
 from .stream import *
@@ -235,6 +236,17 @@ def _lenders(dense, model, at, block):
     mine = neurons_of(layers_of(model)[at-1], place, d, block.start-1)
     return place, mine, [i for i,l in both.items() if mine and neurons_of(l, place, d, i)]
 
+# %% ../nbs/13_borrow.ipynb #b022001f
+def _lent(asked, kept, mine, other, weights)->tuple: # (what is said, `{keep: (f,), W: (f,d)}`)
+    "Those of two sets of neurons that stand in best, and the matrix that writes for them"
+    g = _asked_sums(asked, kept, mine, other, weights)
+    G, C = g.XtX.float(), g.XtR.float()
+    keep = eliminated(G, C, asked.place.f)
+    fine = not kept or _as_chosen(asked, kept, mine, other, keep, join(mine, other))
+    W = worth(G[keep][:,keep], C[keep])[1]
+    return (dict(fine=bool(fine), removal_error=_removal_error(g, asked.E)),
+            dict(keep=keep.cpu(), W=W.cpu()))
+
 # %% ../nbs/13_borrow.ipynb #b022001b
 @torch.no_grad()
 def borrow(dense, model, # the model whose layer `at-1` borrows; the dense one itself for the first block
@@ -254,12 +266,10 @@ def borrow(dense, model, # the model whose layer `at-1` borrows; the dense one i
     asked, plain = _Asked(model, at-1, place), None
     for i in progress(others, desc='neurons to borrow', unit=' layers'):
         other = neurons_of(layers_of(dense)[i], place, asked.d, i)
-        g = _asked_sums(asked, kept, mine, other, weights)
-        if plain is None: plain = _removal_error(g, asked.E)
-        G, C = g.XtX.float(), g.XtR.float()
-        keep, both = eliminated(G, C, place.f), join(mine, other)
-        fine = not kept or _as_chosen(asked, kept, mine, other, keep, both)
-        if not all(everybody(bool(fine))): return model, None
-        W, mine = worth(G[keep][:,keep], C[keep])[1], both.take(keep.cpu())
+        said, new = noted_tensors(lambda: _lent(asked, kept, mine, other, weights), 'neurons', at, i)
+        if plain is None: plain = said['removal_error']
+        if not all(everybody(said['fine'])): return model, None
+        mine = join(mine, other).take(new['keep'])
+    W = new['W'].to(asked.point.device)
     counts = {l: int((mine.of==l).sum()) for l in sorted({*mine.of.tolist()})}
     return _placed(model, at-1, place, mine, W.double()), Borrowed(counts, plain)

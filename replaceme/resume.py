@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['write_note', 'read_note_of', 'held_by', 'put_back', 'Pass', 'Journal', 'next_pass', 'depends_on', 'resumable',
-           'noted', 'Resuming']
+           'noted', 'noted_tensors', 'Resuming']
 
 # %% ../nbs/00_resume.ipynb #b4cb9373
 import json, os, shutil, time, warnings
@@ -68,12 +68,12 @@ class Pass:
         "What was added up by then"
         if self.done: put_back(sums, self.data['numbers'], self.tensors)
 
-    def note(self, done, sums=None, end=False, **data):
+    def note(self, done, sums=None, end=False, tensors=None, **data):
         "Write how far it is, where that is due"
         if time.monotonic()-self.last < (self.every/10 if end else self.every): return
-        numbers, tensors = held_by(sums or {})
+        numbers, held = held_by(sums or {})
         spared('a note to go on from', write_note, self.file,
-               dict(done=done, numbers=numbers, **data), tensors)
+               dict(done=done, numbers=numbers, **data), held | (tensors or {}))
         self.last = time.monotonic()
 
 # %% ../nbs/00_resume.ipynb #87adff17
@@ -131,6 +131,16 @@ def noted(make, *of): # `make()` computes it: plain data
     value = make()
     if is_first(): p.note(1, end=True, value=value)
     return value
+
+# %% ../nbs/00_resume.ipynb #90947346
+def noted_tensors(make, *of)->tuple: # `make()` computes both: plain data, `{name: tensor}`
+    "Tensors and what is said of them as a run before has noted them, or new ones"
+    p = next_pass(*of)
+    if p is None: return make()
+    if all(everybody(bool(p.done))): return p.data['value'], p.tensors
+    value, tensors = make()
+    p.note(1, end=True, tensors=tensors, value=value)
+    return value, tensors
 
 # %% ../nbs/00_resume.ipynb #cca705a2
 @dataclass

@@ -274,26 +274,43 @@ def _same_point(point, layer)->FoldPoint:
     if n is not None: n = replace(n, module=layer.get_submodule(n.name))
     return FoldPoint([replace(w, module=m)], [(m if n is None else n.module, w.factor)], point.error, n)
 
+# %% ../nbs/14_search.ipynb #39e26197
+def _refit(one, cut, point, weights)->Fit: # `point` is of `one`, and takes the matrix
+    "Fit the output matrix of a layer behind the cut, and put it in place"
+    feats, d = Features(wide=True, weights=weights), width(one)
+    ridge = RIDGE*feats.width([point], d)/summed(n_tokens(cut.batches))[0]
+    fit = lstsq_map(_sums_behind(one, cut, point, feats, d, ridge), ridge=ridge)
+    if point.norm is not None: fit = _gain_behind(one, cut, point, fit, feats)
+    put_wide(point, fit)
+    return fit
+
+# %% ../nbs/14_search.ipynb #39e26198
+def _refit_or_noted(one, cut, point, j, weights)->tuple: # (what is said, new values of each module)
+    "The same, or as a run before has left it"
+    def make():
+        fit = _refit(one, cut, point, weights)
+        said = dict(layer=j, matrix=point.name, ridge=fit.ridge, error=fit.error,
+                    error_before=fit.removal_error, step=1.)
+        return said, {f'{n}.{k}': v for n,(_,new) in enumerate(_values_at(point)) for k,v in new.items()}
+    said, found = noted_tensors(make, 'refit', j, point.name)
+    new = [{k: found[f'{n}.{k}'].to(v) for k,v in old.items()} for n,(_,old) in enumerate(_values_at(point))]
+    for (m,_),values in zip(_values_at(point), new): _assign(m, values)
+    return said, new
+
+# %% ../nbs/14_search.ipynb #39e26199
 def refit_layer(dense, model, i, # layer of `model`
                 j, # the same layer in `dense`
                 cut, # Cut in front of it; on return it is the one behind it
                 weights='inv_norm')->list: # of `Refit`, each moved all the way
     "Refit both output matrices of a layer in place, attention first"
-    done, feats, d = [], Features(wide=True, weights=weights), width(model)
-    theirs, one = keep_layers(dense, [j]), keep_layers(model, [i])
+    done, theirs, one = [], keep_layers(dense, [j]), keep_layers(model, [i])
     for k,batch in enumerate(cut.batches): cut.target[k] = through(theirs, batch, cut.target[k])[1]
     points = _output_matrices(model, i)
     for point in points:
-        old = _values_at(point)
-        here = _same_point(point, layers_of(one)[0])
-        ridge = RIDGE*feats.width([here], d)/summed(n_tokens(cut.batches))[0]
-        fit = lstsq_map(_sums_behind(one, cut, here, feats, d, ridge), ridge=ridge)
-        if here.norm is not None: fit = _gain_behind(one, cut, here, fit, feats)
-        for p in (here, point): put_wide(p, fit)
-        said = dict(layer=j, matrix=point.name, ridge=fit.ridge, error=fit.error,
-                    error_before=fit.removal_error, step=1.)
-        places = [(m, a, b) for (m,a),(_,b) in zip(old, _values_at(point))]
+        said, new = _refit_or_noted(one, cut, _same_point(point, layers_of(one)[0]), j, weights)
+        places = [(m, old, values) for (m,old),values in zip(_values_at(point), new)]
         done.append(Refit('MLP' if point is points[-1] else 'attention', said, places))
+        done[-1].move(1.)
     for k,batch in enumerate(cut.batches): cut.ours[k] = through(one, batch, cut.ours[k])[1]
     return done
 
@@ -365,7 +382,8 @@ def _steps(dense, model, held, refits)->dict: # {kind: how much of the step}
     for kind in dict.fromkeys(o.kind for o in reversed(refits)): # MLPs first: theirs are the longest
         def loss(s):
             _move(refits, {**steps, kind: s})
-            return outcome(dense, model, held, 'held-out loss of steps')
+            says = 'held-out loss of steps'
+            return noted(lambda: outcome(dense, model, held, says), says, kind, s, steps, text_digests(held))
         steps[kind] = line_search(loss)
     return steps
 

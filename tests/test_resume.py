@@ -233,6 +233,43 @@ def test_damaged_states_are_walked_anew(place, monkeypatch, spoil):
     assert walked(monkeypatch) == whole[{"changed": 1, "short": 0, "gone": 0}[spoil]:] and digest() == bits
 
 
+def worked(monkeypatch, nth=None, more=STATES):
+    "Run, stopped where the nth piece of work behind the walk would begin: neurons, matrices behind the cut, losses of their steps"
+    from replaceme import borrow, search
+    from replaceme.pipeline import make_config, run
+    seen = []
+
+    def watched(module, name, key):
+        plain = getattr(module, name)
+
+        def counting(*a, **k):
+            if len(seen) == nth:
+                raise Killed
+            seen.append((name, *key(*a, **k)))
+            return plain(*a, **k)
+        m.setattr(module, name, counting)
+    with monkeypatch.context() as m:
+        watched(borrow, "_lent", lambda *a: ())
+        watched(search, "_refit", lambda one, cut, point, weights: (point.name,))
+        watched(search, "outcome", lambda dense, model, held, desc="": (desc,))
+        try:
+            run(make_config(**{**KEYS, "resume_every": 0, **more}))
+        except Killed:
+            pass
+    return seen
+
+
+@pytest.mark.filterwarnings("ignore:this run goes on")
+@pytest.mark.parametrize("more", [STATES, dict(method="auto", num_A=2, layers_to_skip=1, refit=1, merge_consecutive=False)], ids=["one block", "two blocks"])
+def test_neurons_and_refits_are_gone_on_with(place, monkeypatch, more):
+    "Each of them is found once, whatever moment the run is stopped at, and the last bit is the same"
+    whole = worked(monkeypatch, more=more)
+    bits = digest()
+    assert {name for name, *_ in whole} == {"_lent", "_refit", "outcome"} and len(whole) >= 12
+    for nth in range(1, len(whole), 4):
+        assert worked(monkeypatch, nth, more) + worked(monkeypatch, None, more) == whole and digest() == bits
+
+
 def test_another_configuration_text_or_model_begins_anew(place, monkeypatch):
     from replaceme.models import load_model
     from replaceme.pipeline import make_config, run
