@@ -761,7 +761,7 @@ def export(folder, # of a run, or any checkpoint that needs no code of its own
     "Write what other programs run: a GGUF file, proved where that can be done here, or what starts them"
     p = _plan(folder, to, type, save_path, overwrite, (prompt, new_tokens) if check else None)
     files = {}
-    with _workshop(p.out) as tmp:
+    with _workshop(p.out) as tmp, gguf_read_once():
         said = own_words(p.source, prompt, new_tokens) if check and p.file and not p.kept else None
         if p.file and not p.kept: files[p.file] = _gguf(p.source, tmp, p.file, type, said)
         if 'ollama' in p.to: files['Modelfile'] = _ollama(p.source, tmp, p.out, p.file, files, said)

@@ -225,6 +225,7 @@ def put_wide(p, fit):
     if p.norm is None: fold(p, fit.T, wide=True)
     else: fold_through(p, fit.T, fit.gamma)
 
+# %% ../nbs/14_search.ipynb #7ba4c0e3
 def _gain_behind(one, cut, point, fit, feats)->Fit: # `point` is of `one`, and takes the matrix
     "The norm's weight once its matrix is the one of a linear fit"
     W = in_front(point, replace(fit, kind='wide'))
@@ -260,6 +261,7 @@ class Refit:
         self.said['step'] = step
         for m,old,new in self.places: _assign(m, {k: torch.lerp(old[k], v, step) for k,v in new.items()})
 
+# %% ../nbs/14_search.ipynb #39e2619a
 def _values_at(point)->list: # of (module, {parameter: tensor})
     "What a fit of the point changes"
     w, n = point.linear, point.norm

@@ -257,6 +257,22 @@ def test_a_gguf_converted_by_an_older_version_is_converted_anew(monkeypatch):
     assert gguf_place("whole.gguf") != now
 
 
+def test_a_gguf_is_read_once(monkeypatch):
+    "By transformers' config and weights, and by what proves both; a file that was written again is another"
+    import gguf
+
+    from replaceme.models import gguf_read_once, read_gguf_model
+    read, plain = [], gguf.GGUFReader._build_fields
+    monkeypatch.setattr(gguf.GGUFReader, "_build_fields", lambda self, *a: read.append(1) or plain(self, *a))
+    write_gguf("whole.gguf")
+    model = read_gguf_model(Path("whole.gguf"))
+    assert len(read) == 1 and model.config.num_hidden_layers == 2
+    with gguf_read_once():
+        old = gguf.GGUFReader("whole.gguf")
+        Path("whole.gguf").unlink(), write_gguf("whole.gguf", theta=5e5)
+        assert gguf.GGUFReader("whole.gguf") is not old and len(read) == 3
+
+
 def write_gguf(path, lose=None, more=(), theta=None):
     import gguf
     import numpy as np
