@@ -313,3 +313,5 @@ def compare_methods(cfg, yaml_text):
     for kind,name in (('table   ', 'comparison.md'), ('numbers ', 'comparison.json'),
                       ('picture ', 'pareto.png')):
         if (path/name).exists(): tell(kind, path/name)
+    if all(r.error for r in comparison.rows if r.n):
+        raise ReplaceMeError("every row failed, for the reasons above.")

@@ -582,3 +582,23 @@ def test_solved_examples_and_how_a_model_generates_are_what_rows_depend_on(place
     model.generation_config.eos_token_id = 7
     facts.append(Bench(model, tok, here(place, tmp_path / "out"), tmp_path).facts)
     assert facts[0] != facts[1]
+
+
+@pytest.mark.parametrize("bad", [{"remove"}, {"remove", "lstsq"}], ids=["one", "all"])
+def test_the_command_fails_where_no_row_is_good(place, tmp_path, monkeypatch, capsys, bad):
+    from replaceme import cli
+
+    def fails(model, tokenizer, n, **kw):
+        if kw["method"] in bad:
+            raise ReplaceMeError("no layer may go: ask for fewer.")
+        return prune(model, tokenizer, n, **kw)
+    monkeypatch.setattr(module, "prune", fails)
+    words = dict(model_path=place/"tiny", dataset=place/"calib.txt", eval_dataset=place/"judge.txt", save_path=tmp_path/"out", methods="[remove, lstsq]", layers="[1]",
+                 dataset_size=8, max_length=32, eval_size=2, eval_length=32)
+    try:
+        code = cli.compare_methods([x for k, v in words.items() for x in (f"--{k}", str(v))]) or 0
+    except SystemExit as e:
+        code = e.code
+    said = capsys.readouterr()
+    assert code == (2 if len(bad) == 2 else 0) and ("error: every row failed" in said.err) == (len(bad) == 2)
+    assert "failed: remove, 1 layer, seed 0: no layer may go" in said.out and (tmp_path/"out/comparison.json").exists()

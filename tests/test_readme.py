@@ -14,7 +14,8 @@ LINES = [line.split(" #")[0].strip() for block in re.findall(r"^``` ?sh\n(.*?)^`
 TYPED = [line for line in LINES if line] + re.findall(r"`(make \w+)`", README)
 TEXT = ["--dataset", "python-docs", "--dataset_size", "40", "--max_length", "64", "--eval_size", "2", "--eval_length", "64"]
 QUICK = ["--speed", "false", "--prompt", "null"]
-SMALL = ["--eval_size", "2", "--eval_length", "64", "--prompt", "null", "--cache", "false"]
+SMALL = ["--eval_size", "2", "--eval_length", "64", "--prompt", "null", "--cache", "false", "--speed_seconds", "0"]
+PLAIN = ["--refit", "0", "--borrow", "false"]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def call(place, *words, **env):
 
 def test_run_replaceme(place):
     words = next(shlex.split(t) for t in TYPED if t.startswith("run_replaceme"))
-    out = call(place, *words, *TEXT, *QUICK, "--dataset_shares", "null", "--select", "distance", "--refit", "0", "--layers", "6")
+    out = call(place, *words, *TEXT, *QUICK, "--dataset_shares", "null", "--select", "distance", *PLAIN, "--layers", "6")
     assert "report   pruned/smollm2-135m-minus6-auto/report.html" in out
 
 
@@ -109,7 +110,7 @@ def test_make(place, tmp_path):
     "The demo in a small dose; `make test` is what runs this, and is only looked at"
     wanted = {t for t in TYPED if t.startswith("make ")}
     assert wanted == {"make demo", "make test"}
-    out = call(ROOT, "make", "demo", f"FLAGS={' '.join(TEXT + QUICK[:2])}", f"DEMO={tmp_path / 'out'}")
+    out = call(ROOT, "make", "demo", f"FLAGS={' '.join(TEXT + QUICK[:2] + PLAIN)}", f"DEMO={tmp_path / 'out'}")
     assert "run_replaceme --config examples/smollm2_demo.yaml" in out and (tmp_path / "out/report.html").exists()
     rows = [line.split()[0] for line in out.split("-----\n")[1].splitlines()[:3]]
     assert rows == ["dense", "auto", "lstsq"] and len(re.findall(r"^  (?:dense|auto .*|lstsq .*): ", out, re.M)) == 3
