@@ -202,6 +202,13 @@ def go_on(cfg, model, tokenizer): # a context
     if (every := cfg.resume_every) is None: return contextlib.nullcontext()
     return resumable([{**_told(cfg), 'resume_every': None}, identity(model, tokenizer), versions()], every)
 
+# %% ../nbs/22_pipeline.ipynb #5f3c6204
+def _check_inputs(model, inputs):
+    "Raise unless a language model comes with what makes its tokens"
+    if sees(model) or callable(inputs): return
+    raise ReplaceMeError(f"prune(model, tokenizer, ...): a {type(inputs).__name__} is no tokenizer; "
+                         "load_model returns both.")
+
 # %% ../nbs/22_pipeline.ipynb #5f3c6205
 def prune(model, tokenizer, # as loaded by `load_model` or by transformers
           layers_to_skip=None, # layers to remove, or 'auto' with a `budget`
@@ -210,6 +217,7 @@ def prune(model, tokenizer, # as loaded by `load_model` or by transformers
     cfg = make_config(PruneConfig, layers_to_skip=layers_to_skip, **keys)
     if cfg.blocks is None: need(cfg, 'layers_to_skip')
     check_unwrapped(model)
+    _check_inputs(model, tokenizer)
     stages, loaded = Stages(), resident_memory()
     reset_peak_memory()
     done, result = calibrate(model, tokenizer, cfg, stages)

@@ -211,3 +211,9 @@ def test_two_models_of_one_name_do_not_share_a_folder(tmp_path, monkeypatch):
                            (str(tmp_path / "gone/m2"), "m2", True), ("org/m3", "org/m3", True), ("org/m3", "org/m4", False)):
         with contextlib.nullcontext() if fine else pytest.raises(ReplaceMeError, match="give save_path"):
             check_own(now, "pruned/m1", was)
+
+
+@pytest.mark.parametrize("inputs", [None, "a/folder", 3])
+def test_a_language_model_wants_its_tokenizer(inputs):
+    with pytest.raises(ReplaceMeError, match=f"a {type(inputs).__name__} is no tokenizer; load_model returns both"):
+        prune(tiny_model("llama", layers=4), inputs, 1, dataset=["some text"])
