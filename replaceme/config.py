@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BASES', 'RELEASE', 'WORDS', 'method_of', 'keys_of', 'Config', 'MapConfig', 'AnalyseConfig', 'PruneConfig',
            'read_yaml', 'idle', 'read_by', 'field_of', 'in_our_words', 'not_streamed', 'check_streamed',
-           'check_together', 'settled', 'make_config', 'read_as', 'need', 'read_config']
+           'check_together', 'settled', 'make_config', 'read_as', 'need', 'read_config', 'means']
 
 # %% ../nbs/22_config.ipynb #a79a268f
 import warnings
@@ -365,3 +365,12 @@ def read_config(path=None, # YAML file; None for defaults only
         raise ReplaceMeError(f"config {path}: {e}" if path else str(e), page=e.page) from None
     _say_left([k for k in file if k in (*left, *foreign)], cls.command, path)
     return cfg
+
+# %% ../nbs/22_config.ipynb #f43e5b75
+def means(text, cfg)->bool: # of a YAML file
+    "Does a file of this text, without flags and by any command, ask for this configuration?"
+    cls = type(cfg)
+    try:
+        own = {k: v for k,v in read_yaml(text).items() if k in cls.__dataclass_fields__}
+        return _from_file(cls, _checked(cls, own), own)[0]==cfg
+    except ReplaceMeError: return False

@@ -567,6 +567,7 @@ def before_loading(cfg)->Path:
 def run(cfg, yaml_text=None)->tuple: # (Result, Path of the folder)
     "The whole recipe: a config in, a folder out"
     path, stages = before_loading(cfg), Stages()
+    if yaml_text is not None and not means(yaml_text, cfg): yaml_text = None # all keys are written
     cfg = for_walks(streamed_where_needed(cfg))
     if not main_process() and world()[1]==1: # of processes that are not `grouped`, and train together
         with contextlib.ExitStack() as stack: # the first one saves

@@ -69,7 +69,10 @@ def test_a_door_that_becomes_a_room_stays_a_door(tmp_path):
 
 
 def test_the_doors_take_keys_a_file_or_both(save_tiny, tmp_path, monkeypatch):
+    import yaml
+
     from replaceme import compare, evaluate, run
+    from replaceme.config import read_config
     from replaceme.core import ReplaceMeError
     monkeypatch.chdir(save_tiny(tmp_path))
     words = "The map stands in for the layers that went, one two three. " * 60
@@ -78,6 +81,13 @@ def test_the_doors_take_keys_a_file_or_both(save_tiny, tmp_path, monkeypatch):
     Path("run.yaml").write_text("# mine\nlayers_to_skip: 2\nmethod: remove\n")
     result, path = run("run.yaml", save_path="out", prompt=None, **text)
     assert (path / "replaceme.yaml").is_file() and result["method"] == "remove"
+    assert read_config(path / "replaceme.yaml").dataset == "a.txt" and "# mine" not in (path / "replaceme.yaml").read_text()
+    Path("whole.yaml").write_text(Path("run.yaml").read_text() + yaml.safe_dump(dict(text, prompt=None, speed=False, save_path="flags")))
+    assert "# mine" in (run("whole.yaml")[1] / "replaceme.yaml").read_text()  # it alone is what ran
+    cfg = run("whole.yaml", layers_to_skip=3, method="lstsq", alpha=.1)[0].config
+    cfg = {k: cfg[k] for k in ("layers_to_skip", "method", "alpha", "dataset")}
+    again = read_config("flags/replaceme.yaml")  # keys have won over it
+    assert cfg == dict(layers_to_skip=3, method="lstsq", alpha=.1, dataset="a.txt") == {k: getattr(again, k) for k in cfg}
     result, again = run(dict(text, prompt=None), layers_to_skip=2, method="remove", save_path="again")
     pair = evaluate(compare=["out", "again"], eval_dataset="b.txt", eval_size=2, eval_length=32, speed=False, prompt=None)
     assert pair.names
