@@ -685,12 +685,16 @@ def find_points(model,
     "Find and prove the weights that write the MLP's contribution of each layer"
     layers, which, found, d, like = layers_of(model), sorted(set(which)), {}, width(model), []
     uses = Counter(id(m) for l in layers for m in l.modules())
+    hooked = {id(m) for l in layers for m in l.modules() if m._forward_hooks and m is not l}
     def after(layer, args, kwargs, out, i):
         p = found[i] = prove(trace(layer, args, kwargs, d), like[-1] if like else ())
         if isinstance(p, FoldPoint):
             # a module that two layers share cannot take the map of one
             own = [w.module for w in p.writers] + ([p.norm.module] if p.norm else [])
             if any(uses[id(m)]>1 for m in own): found[i] = f'other layers use {p.name}, too'
+            elif any(n.startswith('replaceme_shortcut') for n,_ in layer.named_children()):
+                found[i] = 'the stream goes through a matrix beside it'
+            elif any(id(m) in hooked for m in own): found[i] = f'a hook changes what {p.name} writes'
             else: like.append(list(dict.fromkeys(family(w.name) for w in p.writers)))
         if i==which[-1]: raise _Stop
     handles = [layers[i].register_forward_hook(functools.partial(after, i=i), with_kwargs=True)

@@ -27,6 +27,7 @@ from .kept import *
 from .models import *
 from .arch import *
 from .data import RECIPE, check_ids, data_name, kind_of, mixture
+from .distance import METRICS
 from .blocks import *
 from .evaluate import *
 from .evaluate import _check_choices, _check_finite
@@ -174,16 +175,20 @@ def text_losses(model, ids, # (pieces, length)
     return losses
 
 # %% ../nbs/23_compare.ipynb #c0f6f405
-def rights(answers)->dict: # {task: {metric: [0 or 1 for each question]}}
-    "Right and wrong, question by question, from what `task_samples` returns"
-    return {t: {m: [int(qs[i].right[m]) for i in sorted(qs)] for m in ('acc', 'acc_norm')
-                if m in next(iter(qs.values())).right}
+def _plain_score(v): return int(v) if v in (0, 1) else v
+
+def rights(answers)->dict: # {task: {metric: [score of each question, 0 or 1 where it is right or wrong]}}
+    "What each question scores, from what `task_samples` returns"
+    return {t: {m: [_plain_score(qs[i].right[m]) for i in sorted(qs)] for m in ('acc', 'acc_norm')
+                if all(m in a.right for a in qs.values())}
             for t,qs in answers.items()}
 
 # %% ../nbs/23_compare.ipynb #91b121d5
 def stabilities(dense, answers)->dict: # {task: {'stability', 'literal', 'unweighted'}}
     "The stability of each task: weights from the spread of losses, and literally, of perplexities"
-    if not dense: return {}
+    both = [t for t in dense if right_by(dense[t], answers[t])]
+    if not both: return {}
+    dense, answers = [{t: side[t] for t in both} for side in (dense, answers)]
     loss, literal = task_stability(dense, answers, 'loss'), task_stability(dense, answers)
     return {t: dict(stability=s['stability'], literal=literal[t]['stability'], unweighted=s['unweighted'])
             for t,s in loss.items()}
@@ -262,10 +267,13 @@ class Bench:
         self.ids, self.data = eval_pieces(model, tokenizer, cfg), {}
         self.kinds = no_path(judged_names(cfg.eval_dataset))
         self.versions = {k: v for k,v in versions().items() if k in ('replaceme', 'torch', 'transformers')}
+        if cfg.tasks is not None and cfg.limit==1: raise ReplaceMeError(
+            "limit is 1: one question of a task has no interval; ask two or more.")
         about = dict(identity(model, tokenizer), generation=generation_key(model))
         asked = None if cfg.tasks is None else tasks_key(cfg.tasks, cfg.limit, None, cfg.chat)
         self.facts = dict(model=about, text=digest_of(self.ids.tolist()), tasks=asked,
-                          versions=self.versions, device=input_device(model).type)
+                          versions=self.versions, device=input_device(model).type,
+                          programs=own_programs())
 
     def path(self, plan=None)->Path: return kept_path(self.rows_at, 'row', self.asked(plan))
     def key(self, plan=None): return self.path(plan).stem # the hash that a row is found by
@@ -281,7 +289,8 @@ def asked(self:Bench, plan=None)->list: # None is the dense model
     cfg = row_config(self.cfg, plan)
     at = str([*(getattr(cfg, k) for k in _DATA), plan.seed, cfg.trains and training_size(cfg)])
     if at not in self.data: self.data[at] = data_digest(self.model, self.tokenizer, cfg)
-    return [self.facts, self.data[at], plain_config(cfg), method_of(cfg).defaults]
+    m, metric = method_of(cfg), METRICS.get(getattr(cfg, 'metric', None))
+    return [self.facts, self.data[at], plain_config(cfg), m.defaults, program_of(type(m)), program_of(metric)]
 
 # %% ../nbs/23_compare.ipynb #6d1c0b0b
 @patch
@@ -567,7 +576,7 @@ def _over_tasks(line, get):
 
 # %% ../nbs/23_compare.ipynb #0eec78f3
 def _stable(x): return x['stability']
-def _acc(x): return np.mean(x['acc']) if 'acc' in x else None
+def _acc(x): return np.mean(x.get('acc', x.get('acc_norm'))) if x else None
 
 def _columns(tasks, seeds, wrote)->dict: # {header: function of (Line, dense Line)}
     "The columns of the table"

@@ -15,12 +15,12 @@ __all__ = ['SPARE', 'ROLES', 'HELD_OUT', 'FORMATS', 'UNREAD', 'PACKED', 'TEXT_FI
            'memory_rows', 'InMemory', 'sliced', 'open_rows', 'as_text', 'exchange_of', 'as_columns', 'pick_columns',
            'row_text', 'schema_of', 'only', 'guarded', 'looked_at', 'table_texts', 'first_exchange', 'find_source',
            'holds_rows', 'parts_of', 'Part', 'is_part', 'as_part', 'with_parts', 'piece_length', 'named', 'read_table',
-           'pick', 'Reserved', 'reserved_cache', 'sample_ids', 'rows_at_once', 'first_id', 'user_turn', 'opening',
-           'first_ids', 'repeats', 'poor', 'sample_texts', 'own_texts', 'is_path', 'text_files', 'text_splits',
-           'kind_of', 'plain_only', 'read_shares', 'portions', 'interleave', 'source_key', 'shares_of', 'mixture',
-           'short_data_name', 'data_name', 'plan', 'how_of', 'load_parts', 'load_texts', 'synthetic_images', 'as_rgb',
-           'open_image', 'image_files', 'drawn', 'is_image', 'pick_images', 'undecoded', 'table_images', 'load_images',
-           'pixels', 'image_batches']
+           'pick', 'Reserved', 'reserved_cache', 'sample_ids', 'check_steps', 'rows_at_once', 'first_id', 'user_turn',
+           'opening', 'first_ids', 'repeats', 'poor', 'sample_texts', 'own_texts', 'is_path', 'text_files',
+           'text_splits', 'kind_of', 'plain_only', 'read_shares', 'portions', 'interleave', 'source_key', 'shares_of',
+           'mixture', 'short_data_name', 'data_name', 'plan', 'how_of', 'load_parts', 'load_texts', 'synthetic_images',
+           'as_rgb', 'open_image', 'image_files', 'drawn', 'is_image', 'pick_images', 'undecoded', 'table_images',
+           'load_images', 'pixels', 'image_batches']
 
 # %% ../nbs/03_data.ipynb #6193d1e8
 import ast, bz2, glob, gzip, hashlib, io, json, lzma, math, re, uuid, warnings, zipfile, zlib
@@ -1320,6 +1320,25 @@ def sample_ids(model,
         step(len(ids))
     return ids
 
+# %% ../nbs/03_data.ipynb #1d208f26
+@torch.inference_mode()
+def _steps_off(model, n=8)->float: # relative error
+    "How far what a model says step by step, with a cache, is from what it says of the whole text"
+    vocab = model.config.get_text_config().vocab_size
+    ids = (7*torch.arange(1, n+1, device=model.get_input_embeddings().weight.device)%vocab)[None]
+    whole, cache = model(input_ids=ids, use_cache=False).logits.float(), reserved_cache(model, n)
+    steps = [model(input_ids=x, past_key_values=cache, use_cache=True).logits for x in ids.split(1, 1)]
+    return ((torch.cat(steps, 1).float()-whole).norm()/whole.norm()).item()
+
+# %% ../nbs/03_data.ipynb #1d208f25
+def check_steps(model):
+    "Raise where texts would be of words that see none before them: a model may keep its state in its own way"
+    why = "with a cache it says something else than of the whole text"
+    try: fine = _steps_off(model)<.2
+    except Exception as e: fine, why = False, f"{type(e).__name__}: {e}"
+    if not fine: raise ReplaceMeError(f"dataset self: {type(model).__name__} cannot write texts step by step "
+                                      f"({why}). Name a data set, such as python-docs.")
+
 # %% ../nbs/03_data.ipynb #1d208f27
 def rows_at_once(model, size, max_length,
                  least=8, # rows that fit in any case
@@ -1327,8 +1346,9 @@ def rows_at_once(model, size, max_length,
                 )->int:
     "Rows to sample together: `size` in equal parts"
     c, itemsize = stack_config(model), model.get_input_embeddings().weight.element_size()
-    heads = getattr(c, 'num_key_value_heads', None) or c.num_attention_heads
-    width = getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads
+    all_heads = getattr(c, 'num_attention_heads', None) or 1
+    heads = getattr(c, 'num_key_value_heads', None) or all_heads
+    width = getattr(c, 'head_dim', None) or c.hidden_size//all_heads
     most = max(least, memory//(2*c.num_hidden_layers*heads*width*max_length*itemsize))
     return -(-size//-(-size//most))
 
@@ -1418,6 +1438,7 @@ def sample_texts(model, tokenizer,
     if max_length>positions:
         raise ReplaceMeError(f"dataset self: max_length {max_length} exceeds the model's {positions} "
                              "positions.")
+    with judging(model): check_steps(model)
     rows, which, found = rows_at_once(model, size, max_length, batch_size), list(range(size)), {}
     def mine(n): return math.ceil(n/world()[1])*(max_length-1) # each process writes some
     with judging(model), progress(None, mine(size), 'the model writes', ' tokens') as bar:

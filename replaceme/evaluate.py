@@ -6,8 +6,8 @@
 __all__ = ['DEFAULT_TASKS', 'GENERATION', 'ASK_KEYS', 'CHAT', 'ANSWER_TOKENS', 'RUNS_CODE', 'SCORES', 'Perplexity', 'cut_pieces',
            'piece_losses', 'check_length', 'batch_loss', 'first_output', 'last_states', 'outputs', 'state_cosines',
            'agreement', 'all_losses', 'perplexity', 'read_tasks', 'load_tasks', 'check_chat', 'eval_tasks', 'Answer',
-           'task_samples', 'option_scores', 'item_weights', 'task_stability', 'stability', 'prompt_ids', 'continuation',
-           'check_margin', 'Asking']
+           'task_samples', 'option_scores', 'item_weights', 'right_by', 'task_stability', 'stability', 'prompt_ids',
+           'continuation', 'check_margin', 'Asking']
 
 # %% ../nbs/13_evaluate.ipynb #11e343d8
 import contextlib, copy, functools, io, logging, math, os, random, statistics, warnings
@@ -479,7 +479,7 @@ class Answer:
     "How a model answered one multiple choice question"
     loglik:list # of each option's tokens after the question, in nats
     tokens:list # how many tokens each option has
-    right:dict # {metric: is the answer right by it}, as `acc`, `acc_norm`
+    right:dict # {metric: is the answer right by it}, as `acc`, `acc_norm`; a number, where it is so in part
     asked:str='' # a hash of the question as it was put, with its shots
 
 # %% ../nbs/13_evaluate.ipynb #bd2b1f04
@@ -487,8 +487,8 @@ def _answer(s, # one of lm-eval's samples
             counts)->Answer: # {(context, continuation): tokens}
     n, metrics = len(s['arguments']), s['metrics']
     if 'acc_mutual_info' in metrics: n //= 2 # the second half are the options without the question
-    says = lambda v: isinstance(v, (int, float, np.number)) and v in (0, 1)
-    right = {m: bool(s[m]) for m in metrics if says(s[m])}
+    is_score = lambda v: isinstance(v, (int, float, np.number)) # right or wrong, or a share of it
+    right = {m: bool(s[m]) if s[m] in (0, 1) else float(s[m]) for m in metrics if is_score(s[m])}
     logliks = [float(r[0]) for r in s['filtered_resps'][:n]]
     tokens = [counts[tuple(a)] for a in s['arguments'][:n]]
     return Answer(logliks, tokens, right, s['doc_hash']+s['prompt_hash'])
@@ -575,15 +575,21 @@ def _check_answers(task, answers, metric):
         if len(a.loglik)<2:
             raise ReplaceMeError(f"stability: question {i} of {task} has {len(a.loglik)} option(s), which "
                                  "is not multiple choice. Leave the task out.")
-        if metric not in a.right:
+        if a.right.get(metric) not in (0, 1):
             raise ReplaceMeError(f"stability: {task} does not say right or wrong by {metric!r}: give a "
-                                 f"metric of {', '.join(a.right) or 'another task'}.")
+                                 f"metric of {', '.join(m for m in a.right if m!=metric) or 'another task'}.")
+
+# %% ../nbs/13_evaluate.ipynb #e8610ea0
+def right_by(*sides)->str|None: # of `{number: Answer}`
+    "What says of every question right or wrong: `acc`, else `acc_norm`, else nothing"
+    def says(m): return all(a.right.get(m) in (0, 1) for answers in sides for a in answers.values())
+    return next((m for m in ('acc', 'acc_norm') if says(m)), None)
 
 # %% ../nbs/13_evaluate.ipynb #7e7d875e
 def task_stability(dense, # what `task_samples` returns for the dense model
                    pruned, # and for the pruned one
                    score='perplexity', # what the spread is taken over; 'loss' is its logarithm
-                   metric='acc', # what says right or wrong
+                   metric=None, # what says right or wrong, as `right_by` finds it
                   )->dict: # {task: {'stability', 'unweighted', 'samples', 'effective'}}
     "Stability of each task, weighted and not; `effective` is how many questions the weights amount to"
     _same_tasks(dense, pruned)
@@ -591,9 +597,10 @@ def task_stability(dense, # what `task_samples` returns for the dense model
     for task,answers in dense.items():
         others = pruned[task]
         _same_items(task, answers, others)
-        for side in (answers, others): _check_answers(task, side, metric)
+        by = metric or right_by(answers, others) or 'acc'
+        for side in (answers, others): _check_answers(task, side, by)
         w = item_weights(np.array([option_scores(a, score).std() for a in answers.values()]))
-        same = np.array([a.right[metric]==others[i].right[metric] for i,a in answers.items()], np.float64)
+        same = np.array([a.right[by]==others[i].right[by] for i,a in answers.items()], np.float64)
         res[task] = dict(stability=min(float(w@same), 1.), unweighted=float(same.mean()), samples=len(w),
                          effective=float(1/(w@w)))
     return res
@@ -602,7 +609,7 @@ def task_stability(dense, # what `task_samples` returns for the dense model
 def stability(dense, # what `task_samples` returns for the dense model
               pruned, # and for the pruned one
               score='perplexity', # what the spread is taken over; 'loss' is its logarithm
-              metric='acc', # what says right or wrong
+              metric=None, # what says right or wrong, as `right_by` finds it
              )->float: # 1 where every answer stays right or stays wrong, 0 where none does
     "LLM-Streamline's stability, the mean over tasks"
     return statistics.fmean(t['stability'] for t in task_stability(dense, pruned, score, metric).values())

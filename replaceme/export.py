@@ -28,6 +28,7 @@ from .core import _flush
 from .kept import *
 from .plots import and_words
 from .models import *
+from .merge import _per_layer
 from .data import worded
 from .evaluate import *
 from .report import no_path
@@ -101,12 +102,11 @@ def check_folder(folder)->SimpleNamespace: # path, name, conf, config, shapes
 
 # %% ../nbs/25_export.ipynb #e7a00011
 def in_own_order(config)->bool: # of transformers
-    "Are the kinds of layers those that the family gives a model of this depth?"
+    "Are all lists of one entry a layer those that the family gives a model of this depth?"
     text = config.get_text_config(decoder=True)
-    kinds = getattr(text, 'layer_types', None)
-    if not kinds: return True
-    plain = {k: v for k,v in text.to_dict().items() if k!='layer_types'}
-    return list(type(text).from_dict(plain).layer_types)==list(kinds)
+    lists = [k for k in _per_layer(text, text.num_hidden_layers) if k!='architectures']
+    own = type(text).from_dict({k: v for k,v in text.to_dict().items() if k not in lists})
+    return all(list(getattr(own, k, None) or [])==list(getattr(text, k)) for k in lists)
 
 # %% ../nbs/25_export.ipynb #e7a00014
 def converter()->Path:

@@ -228,6 +228,9 @@ def spread(sizes, # `{kind: (groups, parameters of one)}`
         share = left/size if i==len(sizes)-1 else ratio*n
         out[kind] = min(max(math.floor(share+.5), 0), n-1)
         left -= out[kind]*size
+    for kind,(n,size) in sizes.items(): # what one cannot give, another gives
+        more = min(n-1-out[kind], max(math.floor(left/size+.5), 0))
+        out[kind], left = out[kind]+more, left-more*size
     return out
 
 # %% ../nbs/16_llm_pruner.ipynb #f822d2e5
@@ -249,10 +252,11 @@ def plan(model, groups, # `{layer: list of Group}`
                              "each layer), one of the two.")
     layer, all_ = n_parameters(layers_of(model))/L, sum(there.values())
     part = ratio if n is None else n*layer/all_
-    if not 0<part<1:
+    most = sum((a-1)*b for s in sizes.values() for a,b in s.values()) # one of each kind stays
+    if not 0<part<1 or n is not None and n*layer>most:
         asked = f'n is {n}' if ratio is None else f'ratio is {ratio}'
         raise ReplaceMeError(f"{asked}: the heads and neurons of layers {spans(there)} hold {all_/layer:.1f} "
-                             f"layers' worth of parameters, of which a part can go, not {part:.0%}.")
+                             f"layers' worth of parameters, of which {most/layer:.1f} can go, not {part:.0%}.")
     return {l: spread(s, part*there[l]) for l,s in sizes.items()}
 
 # %% ../nbs/16_llm_pruner.ipynb #e1900833

@@ -97,10 +97,7 @@ def check_rungs_fit(model, rungs, blocks, folded):
     if why := [p for p in points.values() if isinstance(p, str)]:
         raise ReplaceMeError("recover: fold trains the weight that would take a map, and "
                              f"{type(model).__name__} has none: {why[0]}. Use layer or cut.")
-    for rung in rungs:
-        if rung in ('lora', 'qlora') and not rung_names(model, [], rung):
-            raise ReplaceMeError(f"recover: {type(model).__name__} has no plain linear layer for {rung}: use "
-                                 "layer or cut.")
+    if {'lora', 'qlora'} & {*rungs}: check_adapters(model)
 
 # %% ../nbs/22_pipeline.ipynb #4e81a5ec
 def prove(model, cfg, job)->object: # what the method's `prune` is given
@@ -200,7 +197,9 @@ def _finish(result, cfg, stages, loaded, model, pruned):
 def go_on(cfg, model, tokenizer): # a context
     "Note what the passes of a run find, so that the same command goes on from there"
     if (every := cfg.resume_every) is None: return contextlib.nullcontext()
-    return resumable([{**_told(cfg), 'resume_every': None}, identity(model, tokenizer), versions()], every)
+    programs = own_programs(), program_of(type(method_of(cfg)))
+    return resumable([{**_told(cfg), 'resume_every': None}, identity(model, tokenizer), versions(), programs],
+                     every)
 
 # %% ../nbs/22_pipeline.ipynb #5f3c6204
 def _check_inputs(model, inputs):

@@ -51,8 +51,8 @@ def tasks_key(tasks, limit=None, include_path=None, how=None)->str:
     programs = [(str(f.relative_to(d)), f.read_text(encoding='utf-8')) for d in folders
                 for f in sorted(Path(d).rglob('*.py'))]
     with _quiet():
-        return digest_of([{n: one(t) for n,t in loaded['tasks'].items()}, sorted(loaded['groups']), limit,
-                          programs])
+        groups = {n: [_asks(g.to_dict()), [*g.child_names]] for n,g in loaded['groups'].items()}
+        return digest_of([{n: one(t) for n,t in loaded['tasks'].items()}, groups, limit, how or {}, programs])
 
 # %% ../nbs/21_scores.ipynb #5a5c1b37
 # that make scores, beside what stands here

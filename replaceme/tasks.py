@@ -88,7 +88,10 @@ def question_pairs(before, after, metric, task='the task')->np.ndarray|None: # (
         raise ReplaceMeError(f"{task}: the questions were put differently to the two models. Give both the "
                              "same task files, shots and limit.")
     if any(metric not in q['scores'] for r in (a, b) for q in r['questions']): return None
-    x = np.array([[p['scores'][metric], q['scores'][metric], 1/len(q['loglik']) if 'loglik' in q else 0.]
+    # where a part of an answer counts, or several options are right, nobody knows what a guess is worth
+    guess = all(q['scores'][metric] in (0, 1) for r in (a, b) for q in r['questions'])
+    x = np.array([[p['scores'][metric], q['scores'][metric],
+                   1/len(q['loglik']) if guess and 'loglik' in q else 0.]
                   for p,q in zip(a['questions'], b['questions'])])
     return _if_mean(x, b, a, metric)
 
@@ -171,15 +174,15 @@ def equal_words(e)->tuple: # `Equivalence`, or the same as a mapping -> (differe
 def answers_of(record)->dict: # {number of the question: `Answer`}; empty if the task is not multiple choice
     "The answers in a record, as `task_stability` wants them"
     qs = record['questions']
-    if not all('loglik' in q and len(q['loglik'])>1 and 'acc' in q['scores'] for q in qs): return {}
-    return {q['id']: Answer(q['loglik'], q['tokens'],
-                            {m: bool(v) for m,v in q['scores'].items() if v in (0, 1)}, q['asked'])
-            for q in qs}
+    if not all('loglik' in q and len(q['loglik'])>1 for q in qs): return {}
+    def right(scores): return {m: bool(v) if v in (0, 1) else v for m,v in scores.items()}
+    found = {q['id']: Answer(q['loglik'], q['tokens'], right(q['scores']), q['asked']) for q in qs}
+    return found if right_by(found) else {}
 
 # %% ../nbs/20_tasks.ipynb #43b497dc
 def record_stability(before, after)->dict: # {task: as `task_stability` has it}
     "The stability of the tasks that are multiple choice"
-    both = {t: (x, y) for t in before if (x := answers_of(before[t])) and (y := answers_of(after[t]))}
+    both = {t: (x, y) for t in before if (x := answers_of(before[t])) and (y := answers_of(after[t])) and right_by(x, y)}
     if not both: return {}
     x, y = [{t: pair[i] for t,pair in both.items()} for i in (0, 1)]
     return task_stability(x, y, 'loss')

@@ -43,7 +43,7 @@ def map_output(layer, args, out):
 # %% ../nbs/12_unmerged.ipynb #e9f26d0b
 def add_map(layer, new):
     "Let a layer be followed by a map"
-    if not hasattr(layer, 'replaceme_map'): layer.register_forward_hook(map_output)
+    if not hasattr(layer, 'replaceme_map'): layer.register_forward_hook(map_output, prepend=True)
     layer.replaceme_map = new
 
 # %% ../nbs/12_unmerged.ipynb #25c850bb

@@ -119,25 +119,33 @@ def set_size(root, name, shape):
 # %% ../nbs/12_widths.ipynb #919c88f1
 class Shortcut(nn.Module):
     "The state `x` that a norm takes becomes `x@S` before a writer's output is added; `weight` is `S'`"
-    def __init__(self, d, factor=1.): # what the writer's output is multiplied with before it is added
+    def __init__(self, d, factor=1., # what the writer's output is multiplied with before it is added
+                 at=()): # names of the norm and the writer within the layer
         super().__init__()
         self.weight, self.factor, self.x = nn.Parameter(torch.eye(d)), factor, None
+        self.at, self.on = at, (None, None)
+
+    def attach(self, layer, args): # who quantises, or adds adapters, puts other modules there
+        now = tuple(map(layer.get_submodule, self.at))
+        if now[0] is not self.on[0]: now[0].register_forward_pre_hook(self.keep)
+        if now[1] is not self.on[1]: now[1].register_forward_hook(self.add)
+        self.on = now
 
     def keep(self, norm, args): self.x = args[0]
 
     def add(self, writer, args, out):
         x, self.x = self.x, None
+        if x is None: return out # added already, in a module inside this one
         turned = nn.functional.linear(x, self.weight.to(x.dtype)) - x
         return out + turned.reshape(out.shape)/self.factor
 
 # %% ../nbs/12_widths.ipynb #1dc5a39d
 def add_shortcut(layer, norm, writer, d, factor=1.):
     "Put a matrix on the shortcut around the step from a norm to a writer"
-    s = Shortcut(d, factor)
+    s = Shortcut(d, factor, (norm, writer))
     k = sum(n.startswith('replaceme_shortcut') for n,_ in layer.named_children())
     layer.add_module(f'replaceme_shortcut{k}', s)
-    layer.get_submodule(norm).register_forward_pre_hook(s.keep)
-    layer.get_submodule(writer).register_forward_hook(s.add)
+    layer.register_forward_pre_hook(s.attach)
 
 # %% ../nbs/12_widths.ipynb #7a0ad1a9
 class SizedConfig(LinearConfig):

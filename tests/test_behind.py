@@ -1,0 +1,151 @@
+"""What is done behind a pruning, and to a pruned model: quantised, pruned again, trained, exported, looked at."""
+import warnings
+
+import pytest
+import torch
+
+import replaceme
+from replaceme.arch import layers_of
+from replaceme.blocks import Block
+from replaceme.core import ReplaceMeError, ReplaceMeWarning
+from replaceme.data import check_steps
+from replaceme.export import in_own_order
+from replaceme.llm_pruner import llm_pruner
+from replaceme.merge import cut, relative_error, replace_block, save_checkpoint
+from replaceme.models import load_model, tiny_model, tiny_tokenizer
+from replaceme.recover import recover
+from replaceme.slicegpt import slicegpt
+
+IDS = torch.randint(5, 320, (8, 24), generator=torch.Generator().manual_seed(0))
+TEXT = [dict(input_ids=IDS, attention_mask=torch.ones_like(IDS))]
+FIT = dict(dataset="python-docs", dataset_size=8, max_length=32)
+
+
+@pytest.fixture(autouse=True)
+def nothing_trained_in_vain(recwarn):
+    warnings.simplefilter("ignore", ReplaceMeWarning)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@torch.no_grad()
+def test_a_sliced_model_in_few_bits_keeps_its_shortcuts(tmp_path, family):
+    "bitsandbytes exchanges the modules whose outputs the shortcuts are added to; as anybody may"
+    dense = tiny_model(family, layers=4, d=128)
+    off = []
+    for model in (dense, slicegpt(dense, TEXT, 1)[0]):
+        folder = tmp_path / type(model).__name__
+        save_checkpoint(model, folder, inputs=tiny_tokenizer())
+        few, _ = load_model(folder, trust_remote_code=True, use_8bit=True)
+        off.append(relative_error(few(IDS).logits, model(IDS).logits))
+    assert off[1] < 3 * off[0] + .02, off
+    want = model(IDS).logits
+    for layer in layers_of(model):
+        for name, m in [*layer.named_modules()]:
+            if isinstance(m, torch.nn.Linear):
+                layer.set_submodule(name, torch.nn.Linear(1, 1, bias=m.bias is not None))
+                layer.get_submodule(name).weight, layer.get_submodule(name).bias = m.weight, m.bias
+    assert torch.equal(model(IDS).logits, want)
+
+
+@torch.no_grad()
+def test_adapters_on_a_sliced_model_keep_its_shortcuts_once():
+    from peft import LoraConfig, get_peft_model
+    small = slicegpt(tiny_model("llama", layers=4), TEXT, 1)[0]
+    want = small(IDS).logits
+    wrapped = get_peft_model(small, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert relative_error(wrapped(IDS).logits, want) < 1e-5
+    assert relative_error(wrapped.merge_and_unload()(IDS).logits, want) < 1e-5
+
+
+def test_no_map_is_folded_beside_a_shortcut():
+    small = slicegpt(tiny_model("llama", layers=6), TEXT, 1)[0]
+    with pytest.raises(ReplaceMeError, match="the stream goes through a matrix beside it"):
+        replace_block(small, Block(3, 4), torch.eye(small.config.hidden_size))
+    for method in ("lstsq", "auto"):
+        with pytest.raises(ReplaceMeError, match="cannot be folded"):
+            replaceme.prune(small, tiny_tokenizer(), 2, method=method, **FIT)
+    again, _ = replaceme.prune(small, tiny_tokenizer(), 2, method="remove", **FIT)
+    assert len(layers_of(again)) == 4
+    plain = slicegpt(tiny_model("llama", layers=6), TEXT, 1, plain=True)[0]
+    replaceme.prune(plain, tiny_tokenizer(), 2, method="lstsq", **FIT)
+
+
+def test_no_map_is_folded_into_what_a_hook_changes():
+    model = tiny_model("llama", layers=6)
+    handle = model.model.layers[2].mlp.down_proj.register_forward_hook(lambda m, a, y: 2 * y)
+    with pytest.raises(ReplaceMeError, match="a hook changes what mlp.down_proj writes"):
+        replace_block(model, Block(3, 5), torch.eye(model.config.hidden_size))
+    handle.remove()
+    replace_block(model, Block(3, 5), torch.eye(model.config.hidden_size))
+
+
+def test_the_order_of_every_list_of_layers_is_looked_at():
+    "SmolLM3 says in a list which layers have no rotation; a GGUF file has no place for it"
+    model = tiny_model("smollm3", layers=8)
+    assert in_own_order(model.config) and in_own_order(cut(model, [Block(3, 7)]).config)
+    assert not in_own_order(cut(model, [Block(2, 4)]).config)
+    for family, fine in (("llama", True), ("gemma3_text", False)):
+        assert in_own_order(cut(tiny_model(family, layers=8), [Block(2, 3)]).config) == fine
+
+
+@torch.no_grad()
+def test_what_an_unmerged_model_shows_does_not_depend_on_what_was_shown_before():
+    for look_first in (False, True):
+        dense = tiny_model("llama", layers=6)
+        if look_first:
+            dense(IDS, output_hidden_states=True)
+        small, _ = replaceme.prune(dense, tiny_tokenizer(), blocks=[[3, 5]], method="lstsq", merge=False, **FIT)
+        seen = []
+        layers_of(small)[3].register_forward_pre_hook(lambda m, a, kw: seen.append(a[0] if a else kw["hidden_states"]), with_kwargs=True)
+        said = small(IDS, output_hidden_states=True).hidden_states[3]
+        assert torch.equal(said, seen[0]), look_first
+
+
+@pytest.mark.parametrize("family, more, most", [("gemma", dict(num_key_value_heads=1, head_dim=32), 2), ("falcon", {}, 3), ("llama", {}, 4)])
+def test_llm_pruner_takes_what_was_asked_for_or_says_what_there_is(family, more, most):
+    dense = tiny_model(family, layers=8, **more)
+    layer = sum(p.numel() for p in layers_of(dense).parameters()) / 8
+    for n in range(1, most + 1):
+        small = llm_pruner(dense, TEXT, n)[0]
+        assert abs((dense.num_parameters() - small.num_parameters()) / layer - n) < .15, n
+    with pytest.raises(ReplaceMeError, match="layers' worth of parameters, of which .* can go"):
+        llm_pruner(dense, TEXT, 7)
+
+
+@pytest.mark.parametrize("method", ["llm_pruner", "slicegpt"])
+def test_qlora_behind_models_of_our_own_file(method):
+    small, r = replaceme.prune(tiny_model("llama", layers=6), tiny_tokenizer(), 1, method=method, recover="qlora", train_tokens=400, **FIT)
+    assert r.recovery[0].name == "qlora"
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "falcon_mamba"])
+def test_a_model_that_cannot_write_step_by_step_writes_no_texts(family):
+    model = tiny_model(family, layers=4)
+    with pytest.raises(ReplaceMeError, match="cannot write texts step by step .*Name a data set"):
+        replaceme.prune(model, tiny_tokenizer(), 2, method="uidl", dataset_size=4, max_length=16)
+    replaceme.prune(model, tiny_tokenizer(), 2, method="uidl", **FIT)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "qwen3_moe", "gpt_oss", "lfm2", "olmo2", "phi3"])
+def test_models_that_write_step_by_step_go_on_doing_so(family):
+    check_steps(tiny_model(family, layers=4))
+
+
+def test_lora_takes_plain_linear_layers_and_refuses_before_any_text_is_made():
+    for family in ("llama4_text", "phimoe"):
+        _, r = replaceme.prune(tiny_model(family, layers=6), tiny_tokenizer(), 2, recover="lora", train_tokens=300, **FIT)
+        assert r.recovery[0].name == "lora"
+    with pytest.raises(ReplaceMeError, match="takes no adapters .*use layer or cut"):
+        replaceme.prune(tiny_model("falcon_h1", layers=6), tiny_tokenizer(), 2, recover="lora", train_tokens=300, **FIT)
+
+
+def test_recover_by_hand():
+    texts = [dict(input_ids=x, attention_mask=torch.ones_like(x)) for x in torch.randint(5, 320, (6, 4, 24), generator=torch.Generator().manual_seed(0))]
+    dense = tiny_model("llama", layers=6)
+    small = cut(dense, [(2, 4)])
+    losses = [recover(dense, small, [b], texts, "layer", tokens=300)[1][0].loss_after for b in ((2, 4), Block(2, 4), range(2, 4))]
+    with torch.no_grad():
+        losses.append(recover(dense, small, [(2, 4)], texts, "layer", tokens=300)[1][0].loss_after)
+    assert len(set(losses)) == 1
+    with pytest.raises(ReplaceMeError, match="layer trains what stands at a cut, and no layer was cut out: use lora"):
+        recover(dense, llm_pruner(dense, TEXT, 1)[0], [], texts, "layer", tokens=300)
