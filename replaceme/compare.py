@@ -497,8 +497,11 @@ def ahead(rows)->list: # of dicts: `n`, `trained`, `best`, `loss`, `against`
     ok, out = [l for l in lines(rows) if l.rows], []
     for n in dict.fromkeys(l.n for l in ok):
         for trained in (False, True):
-            group = sorted((l for l in ok if (l.n, l.trained)==(n, trained)), key=lambda l: l.loss)
+            group = [l for l in ok if (l.n, l.trained)==(n, trained)]
             if not group: continue
+            both = set.intersection(*({r.seed for r in l.rows} for l in group))
+            of = lambda l: np.mean([np.mean(r.losses) for r in l.rows if not both or r.seed in both])
+            group.sort(key=of) # a line whose seeds failed is not ahead because of those that did not
             found = [(l.name, *difference(l, group[0])) for l in group[1:]]
             # those with a seed in common
             against = [dict(zip(('method', 'nats', 'low', 'high'), f)) for f in found if f[1]==f[1]]
@@ -516,6 +519,7 @@ def ahead_text(rows)->str:
                    f"{g['loss']:.4f} nats" + ('.' if g['against'] else ', alone.'))
         for a in g['against']:
             sure = '' if a['low']>0 else '; the interval holds zero, so the two are not told apart'
+            if a['high']<0: sure = '; on the seeds that both have it is behind'
             out.append(f"    - ahead of {a['method']} by {a['nats']:.4f} nats [{a['low']:.4f}, "
                        f"{a['high']:.4f}], {_percent(a['nats'])} of perplexity [{_percent(a['low'])}, "
                        f"{_percent(a['high'])}]{sure}.")

@@ -113,8 +113,7 @@ def piece_divergence(dense, model, ids, # (S,) token ids
 
 # %% ../nbs/20_divergence.ipynb #eb3e2c78
 def _mean(xs): return statistics.fmean(xs)
-def _stderr(xs):
-    return statistics.stdev(xs)/math.sqrt(len(xs)) if len(xs)>1 else None # one piece has no spread
+
 
 # %% ../nbs/20_divergence.ipynb #45889bbc
 @dataclass(repr=False)
@@ -125,16 +124,18 @@ class Divergence:
     losses:list # the dense model's, nats per token
     other_losses:list # the other model's
     tokens:int # predicted tokens, all pieces together
+    kinds:int = 1 # of text, with as many pieces of each
     @property
     def value(self): return _mean(self.kl)
     @property
-    def stderr(self): return _stderr(self.kl)
+    def stderr(self): return standard_error(self.kl, self.kinds)
     @property
     def agreement(self): return _mean(self.same)
     @property
-    def agreement_stderr(self): return _stderr(self.same)
+    def agreement_stderr(self): return standard_error(self.same, self.kinds)
     def perplexities(self): # of both
-        return [Perplexity(math.exp(min(_mean(l), 700)), _mean(l), self.tokens, _stderr(l), l)
+        return [Perplexity(math.exp(min(_mean(l), 700)), _mean(l), self.tokens,
+                           standard_error(l, self.kinds), l)
                 for l in (self.losses, self.other_losses)]
     def plot(self, ax=None):
         "The divergence on each piece"

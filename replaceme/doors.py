@@ -15,7 +15,7 @@ from .core import *
 from .group import *
 from .plots import and_words
 from .save import Result # with its plots and pages
-from .report import result_rows, taken_rows, text_table
+from .report import no_path, result_rows, taken_rows, text_table
 
 # %% ../nbs/25_doors.ipynb #0f24154c
 def _from_file(cls, path, keys):
@@ -107,10 +107,12 @@ def _row(name, result, when):
     "One model in numbers"
     p, n, layers = (getattr(part, when) for part in (result.perplexity, result.parameters, result.n_layers))
     spent = sum(v for k,v in result.seconds.items() if k not in _APART)
-    return [name, layers, f'{n/1e6:.1f}', f'{p.value:.2f}', f'{p.loss:.3f} ± {p.stderr:.3f}',
+    return [name, layers, f'{n/1e6:.1f}', f'{p.value:.2f}', f'{p.loss:.3f}'+_within(p.stderr),
             f'{spent:.0f}' if when=='after' else '-']
 
-def _scored_on(r): return r.model, r.perplexity.text, *r.perplexity.before.losses
+def _within(stderr): return '' if stderr is None else f' ± {stderr:.3f}' # one piece has no spread
+def _last(name): return no_path(str(name)) # one place has many paths
+def _scored_on(r): return _last(r.model), r.perplexity.text, *r.perplexity.before.losses
 
 # %% ../nbs/25_doors.ipynb #7859bbcc
 def read_result(folder)->Result: # as `run` returns it
@@ -121,11 +123,12 @@ def read_result(folder)->Result: # as `run` returns it
         raise ReplaceMeError(f"{folder} holds no result ({said(e)}): give the folder of a run.") from None
     except ValueError: d = None
     d = Result(d if isinstance(d, dict) else {})
-    if d.parameters and d.get('perplexity') is None:
-        raise ReplaceMeError(f"{folder} was not scored on a text: run with eval_dataset.")
-    try: found = [d.method, *_scored_on(d), *(x for when in ('before', 'after') for x in _row('', d, when))]
+    p = d.get('perplexity')
+    try:
+        found = [d.method, d.parameters.after, d.n_layers.after]
+        if p is not None: found += [*_scored_on(d), *(x for w in ('before', 'after') for x in _row('', d, w))]
     except (TypeError, ValueError, AttributeError): found = [None]
-    if None in found or not d.perplexity.before.losses:
+    if None in found or p is not None and not d.perplexity.before.losses:
         raise ReplaceMeError(f"{path} is damaged, or of another version: run again.") from None
     return d
 
@@ -133,6 +136,8 @@ def read_result(folder)->Result: # as `run` returns it
 def _same_text(results):
     "Raise unless all were made of one model and scored on one text"
     first, *others = results
+    bare = next((name for name,r in results.items() if r.get('perplexity') is None), None)
+    if bare: raise ReplaceMeError(f"{bare} was not scored on a text: run with eval_dataset.")
     a = _scored_on(results[first])
     for name in others:
         b = _scored_on(results[name])

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['DEFAULT_TASKS', 'GENERATION', 'ASK_KEYS', 'CHAT', 'ANSWER_TOKENS', 'RUNS_CODE', 'SCORES', 'Perplexity', 'cut_pieces',
            'piece_losses', 'check_length', 'batch_loss', 'first_output', 'last_states', 'outputs', 'state_cosines',
-           'agreement', 'all_losses', 'perplexity', 'read_tasks', 'load_tasks', 'check_chat', 'eval_tasks', 'Answer',
-           'task_samples', 'option_scores', 'item_weights', 'right_by', 'task_stability', 'stability', 'prompt_ids',
-           'continuation', 'check_margin', 'Asking']
+           'agreement', 'all_losses', 'standard_error', 'perplexity', 'read_tasks', 'load_tasks', 'check_chat',
+           'eval_tasks', 'Answer', 'task_samples', 'option_scores', 'item_weights', 'right_by', 'task_stability',
+           'stability', 'prompt_ids', 'continuation', 'check_margin', 'Asking']
 
 # %% ../nbs/13_evaluate.ipynb #11e343d8
 import contextlib, copy, functools, io, logging, math, os, random, statistics, warnings
@@ -154,6 +154,14 @@ def all_losses(model, batches, # of pieces, `(B,S)` token ids
             bar.update(len(batches[i]))
     return [l for losses in gathered(found) for l in losses]
 
+# %% ../nbs/13_evaluate.ipynb #5e000002
+def standard_error(values, # of pieces, those of one kind of text behind those of another
+                   kinds=1)->float|None: # of text; None where a kind has one piece, which has no spread
+    "The standard error of the mean"
+    n = len(values)//kinds
+    if n<2: return None
+    return math.sqrt(sum(statistics.variance(values[i*n:(i+1)*n])/n for i in range(kinds)))/kinds
+
 # %% ../nbs/13_evaluate.ipynb #487d6957
 def perplexity(model, tokenizer,
                text, # as for `cut_pieces`
@@ -168,8 +176,7 @@ def perplexity(model, tokenizer,
     losses = all_losses(model, ids.split(batch_size))
     _check_finite(losses)
     loss = statistics.fmean(losses)
-    stderr = statistics.stdev(losses)/math.sqrt(len(losses)) if len(losses)>1 else None
-    return Perplexity(math.exp(min(loss, 700)), loss, ids[:,1:].numel(), stderr, losses)
+    return Perplexity(math.exp(min(loss, 700)), loss, ids[:,1:].numel(), standard_error(losses), losses)
 
 # %% ../nbs/13_evaluate.ipynb #94ed7010
 def _shots(name, o):
@@ -191,6 +198,13 @@ DEFAULT_TASKS = dict(winogrande=5, boolq=0, race=0, openbookqa=0, piqa=0, sciq=0
 # answers that are written; the shots are the tasks' own
 GENERATION = dict.fromkeys(('gsm8k_platinum_cot_llama', 'ifeval', 'humaneval_plus', 'minerva_math500'))
 
+def _said(shots): return 'its own number of shots' if shots is None else f'{shots} shots'
+
+def _once(found, task, shots):
+    if found.setdefault(task, shots)!=shots:
+        raise ReplaceMeError(f"tasks: {task} is named with {_said(found[task])} and with {_said(shots)}: it is "
+                             "asked once; evaluate twice for both.")
+
 def read_tasks(tasks, # 'default', 'generation', a name, a folder, a list of those, or a mapping to shots
               )->dict: # {task: shots or None}
     "One mapping from task to shots, however the tasks were written"
@@ -201,7 +215,10 @@ def read_tasks(tasks, # 'default', 'generation', a name, a folder, a list of tho
     if not isinstance(tasks, (list, tuple)):
         raise ReplaceMeError(f"tasks is {tasks!r}: give 'default', a name, a list of names or a mapping "
                              "such as {piqa: {fewshots: 0}}.")
-    return {k: v for o in tasks for k,v in read_tasks(o).items()}
+    found = {}
+    for o in tasks:
+        for k,v in read_tasks(o).items(): _once(found, k, v)
+    return found
 
 # %% ../nbs/13_evaluate.ipynb #5c1e77a2
 ASK_KEYS = ('apply_chat_template', 'fewshot_as_multiturn', 'system_instruction', 'max_gen_toks', 'run_code')
@@ -267,10 +284,13 @@ def _expand(tasks, include_path):
     wanted, folders = {}, [str(f) for f in ([include_path] if one else include_path or [])]
     for f in folders:
         if not is_folder(f): raise ReplaceMeError(f"include_path {f}: no such folder.")
-    for name, shots in read_tasks(tasks).items():
-        if not _holds_tasks(name): wanted[name] = shots; continue
+    named = read_tasks(tasks)
+    by_name = {n: shots for n,shots in named.items() if not _holds_tasks(n)}
+    for name, shots in named.items():
+        if name in by_name: wanted[name] = shots; continue
         folders.append(name)
-        wanted.update({t: shots for t in _folder_tasks(name)})
+        for t in _folder_tasks(name): # what is given by name wins over its folder
+            _once(wanted, t, by_name.get(t, shots))
     return wanted, folders
 
 # %% ../nbs/13_evaluate.ipynb #5f40a7ad

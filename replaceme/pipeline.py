@@ -263,6 +263,11 @@ def with_batch(cfg, model, **kw): # as `fitting_batch` takes
     new.batch_size = fitting_batch(model, n_positions(model) if sees(model) else length, **kw)
     return new
 
+# %% ../nbs/22_pipeline.ipynb #5e000004
+def _by_kinds(p, k): # as `Perplexity`, plain; keys of `Judged`
+    "The same, where each kind of text has equal say"
+    return {**p, 'stderr': standard_error(p['losses'], len(judged_names(k.eval_dataset)))}
+
 # %% ../nbs/22_pipeline.ipynb #617f7e33
 def score(model, tokenizer, k, text, # keys of `Judged`, `Asking`, `Writes`, `Drafts`
           dense=None)->dict: # what it returned of the dense model
@@ -271,7 +276,8 @@ def score(model, tokenizer, k, text, # keys of `Judged`, `Asking`, `Writes`, `Dr
         return dict(states=last_states(model, text), classes=top_classes(model, text)) if text else {}
     res = {}
     if text is not None:
-        res['perplexity'] = dataclasses.asdict(perplexity(model, tokenizer, text, k.eval_length, k.eval_size))
+        p = dataclasses.asdict(perplexity(model, tokenizer, text, k.eval_length, k.eval_size))
+        res['perplexity'] = _by_kinds(p, k)
     if k.tasks is not None:
         res['tasks'] = from_first(task_records, model, tokenizer, k.tasks, k.limit, None, k.batch_size,
                                   k.chat)
@@ -715,7 +721,8 @@ def evaluate(cfg)->dict: # or a `SideBySide`
     check_writes(cfg, model, tokenizer)
     text, cache, res = eval_text(cfg, tokenizer, model), cfg.cache, {}
     if text is not None:
-        res['perplexity'] = kept_perplexity(model, tokenizer, text, cfg.eval_length, cfg.eval_size, cache)
+        p = kept_perplexity(model, tokenizer, text, cfg.eval_length, cfg.eval_size, cache)
+        res['perplexity'] = _by_kinds(p, cfg)
         if (kinds := _kinds(cfg)):
             found = by_domain(res['perplexity']['losses'], kinds)
             res['domains'] = {k: sum(v)/len(v) for k,v in found.items()}

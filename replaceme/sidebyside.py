@@ -117,7 +117,9 @@ def equal_rows(equal): # {task: {metric: Equivalence}}
 
 def written_rows(w): # of a `Writing`
     "What both wrote"
-    for label,a,b,span in writing_rows(w): yield [label, a, f'{b} [{span}]', None, None, None]
+    for label,a,b,span in writing_rows(w):
+        of = 'difference ' if span[:1] in '+-' and span!='-' else '' # an interval with signs is of that
+        yield [label, a, f'{b} [{of}{span}]', None, None, None]
 
 def drafted_rows(d): # of a `Drafting`
     "The second model as a draft for the first one"
@@ -141,8 +143,8 @@ def shown(row)->list: # of text
     return [label, a, b, '-' if share is None else f'{share:.1f}%', span]
 
 # %% ../nbs/21_sidebyside.ipynb #247c1b7e
-NOTE = ("% is the second model's value in percent of the first's; intervals are 95% by a paired bootstrap, "
-        "and of speeds the lowest and highest pair.")
+NOTE = ("% is the second model's value in percent of the first's; intervals are 95% by a paired bootstrap "
+        "(90% where equality is tested), and of speeds the lowest and highest pair.")
 
 @dataclass(repr=False)
 class SideBySide:
@@ -290,6 +292,7 @@ def side_by_side(dense, model, tokenizer, # of both
     res = _counted(both := (dense, model), names, context, text_name, kinds, seed)
     if text is not None:
         res.divergence = kept_divergence(dense, model, tokenizer, text, length, pieces, cache)
+        res.divergence.kinds = len(kinds or [text])
     if tasks is not None:
         asked = tasks, limit, include_path, batch_size, cache, chat
         _compare_records(res, [kept_tasks(m, tokenizer, *asked) for m in both], equal_within/100)
