@@ -22,6 +22,7 @@ from fastcore.basics import patch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
+# %% ../nbs/23_compare.ipynb #2e25b002
 from .core import *
 from .kept import *
 from .models import *

@@ -202,8 +202,8 @@ def _said(shots): return 'its own number of shots' if shots is None else f'{shot
 
 def _once(found, task, shots):
     if found.setdefault(task, shots)!=shots:
-        raise ReplaceMeError(f"tasks: {task} is named with {_said(found[task])} and with {_said(shots)}: it is "
-                             "asked once; evaluate twice for both.")
+        raise ReplaceMeError(f"tasks: {task} is named with {_said(found[task])} and with {_said(shots)}: it "
+                             "is asked once; evaluate twice for both.")
 
 def read_tasks(tasks, # 'default', 'generation', a name, a folder, a list of those, or a mapping to shots
               )->dict: # {task: shots or None}

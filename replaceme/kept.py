@@ -168,6 +168,7 @@ def _code(c):
     consts = [_code(k) if isinstance(k, types.CodeType) else repr(k) for k in c.co_consts]
     return [c.co_code.hex(), c.co_names, c.co_varnames, consts]
 
+# %% ../nbs/00_kept.ipynb #9ff33277
 def _named(f):
     "What a function has at hand: defaults, what it closes over, and the globals that it names"
     c = f.__code__
@@ -176,6 +177,10 @@ def _named(f):
     cells = [x.cell_contents for x in f.__closure__ or ()]
     at_hand = {n: f.__globals__[n] for n in sorted(names) if n in f.__globals__}
     return [f.__defaults__, f.__kwdefaults__, *cells, *at_hand.values()]
+
+# %% ../nbs/00_kept.ipynb #9ff33276
+_FUNCTIONS = types.FunctionType, types.BuiltinFunctionType
+_NO_CODE = '__module__', '__dict__', '__weakref__', '__doc__', '__firstlineno__', '__static_attributes__'
 
 # %% ../nbs/00_kept.ipynb #9ff33272
 def program_of(o, home=None, seen=()):
@@ -192,9 +197,6 @@ def program_of(o, home=None, seen=()):
     elif isinstance(f, types.FunctionType): inside = [_code(f.__code__), *_named(f)]
     else: return uuid.uuid4().hex
     return [name, *(program_of(x, home, (*seen, f)) for x in inside)]
-
-_FUNCTIONS = types.FunctionType, types.BuiltinFunctionType
-_NO_CODE = '__module__', '__dict__', '__weakref__', '__doc__', '__firstlineno__', '__static_attributes__'
 
 # %% ../nbs/00_kept.ipynb #9ff33275
 _SHOW = set('_modidx cli compare cost doors export plots report save sidebyside'.split())

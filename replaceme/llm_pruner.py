@@ -256,7 +256,8 @@ def plan(model, groups, # `{layer: list of Group}`
     if not 0<part<1 or n is not None and n*layer>most:
         asked = f'n is {n}' if ratio is None else f'ratio is {ratio}'
         raise ReplaceMeError(f"{asked}: the heads and neurons of layers {spans(there)} hold {all_/layer:.1f} "
-                             f"layers' worth of parameters, of which {most/layer:.1f} can go, not {part:.0%}.")
+                             f"layers' worth of parameters, of which {most/layer:.1f} can go, not "
+                             f"{part:.0%}.")
     return {l: spread(s, part*there[l]) for l,s in sizes.items()}
 
 # %% ../nbs/16_llm_pruner.ipynb #e1900833

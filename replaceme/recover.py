@@ -185,6 +185,13 @@ def check_cuts(rungs, blocks):
 _RATES = dict(fold=dict(learning_rate=1e-3), layer=dict(learning_rate=5e-4), cut=dict(learning_rate=5e-4),
               lora=dict(learning_rate=2e-3), qlora=dict(learning_rate=2e-3))
 
+# %% ../nbs/19_recover.ipynb #5949ed34
+def _special(trainer)->dict: # which has the others from then on
+    "The arguments of single rungs, all checked"
+    special = {r: trainer.pop(r) for r in RUNGS if isinstance(trainer.get(r), dict)}
+    for kw in (trainer, *special.values()): check_trainer(kw)
+    return special
+
 # %% ../nbs/19_recover.ipynb #ad24b455
 def recover(dense, pruned, # a model that came out of `dense`; it is left as it is
             blocks, # that went, in the dense model's numbers
@@ -201,8 +208,7 @@ def recover(dense, pruned, # a model that came out of `dense`; it is left as it 
     "Climb the ladder: train more and more of a pruned model, on one budget of tokens"
     rungs = check_rungs(rungs)
     check_cuts(rungs, blocks)
-    special = {r: trainer.pop(r) for r in RUNGS if isinstance(trainer.get(r), dict)}
-    for kw in (trainer, *special.values()): check_trainer(kw)
+    special = _special(trainer)
     learn, held = split_texts(texts, held)
     if tokens is None: tokens = TextRows(learn).tokens
     if not tokens>=len(rungs):

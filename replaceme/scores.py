@@ -107,14 +107,17 @@ def kept_tasks(model, tokenizer, tasks, limit=None, include_path=None, batch_siz
     return cached('tasks', facts, make)
 
 # %% ../nbs/21_scores.ipynb #f28b2fc5
-def kept_divergence(dense, model, tokenizer, text, length=512, pieces=24, cache=True)->Divergence:
+def kept_divergence(dense, model, tokenizer, text, length=512, pieces=24, cache=True,
+                    kinds=1, # of text
+                   )->Divergence:
     "The divergence of two models on a text, kept by content"
     ids = cut_pieces(tokenizer, text, length, pieces)
     make = lambda: dataclasses.asdict(divergence(dense, model, tokenizer, ids))
-    if not (cache and keepable(dense) and keepable(model)): return Divergence(**make())
+    def of(found): return dataclasses.replace(Divergence(**found), kinds=kinds)
+    if not (cache and keepable(dense) and keepable(model)): return of(make())
     facts = dict(models=[model_key(dense), model_key(model)], tokenizer=tokenizer_key(tokenizer),
                  text=digest_of(ids.tolist()), length=length, pieces=pieces)
-    return Divergence(**cached('divergence', facts, make))
+    return of(cached('divergence', facts, make))
 
 # %% ../nbs/21_scores.ipynb #6b20f101
 def kept_written(k, # keys of `Writes`

@@ -115,6 +115,7 @@ def equal_rows(equal): # {task: {metric: Equivalence}}
             d, span, words = equal_words(e)
             yield [f'{t} {m}, points', '0', f'{d} [{span}] {words}', None, None, None]
 
+# %% ../nbs/21_sidebyside.ipynb #5e000011
 def written_rows(w): # of a `Writing`
     "What both wrote"
     for label,a,b,span in writing_rows(w):
@@ -291,8 +292,7 @@ def side_by_side(dense, model, tokenizer, # of both
     check_pair(dense, model)
     res = _counted(both := (dense, model), names, context, text_name, kinds, seed)
     if text is not None:
-        res.divergence = kept_divergence(dense, model, tokenizer, text, length, pieces, cache)
-        res.divergence.kinds = len(kinds or [text])
+        res.divergence = kept_divergence(*both, tokenizer, text, length, pieces, cache, len(kinds or [text]))
     if tasks is not None:
         asked = tasks, limit, include_path, batch_size, cache, chat
         _compare_records(res, [kept_tasks(m, tokenizer, *asked) for m in both], equal_within/100)

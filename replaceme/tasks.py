@@ -182,7 +182,8 @@ def answers_of(record)->dict: # {number of the question: `Answer`}; empty if the
 # %% ../nbs/20_tasks.ipynb #43b497dc
 def record_stability(before, after)->dict: # {task: as `task_stability` has it}
     "The stability of the tasks that are multiple choice"
-    both = {t: (x, y) for t in before if (x := answers_of(before[t])) and (y := answers_of(after[t])) and right_by(x, y)}
+    both = {t: (x, y) for t in before if (x := answers_of(before[t])) and (y := answers_of(after[t]))
+            and right_by(x, y)}
     if not both: return {}
     x, y = [{t: pair[i] for t,pair in both.items()} for i in (0, 1)]
     return task_stability(x, y, 'loss')
