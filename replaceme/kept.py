@@ -180,7 +180,14 @@ def _named(f):
 
 # %% ../nbs/00_kept.ipynb #9ff33276
 _FUNCTIONS = types.FunctionType, types.BuiltinFunctionType
-_NO_CODE = '__module__', '__dict__', '__weakref__', '__doc__', '__firstlineno__', '__static_attributes__'
+
+def _written_in(cls):
+    "What stands in a class, without what Python or `dataclass` puts there"
+    for name,v in vars(cls).items():
+        f = getattr(v, '__func__', getattr(v, 'fget', v))
+        if isinstance(f, types.FunctionType):
+            if not name.startswith('__') or f.__code__.co_filename!='<string>': yield v
+        elif not name.startswith('__'): yield v
 
 # %% ../nbs/00_kept.ipynb #9ff33272
 def program_of(o, home=None, seen=()):
@@ -193,7 +200,7 @@ def program_of(o, home=None, seen=()):
     home, name = home or _from(f), f"{getattr(f, '__module__', '')}.{getattr(f, '__qualname__', '')}"
     if any(f is s for s in seen) or _from(f)!=home or _from(f) in _OURS:
         return name if isinstance(f, (type, *_FUNCTIONS)) else uuid.uuid4().hex
-    if isinstance(f, type): inside = [*f.__bases__, *(v for k,v in vars(f).items() if k not in _NO_CODE)]
+    if isinstance(f, type): inside = [*f.__bases__, *_written_in(f)]
     elif isinstance(f, types.FunctionType): inside = [_code(f.__code__), *_named(f)]
     else: return uuid.uuid4().hex
     return [name, *(program_of(x, home, (*seen, f)) for x in inside)]

@@ -4,6 +4,7 @@ import os
 import random
 import statistics
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from replaceme.compare import ahead, ahead_text
 from replaceme.core import ReplaceMeError, ReplaceMeWarning
 from replaceme.doors import read_result, result_table
 from replaceme.evaluate import read_tasks
+from replaceme.keys import key
 from replaceme.merge import cut
 from replaceme.methods import METHODS, Method, Removed, add_method
 from replaceme.stats import n_tokens
@@ -81,8 +83,14 @@ def test_a_dense_row_depends_on_how_the_questions_are_put():
 
 
 def mine(first, helper=lambda i: i):
+    @dataclass
+    class Own:
+        absent = "method {method} has nothing of it"
+        twice: int = key(1, "a key of its own", "run map compare")
+
     class Mine(Method):
         name = title = "mine"
+        keys = (Own,)
 
         def remove(self, model, batches, job):
             gone = [helper(first + i) for i in range(job.n)]
@@ -97,6 +105,10 @@ def test_a_row_depends_on_the_program_of_a_method():
             mine(first)
             blocks.append(compare(**{**BENCH, "methods": ["mine"]}, save_path="out")[0].rows[1].blocks)
         assert blocks == [[[1, 3]], [[3, 5]], [[1, 3]]]
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr("replaceme.compare.prune", None)  # what is there is found again
+            mine(1)
+            assert compare(**{**BENCH, "methods": ["mine"]}, save_path="out")[0].rows[1].blocks == [[1, 3]]
         mine(1, helper=lambda i: i + 2)
         assert compare(**{**BENCH, "methods": ["mine"]}, save_path="out")[0].rows[1].blocks == [[3, 5]]
     finally:
