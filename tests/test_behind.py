@@ -101,15 +101,19 @@ def test_what_an_unmerged_model_shows_does_not_depend_on_what_was_shown_before()
         assert torch.equal(said, seen[0]), look_first
 
 
-@pytest.mark.parametrize("family, more, most", [("gemma", dict(num_key_value_heads=1, head_dim=32), 2), ("falcon", {}, 3), ("llama", {}, 4)])
-def test_llm_pruner_takes_what_was_asked_for_or_says_what_there_is(family, more, most):
-    dense = tiny_model(family, layers=8, **more)
+@pytest.mark.parametrize("family, more", [("gemma", dict(num_key_value_heads=1, head_dim=32)), ("falcon", {}), ("llama", {})], ids=["gemma", "falcon", "llama"])
+def test_llm_pruner_takes_what_was_asked_for_or_says_what_there_is(family, more):
+    dense, refused = tiny_model(family, layers=8, **more), []
     layer = sum(p.numel() for p in layers_of(dense).parameters()) / 8
-    for n in range(1, most + 1):
-        small = llm_pruner(dense, TEXT, n)[0]
-        assert abs((dense.num_parameters() - small.num_parameters()) / layer - n) < .15, n
-    with pytest.raises(ReplaceMeError, match="layers' worth of parameters, of which .* can go"):
-        llm_pruner(dense, TEXT, 7)
+    for n in range(1, 8):
+        try:
+            gone = (dense.num_parameters() - llm_pruner(dense, TEXT, n)[0].num_parameters()) / layer
+        except ReplaceMeError as e:
+            assert "layers' worth of parameters, of which" in str(e)
+            refused.append(n)
+        else:
+            assert not refused and abs(gone - n) < .15, (n, gone)
+    assert refused
 
 
 @pytest.mark.parametrize("method", ["llm_pruner", "slicegpt"])
