@@ -14,7 +14,7 @@ LINES = [line.split(" #")[0].strip() for block in re.findall(r"^``` ?sh\n(.*?)^`
 TYPED = [line for line in LINES if line] + re.findall(r"`(make \w+)`", README)
 TEXT = ["--dataset", "python-docs", "--dataset_size", "40", "--max_length", "64", "--eval_size", "2", "--eval_length", "64"]
 QUICK = ["--speed", "false", "--prompt", "null"]
-SMALL = ["--eval_size", "2", "--eval_length", "64", "--prompt", "null", "--cache", "false", "--speed_seconds", "0"]
+SMALL = ["--eval_size", "2", "--eval_length", "64", "--prompt", "null", "--cache", "false"]
 PLAIN = ["--refit", "0", "--borrow", "false"]
 
 
