@@ -1329,7 +1329,7 @@ def _steps_off(model, n=8)->float: # relative error
     whole, cache = model(input_ids=ids, use_cache=False).logits.float(), reserved_cache(model, n)
     if not whole.isfinite().all(): return 0. # that is said when it writes
     steps = [model(input_ids=x, past_key_values=cache, use_cache=True).logits for x in ids.split(1, 1)]
-    return ((torch.cat(steps, 1).float()-whole).norm()/whole.norm()).item()
+    return ((torch.cat(steps, 1).float()-whole).norm()/whole.norm().clamp(min=1e-30)).item()
 
 # %% ../nbs/03_data.ipynb #1d208f25
 def check_steps(model):
