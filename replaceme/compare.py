@@ -291,7 +291,8 @@ def asked(self:Bench, plan=None)->list: # None is the dense model
     at = str([*(getattr(cfg, k) for k in _DATA), plan.seed, cfg.trains and training_size(cfg)])
     if at not in self.data: self.data[at] = data_digest(self.model, self.tokenizer, cfg)
     m, metric = method_of(cfg), METRICS.get(getattr(cfg, 'metric', None))
-    return [self.facts, self.data[at], plain_config(cfg), m.defaults, program_of(type(m)), program_of(metric)]
+    programs = program_of(type(m)), program_of(vars(m)), program_of(metric)
+    return [self.facts, self.data[at], plain_config(cfg), m.defaults, *programs]
 
 # %% ../nbs/23_compare.ipynb #6d1c0b0b
 @patch

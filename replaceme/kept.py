@@ -163,9 +163,12 @@ def identity(model, tokenizer=None)->dict: # {what: its hash or name}
     return res
 
 # %% ../nbs/00_kept.ipynb #9ff33271
+def _plain(k): # the order of a set is another one in each process
+    return sorted(map(repr, k)) if isinstance(k, (set, frozenset)) else repr(k)
+
 def _code(c):
     "A code object as plain data, but for where it stands"
-    consts = [_code(k) if isinstance(k, types.CodeType) else repr(k) for k in c.co_consts]
+    consts = [_code(k) if isinstance(k, types.CodeType) else _plain(k) for k in c.co_consts]
     return [c.co_code.hex(), c.co_names, c.co_varnames, consts]
 
 # %% ../nbs/00_kept.ipynb #9ff33277
@@ -193,7 +196,8 @@ def _written_in(cls):
 def program_of(o, home=None, seen=()):
     "What a class or function from outside does, as plain data; of what is imported the name is enough"
     if isinstance(o, (str, int, float, bool, bytes, type(None))): return repr(o)
-    if isinstance(o, (list, tuple, set, frozenset)): return [program_of(x, home, seen) for x in o]
+    if isinstance(o, (set, frozenset)): return _plain(o)
+    if isinstance(o, (list, tuple)): return [program_of(x, home, seen) for x in o]
     if isinstance(o, dict): return [[repr(k), program_of(v, home, seen)] for k,v in o.items()]
     if isinstance(o, types.ModuleType): return o.__name__
     f = getattr(o, '__func__', getattr(o, 'fget', o)) # of static methods and properties
@@ -206,7 +210,7 @@ def program_of(o, home=None, seen=()):
     return [name, *(program_of(x, home, (*seen, f)) for x in inside)]
 
 # %% ../nbs/00_kept.ipynb #9ff33275
-_SHOW = set('_modidx cli compare cost doors export plots report save sidebyside'.split())
+_SHOW = set('_modidx cli cost doors export plots report save sidebyside'.split())
 
 @functools.lru_cache
 def own_programs()->str:

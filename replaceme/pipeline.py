@@ -197,7 +197,8 @@ def _finish(result, cfg, stages, loaded, model, pruned):
 def go_on(cfg, model, tokenizer): # a context
     "Note what the passes of a run find, so that the same command goes on from there"
     if (every := cfg.resume_every) is None: return contextlib.nullcontext()
-    programs = own_programs(), program_of(type(method_of(cfg)))
+    m = method_of(cfg)
+    programs = own_programs(), program_of(type(m)), program_of(vars(m))
     return resumable([{**_told(cfg), 'resume_every': None}, identity(model, tokenizer), versions(), programs],
                      every)
 

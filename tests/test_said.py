@@ -3,6 +3,8 @@ import json
 import os
 import random
 import statistics
+import subprocess
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +84,7 @@ def test_a_dense_row_depends_on_how_the_questions_are_put():
     assert plain.rows[0].right != fresh.rows[0].right
 
 
-def mine(first, helper=lambda i: i):
+def mine(first, helper=lambda i: i, more=0):
     @dataclass
     class Own:
         absent = "method {method} has nothing of it"
@@ -92,10 +94,13 @@ def mine(first, helper=lambda i: i):
         name = title = "mine"
         keys = (Own,)
 
+        def __init__(self, more=0):
+            self.more = more
+
         def remove(self, model, batches, job):
-            gone = [helper(first + i) for i in range(job.n)]
+            gone = [helper(first + i) + self.more for i in range(job.n)]
             return cut(model, joined((i, i + 1) for i in gone)), Removed(gone, n_tokens(batches))
-    add_method(Mine())
+    add_method(Mine(more))
 
 
 def test_a_row_depends_on_the_program_of_a_method():
@@ -109,8 +114,9 @@ def test_a_row_depends_on_the_program_of_a_method():
             m.setattr("replaceme.compare.prune", None)  # what is there is found again
             mine(1)
             assert compare(**{**BENCH, "methods": ["mine"]}, save_path="out")[0].rows[1].blocks == [[1, 3]]
-        mine(1, helper=lambda i: i + 2)
-        assert compare(**{**BENCH, "methods": ["mine"]}, save_path="out")[0].rows[1].blocks == [[3, 5]]
+        for other, want in ((dict(helper=lambda i: i + 2), [[3, 5]]), (dict(more=1), [[2, 4]])):
+            mine(1, **other)
+            assert compare(**{**BENCH, "methods": ["mine"]}, save_path="out")[0].rows[1].blocks == want
     finally:
         METHODS.pop("mine", None)
 
@@ -178,3 +184,10 @@ def test_a_task_is_asked_once():
         with pytest.raises(ReplaceMeError, match="is named with 0 shots and with 5 shots: it is asked once"):
             evaluate(model_path="tiny", eval_dataset=None, tasks=tasks)
     assert read_tasks(["piqa", "piqa"]) == {"piqa": None}
+
+
+def test_a_program_is_the_same_in_every_process():
+    "Sets have another order in each"
+    code = "def f(x): return x in {'a', 'b', 'c', 'd', 'e'}, g\ng = {'one', 'two', 'three', 'four'}\nfrom replaceme.kept import program_of\nprint(program_of(f))"
+    said = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": str(i)}).stdout for i in range(3)}
+    assert len(said) == 1 and len(said.pop()) > 50
