@@ -111,8 +111,8 @@ def _row(name, result, when):
             f'{spent:.0f}' if when=='after' else '-']
 
 def _within(stderr): return '' if stderr is None else f' ± {stderr:.3f}' # one piece has no spread
-def _last(name): return no_path(str(name)) # one place has many paths
-def _scored_on(r): return _last(r.model), r.perplexity.text, *r.perplexity.before.losses
+def _scored_on(r): # of the model the last part: one place has many paths
+    return no_path(str(r.model)), r.perplexity.text, *r.perplexity.before.losses
 
 # %% ../nbs/25_doors.ipynb #7859bbcc
 def read_result(folder)->Result: # as `run` returns it
