@@ -26,7 +26,7 @@ from .ours import Mapped, given_blocks
 from .curve import Budgeted
 from .draft import Drafts
 from .registry import METHODS
-from .recover import Training, check_rungs
+from .recover import Training, check_cuts, check_rungs
 from .save import Saving
 from .speed import Takes
 from .writing import Writes
@@ -259,10 +259,7 @@ def check_together(cfg):
 
 def _check_method(cfg, m):
     m.check(keys_of(cfg))
-    odd = [r for r in cfg.rungs if r not in ('lora', 'qlora')]
-    if odd and not m.drops:
-        raise ReplaceMeError(f"recover: {odd[0]} trains what stands at a cut, and method {m.name} cuts no "
-                             "layer out: use lora.")
+    check_cuts(cfg.rungs, m.drops, f'method {m.name} cuts no layer out')
 
 # %% ../nbs/22_config.ipynb #2a2c98fd
 def settled(cls, keys,

@@ -174,12 +174,12 @@ def climb(model, cuts, rung, texts, held, tokens, targets, rank=16, **kw)->tuple
     return new, fit_weights(own(new, names), names, 'kd', texts, held, tokens, targets, **kw)
 
 # %% ../nbs/19_recover.ipynb #9bf144bf
-def check_cuts(rungs, blocks):
+def check_cuts(rungs, cuts, # are there any?
+               why='no layer was cut out'):
     "Raise where a rung trains what stands at a cut, and there is none"
     odd = [r for r in rungs if r not in ('lora', 'qlora')]
-    if odd and not blocks:
-        raise ReplaceMeError(f"recover: {odd[0]} trains what stands at a cut, and no layer was cut out: use "
-                             "lora.")
+    if odd and not cuts:
+        raise ReplaceMeError(f"recover: {odd[0]} trains what stands at a cut, and {why}: use lora.")
 
 # %% ../nbs/19_recover.ipynb #5949ed33
 _RATES = dict(fold=dict(learning_rate=1e-3), layer=dict(learning_rate=5e-4), cut=dict(learning_rate=5e-4),
