@@ -185,24 +185,32 @@ def test_no_batch_goes_through_twice(place, monkeypatch, more):
 STATES = dict(method="auto", top_k=2, refit=2)
 
 
-def walked(monkeypatch, nth=None, more=STATES):
-    "Run, stopped behind the nth batch of the walk around the block; the numbers of the batches that were walked"
-    from replaceme import states
+def worked(monkeypatch, watched, nth=None, more=STATES):
+    "Run, stopped where the nth call of the watched functions, `(module, name, what is told of a call)`, would begin; what was told"
     from replaceme.pipeline import make_config, run
-    seen, plain = [], states._ends_of
+    seen = []
 
-    def counting(dense, model, batch, *a):
-        if len(seen) == nth:
-            raise Killed
-        seen.append(tuple(batch["input_ids"].flatten().tolist()))
-        return plain(dense, model, batch, *a)
+    def counting(plain, tell):
+        def call(*a, **k):
+            if len(seen) == nth:
+                raise Killed
+            seen.append(tell(*a, **k))
+            return plain(*a, **k)
+        return call
     with monkeypatch.context() as m:
-        m.setattr(states, "_ends_of", counting)
+        for module, name, tell in watched:
+            m.setattr(module, name, counting(getattr(module, name), tell))
         try:
             run(make_config(**{**KEYS, "resume_every": 0, **more}))
         except Killed:
             pass
     return seen
+
+
+def walked(monkeypatch, nth=None):
+    "The batches that were walked around the block"
+    from replaceme import states
+    return worked(monkeypatch, [(states, "_ends_of", lambda dense, model, batch, *a: tuple(batch["input_ids"].flatten().tolist()))], nth)
 
 
 @pytest.mark.filterwarnings("ignore:this run goes on")
@@ -233,41 +241,22 @@ def test_damaged_states_are_walked_anew(place, monkeypatch, spoil):
     assert walked(monkeypatch) == whole[{"changed": 1, "short": 0, "gone": 0}[spoil]:] and digest() == bits
 
 
-def worked(monkeypatch, nth=None, more=STATES):
-    "Run, stopped where the nth piece of work behind the walk would begin: neurons, matrices behind the cut, losses of their steps"
+def behind():
+    "The pieces of work behind the walk: neurons, matrices behind the cut, losses of their steps"
     from replaceme import borrow, search
-    from replaceme.pipeline import make_config, run
-    seen = []
-
-    def watched(module, name, key):
-        plain = getattr(module, name)
-
-        def counting(*a, **k):
-            if len(seen) == nth:
-                raise Killed
-            seen.append((name, *key(*a, **k)))
-            return plain(*a, **k)
-        m.setattr(module, name, counting)
-    with monkeypatch.context() as m:
-        watched(borrow, "_lent", lambda *a: ())
-        watched(search, "_refit", lambda one, cut, point, weights: (point.name,))
-        watched(search, "outcome", lambda dense, model, held, desc="": (desc,))
-        try:
-            run(make_config(**{**KEYS, "resume_every": 0, **more}))
-        except Killed:
-            pass
-    return seen
+    return [(borrow, "_lent", lambda *a: ("neurons",)), (search, "_refit", lambda one, cut, point, weights: ("matrix", point.name)),
+            (search, "outcome", lambda dense, model, held, desc="": ("loss", desc))]
 
 
 @pytest.mark.filterwarnings("ignore:this run goes on")
 @pytest.mark.parametrize("more", [STATES, dict(method="auto", num_A=2, layers_to_skip=1, refit=1, merge_consecutive=False)], ids=["one block", "two blocks"])
 def test_neurons_and_refits_are_gone_on_with(place, monkeypatch, more):
     "Each of them is found once, whatever moment the run is stopped at, and the last bit is the same"
-    whole = worked(monkeypatch, more=more)
+    whole = worked(monkeypatch, behind(), None, more)
     bits = digest()
-    assert {name for name, *_ in whole} == {"_lent", "_refit", "outcome"} and len(whole) >= 12
+    assert {name for name, *_ in whole} == {"neurons", "matrix", "loss"} and len(whole) >= 12
     for nth in range(1, len(whole), 4):
-        assert worked(monkeypatch, nth, more) + worked(monkeypatch, None, more) == whole and digest() == bits
+        assert worked(monkeypatch, behind(), nth, more) + worked(monkeypatch, behind(), None, more) == whole and digest() == bits
 
 
 def test_another_configuration_text_or_model_begins_anew(place, monkeypatch):
