@@ -1,4 +1,6 @@
 """What the tests share: no hub, and the texts and questions that known answers are about."""
+import functools
+import gc
 import os
 import sys
 from pathlib import Path
@@ -18,6 +20,33 @@ def pytest_collection_modifyitems(items):
     "Files with such a test come first: of two processes that share the files, none works alone at the end"
     first = {i.path for i in items if i.get_closest_marker("minutes")}
     items.sort(key=lambda i: i.path not in first)
+
+
+def pytest_collection_finish():
+    "What was imported stays: runs of tiny models, which collect garbage often, need not walk through a million objects each time"
+    gc.collect()
+    gc.freeze()
+
+
+LOOK = {"test_plots", "test_report", "test_site", "test_speed", "test_lasting", "test_kill"}  # at pictures, or at how often something is timed
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lightly(request):
+    "A run's pictures are drawn but not rendered, and two models are timed twice, not five times, except where this is what is tested"
+    if request.module.__name__ in LOOK:
+        yield
+        return
+    from matplotlib.figure import Figure
+    from replaceme import report, speed
+
+    def drawn(draw, height=3.6):
+        draw(Figure().subplots())
+        return b"\x89PNG drawn, not rendered"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "_png", drawn)
+        patch.setattr(speed, "pairs_within", functools.partial(speed.pairs_within, most=2))
+        yield
 
 
 @pytest.fixture(scope="session")
