@@ -33,15 +33,16 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message): raise ReplaceMeError(message)
 
 # %% ../nbs/24_cli.ipynb #e39609a2
-def _default(f):
-    if f.default is None: return 'null'
-    return str(f.default).lower() if isinstance(f.default, bool) else f.default
+def _default(f, own): # `own` is for which the command has a default of its own
+    v = (own or {}).get(f.name, f.default)
+    if v is None: return 'null'
+    return str(v).lower() if isinstance(v, bool) else v
 
 # %% ../nbs/24_cli.ipynb #8932aeae
-def _add_flag(group, f, aliases, shown=True):
+def _add_flag(group, f, aliases, shown=True, door=None, own=None):
     "One key as a flag"
     flags = [f'--{f.name}'] + [f'--{a}' for a,k in aliases.items() if k==f.name]
-    text = f'{help_of(f)} (default: {_default(f)})'.replace('%', '%%')
+    text = f'{help_of(f, door)} (default: {_default(f, own)})'.replace('%', '%%')
     group.add_argument(*flags, dest=f.name, metavar='VALUE', nargs=f.metadata.get('nargs'),
                        default=argparse.SUPPRESS, help=text if shown else argparse.SUPPRESS)
 
@@ -55,8 +56,11 @@ def _headed(cls):
 # %% ../nbs/24_cli.ipynb #f8edbef6
 DRY = "only say what would be read, computed and held, and how long it would take here: no weight is loaded"
 
-def _parser(name, doc, aliases, cls, method=None):
+def _parser(name, doc, aliases, cls, method=None,
+            defaults=None): # keys for which the command has a default of its own
     "A parser with `--config` and one flag per key, those of a method under its heading"
+    defaults = defaults or {}
+    method = method or defaults.get('method')
     p = _Parser(name, description=doc, allow_abbrev=False)
     p.add_argument('--config', metavar='FILE', help="YAML file with any of the keys below")
     p.add_argument('--dry-run', '--dry_run', action='store_true', help=DRY)
@@ -64,7 +68,7 @@ def _parser(name, doc, aliases, cls, method=None):
     for heading,group,fs in _headed(cls):
         shown = own is None or group not in GROUPS or group in own
         at = p.add_argument_group(heading) if fs and shown else p
-        for f in fs: _add_flag(at, f, aliases, shown)
+        for f in fs: _add_flag(at, f, aliases, shown, cls.door, defaults)
     _add_words(p, cls, method)
     return p
 
@@ -123,7 +127,7 @@ def parse(name, doc, argv, aliases,
           replaces=False, # does it replace the folder of an older result?
          ): # -> (Config, the YAML text or None)
     "The configuration behind a command line"
-    args, rest = _parser(name, doc, aliases, cls, _asked_method(argv)).parse_known_args(argv)
+    args, rest = _parser(name, doc, aliases, cls, _asked_method(argv), defaults).parse_known_args(argv)
     if rest: raise ReplaceMeError(_stray(rest[0], cls, aliases))
     flags = {k: _value(k, v, cls) for k,v in vars(args).items() if k not in ('config', 'dry_run')}
     others = frozenset(f.name for c in SCHEMAS.values() for f in fields(c))

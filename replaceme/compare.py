@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SHARED', 'paired', 'entry', 'Plan', 'row_config', 'plans', 'CompareConfig', 'text_losses', 'rights', 'stabilities',
-           'costs', 'data_digest', 'plain_config', 'check_place', 'eval_pieces', 'Bench', 'held_now', 'heap_given_back',
-           'write_texts', 'ppl', 'Nearest', 'Row', 'About', 'Line', 'lines', 'difference', 'ahead', 'ahead_text',
-           'task_differences', 'with_differences', 'Comparison', 'writing_columns', 'draft_columns', 'csv_row', 'front',
-           'compare_path', 'about', 'read_comparison', 'write_comparison', 'check_compare', 'run_rows', 'compare']
+           'costs', 'data_digest', 'reads_texts', 'plain_config', 'check_place', 'eval_pieces', 'Bench', 'held_now',
+           'heap_given_back', 'write_texts', 'ppl', 'Nearest', 'Row', 'About', 'Line', 'lines', 'difference', 'ahead',
+           'ahead_text', 'task_differences', 'with_differences', 'Comparison', 'writing_columns', 'draft_columns',
+           'csv_row', 'front', 'compare_path', 'about', 'read_comparison', 'write_comparison', 'check_compare',
+           'check_compared', 'run_rows', 'compare']
 
 # %% ../nbs/23_compare.ipynb #2e25b001
 import ctypes, dataclasses, functools, gc, io, json, math, os, re, warnings
@@ -96,6 +97,8 @@ def entry(e)->tuple: # (name, {key of Config: value})
             raise ReplaceMeError(f"methods: {name}: {k} must be the same for all methods, or they could not "
                                  "be compared: write it at the top.")
         if k in _NEVER: raise ReplaceMeError(f"methods: {name}: {k} is not for an entry: {_NEVER[k]}.")
+        if (f := field_of(Config, k)) and not read_by(PruneConfig, f):
+            raise ReplaceMeError(f"methods: {name}: {PruneConfig.unread(k, keys[k])}")
     return name, keys
 
 # %% ../nbs/23_compare.ipynb #9a21aaec
@@ -228,6 +231,11 @@ def data_digest(model, tokenizer, cfg)->str:
     "A hash of the tokens of calibration and training, but for those that the model writes"
     return digest_of([text_digests(_read(model, tokenizer, cfg)), RECIPE])
 
+# %% ../nbs/23_compare.ipynb #36ca8df9
+def reads_texts(cfg)->bool:
+    "Does a row read the texts of the calibration at all?"
+    return cfg.trains or method_of(cfg).reads(keys_of(cfg))
+
 # %% ../nbs/23_compare.ipynb #36ca8df0
 _PATHS = ('model_path', 'save_path', 'token', 'device_map', 'push_to_hub', 'private')
 
@@ -289,10 +297,11 @@ def asked(self:Bench, plan=None)->list: # None is the dense model
         return [self.facts, 'dense', no_path([k.tasks, k.limit]), k.batch_size, *wrote]
     cfg = row_config(self.cfg, plan)
     at = str([*(getattr(cfg, k) for k in _DATA), plan.seed, cfg.trains and training_size(cfg)])
-    if at not in self.data: self.data[at] = data_digest(self.model, self.tokenizer, cfg)
+    if at not in self.data and reads_texts(cfg):
+        self.data[at] = data_digest(self.model, self.tokenizer, cfg)
     m, metric = method_of(cfg), METRICS.get(getattr(cfg, 'metric', None))
     programs = program_of(type(m)), program_of(vars(m)), program_of(metric)
-    return [self.facts, self.data[at], plain_config(cfg), m.defaults, *programs]
+    return [self.facts, self.data.get(at), plain_config(cfg), m.defaults, *programs]
 
 # %% ../nbs/23_compare.ipynb #6d1c0b0b
 @patch
@@ -398,7 +407,7 @@ def write_texts(model, tokenizer, cfg):
 def measured(self:Bench, plan, row)->dict:
     "What a row costs, which stays in `row` if scoring fails, and what it is worth"
     cfg = row_config(self.cfg, plan) # what this method does not read of the shared keys is not in it
-    if 'self' in _named(cfg): write_texts(self.model, self.tokenizer, cfg)
+    if reads_texts(cfg) and 'self' in _named(cfg): write_texts(self.model, self.tokenizer, cfg)
     self.held = held_now() # the rows before it have left nothing in the heap
     data = {k: getattr(cfg, k) for k in _DATA}
     small, result = prune(self.model, self.tokenizer, plan.n, seed=plan.seed, **data, **plan.keys)
@@ -956,6 +965,16 @@ def check_compare(cfg, path):
         warnings.warn(f"all methods are scored on {and_words(same)}, which they are calibrated on: those "
                       "that fit more will look too good; set eval_dataset.", ReplaceMeWarning)
 
+# %% ../nbs/23_compare.ipynb #d958cc59
+def check_compared(cfg, model, tokenizer): # or a model without weights
+    "What can be said once the model is known"
+    for p in plans(cfg):
+        row = row_config(cfg, p)
+        method_of(row).check_shape(model, keys_of(row), p.n)
+    check_length(model, cfg.eval_length)
+    check_writes(cfg, model, tokenizer)
+    if cfg.eval_size<2: raise ReplaceMeError("eval_size is 1, and an interval needs two pieces: raise it.")
+
 # %% ../nbs/23_compare.ipynb #c9b1e7be
 def run_rows(bench, cfg)->list: # of rows, the dense model first
     "Find the rows that are there and make those that are not"
@@ -981,8 +1000,7 @@ def compare(cfg)->tuple: # (Comparison, Path of the folder)
     if sees(model):
         raise ReplaceMeError(f"model_path {cfg.model_path} is an image encoder, which has no loss on a text: "
                              "compare language models.")
-    for n in cfg.layers: candidates(len(layers_of(model)), n)
-    check_writes(cfg, model, tokenizer)
+    check_compared(cfg, model, tokenizer)
     bench = Bench(model, tokenizer, cfg, path)
     comparison = Comparison(about(bench, cfg), with_differences(run_rows(bench, cfg)))
     from_first(write_comparison, comparison, path)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BASES', 'RELEASE', 'WORDS', 'method_of', 'keys_of', 'Config', 'MapConfig', 'AnalyseConfig', 'PruneConfig',
-           'read_yaml', 'idle', 'read_by', 'field_of', 'in_our_words', 'not_streamed', 'check_streamed',
+           'read_yaml', 'idle', 'read_by', 'field_of', 'in_our_words', 'given_way', 'not_streamed', 'check_streamed',
            'check_together', 'settled', 'make_config', 'read_as', 'need', 'read_config', 'means']
 
 # %% ../nbs/22_config.ipynb #a79a268f
@@ -203,6 +203,17 @@ def in_our_words(keys)->tuple: # ({our key: value}, {our key: [name that set it,
     said = {k: v for d in said for k,v in d.items()}
     return {**said, **ours, **said}, names
 
+# %% ../nbs/22_config.ipynb #5c0e7d16
+def given_way(file, flags)->dict: # keys of the right types
+    "What is left of a file's keys once flags have won over them, whichever word either of them uses"
+    won = {k for n,v in flags.items() for k in (RELEASE.get(n, [n]) if v or n not in RELEASE else ())}
+    off, left = [RELEASE[n] for n,v in flags.items() if n in RELEASE and not v], {}
+    for n,v in file.items():
+        ours = RELEASE[n] if n in RELEASE and v else {n: v}
+        if next(iter(ours)) in won or any(ours.items()<=o.items() for o in off): continue
+        left.update({n: v} if won.isdisjoint(ours) else {k: x for k,x in ours.items() if k not in won})
+    return left
+
 # %% ../nbs/22_config.ipynb #b64fc4d2
 def _but(name, value, why): return f"{name} is {value!r}, but {why}; leave it out."
 
@@ -356,8 +367,9 @@ def read_config(path=None, # YAML file; None for defaults only
         foreign = [k for k in file if k not in known and k in others]
         own = {**(defaults or {}), **{k: v for k,v in file.items() if k not in foreign}}
         _no_rows({**own, **overrides})
-        own = _checked(cls, own)
-        cfg, left = _from_file(cls, {**own, **_checked(cls, overrides)}, own, overrides)
+        overrides = _checked(cls, overrides)
+        own = given_way(_checked(cls, own), overrides)
+        cfg, left = _from_file(cls, {**own, **overrides}, own, overrides)
     except ReplaceMeError as e:
         raise ReplaceMeError(f"config {path}: {e}" if path else str(e), page=e.page) from None
     _say_left([k for k in file if k in (*left, *foreign)], cls.command, path)

@@ -43,7 +43,7 @@ from .save import versions
 from .report import text_table
 from .config import *
 from .pipeline import *
-from .compare import CompareConfig, check_compare, compare_path, plans, row_config
+from .compare import CompareConfig, check_compare, check_compared, compare_path, plans, row_config
 
 # %% ../nbs/23_cost.ipynb #23c0570e
 @dataclass
@@ -1069,6 +1069,8 @@ def _notes(cfg, c): # a Case
         said.append("layers are read anew for each chunk, and to prove them, which is not in the time")
     if cfg.layers_to_skip=='auto':
         said.append("layers_to_skip is auto: one layer is counted, and the curve is not")
+    if cfg.door=='run' and cfg.speed:
+        said.append(f"timing both models takes about {cfg.speed_seconds:g} s more (speed: false does not)")
     if getattr(cfg, 'tasks', None) is not None: said.append("tasks are not counted")
     if neighbours()>1 and _device(cfg).type in ('cpu', 'mps'):
         said.append(f"{neighbours()} processes share the memory: what is held and free is that of one")
@@ -1198,7 +1200,7 @@ def _compare_cost(cfg, **kw): # of a `CompareConfig`
     check_compare(cfg, compare_path(cfg))
     rows = [(p.name, replace(row_config(cfg, p), prompt=None)) for p in plans(cfg)]
     h = read_headers(rows[0][1])
-    for n in cfg.layers: candidates(len(layers_of(h.model)), n)
+    check_compared(cfg, h.model, h.inputs)
     out, steps = None, []
     for name,row in rows:
         one = cost_of(row, h, **kw)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Budget', 'read_budget', 'Budgeted', 'Shares', 'byte_shares', 'time_shares', 'least_that_meets', 'most_left',
-           'numbers', 'entered', 'pieces_of', 'worth', 'candidate_losses', 'Point', 'knee', 'Curve', 'Calibration',
-           'Reread', 'blocks_of_all', 'take_maps', 'shares_of', 'find_number']
+           'numbers', 'entered', 'pieces_of', 'worth', 'candidate_losses', 'check_tail', 'Point', 'knee', 'Curve',
+           'Calibration', 'Reread', 'blocks_of_all', 'take_maps', 'shares_of', 'find_number']
 
 # %% ../nbs/17_curve.ipynb #7c0e0004
 import contextlib, math, time, warnings
@@ -57,7 +57,7 @@ def _number_of(kind, word):
 # %% ../nbs/17_curve.ipynb #7c0e0009
 def read_budget(text)->Budget:
     "A budget out of its words"
-    kind, *rest = str(text).lower().split()
+    kind, *rest = str(text).lower().split() or ['']
     if kind not in ('loss', 'bytes', 'speed') or len(rest)!=1:
         raise ReplaceMeError(f"budget is {text!r}: {_BUDGETS}.")
     b = Budget(kind, _number_of(kind, rest[0]))
@@ -256,6 +256,21 @@ def candidate_losses(model, held, # held-out batches
             n[j] += count
     all_sum([sums, n])
     return dict(zip(changes, (sums/n).mean(1).tolist()))
+
+# %% ../nbs/17_curve.ipynb #7c0e9023
+def check_tail(model, b, points, feats):
+    "Raise unless the layers behind a cut, run alone, make of its states what the pruned model does"
+    batch, L = dummy(model), len(layers_of(model))
+    small = keep_layers(model, range(min(b.end, L-1), L))
+    try:
+        S, _ = _before_cuts(model, batch, [b], points, feats)
+        with entered(small, S[b.start], b.end==L) as m: alone = outputs(m, batch)
+        err = relative_error(alone, outputs(cut(model, [b]), batch))
+    except Exception: err = math.inf # a first layer that has parts of its own, or states of other layers
+    if not err<=max(1e-3, 8*torch.finfo(model.dtype).eps):
+        raise ReplaceMeError(f"layers_to_skip auto judges many cuts by the layers behind each, and in a "
+                             f"{type(model).__name__} those depend on more than the hidden state: give "
+                             "layers_to_skip a number.")
 
 # %% ../nbs/17_curve.ipynb #7c0e0025
 @dataclass
@@ -469,6 +484,7 @@ def _asked_of(method, model, job, budget,
     if name := next((p.name for p in points.values() if p.norm), None):
         raise ReplaceMeError("layers_to_skip auto judges maps as they will be folded, and a norm follows "
                              f"{name}: give a number of layers, or take method: remove or merge: false.")
+    check_tail(model, blocks[max(blocks)][0], points, r.trial.features)
     return r, shares, blocks, points
 
 # %% ../nbs/17_curve.ipynb #7c0e003b
@@ -501,9 +517,11 @@ def find_number(method, model, job,
     c, avoided = _made(cal, budget, blocks, shares, job, known)
     n = c.chosen = c.choose()
     if budget.kind=='loss' and n==c.points[-1].n:
-        warnings.warn(f"budget {budget}: {n} layers are the most that were tried, two fifths of all, and "
-                      "they are within it; give layers_to_skip a number for more.", ReplaceMeWarning,
-                      stacklevel=2)
+        most = n==max(1, 2*len(layers_of(model))//5)
+        warnings.warn(f"budget {budget}: {n} layers are the most that were tried, "
+                      + ("two fifths of all, and they are within it; give layers_to_skip a number for more."
+                         if most else "and no longer run of layers begins at min_distance_layer or behind it "
+                         "and takes a map."), ReplaceMeWarning, stacklevel=2)
     job = replace(job, n=n, feed=Reread(job.feed, batches))
     # where nothing is held out of a fit, hidden tokens are other ones
     if k.get('mask') and not r.needs_held: return job, c

@@ -18,9 +18,9 @@ __all__ = ['SPARE', 'ROLES', 'HELD_OUT', 'FORMATS', 'UNREAD', 'PACKED', 'TEXT_FI
            'pick', 'Reserved', 'reserved_cache', 'sample_ids', 'check_steps', 'rows_at_once', 'first_id', 'user_turn',
            'opening', 'first_ids', 'repeats', 'poor', 'sample_texts', 'own_texts', 'is_path', 'text_files',
            'text_splits', 'kind_of', 'plain_only', 'read_shares', 'portions', 'interleave', 'source_key', 'shares_of',
-           'mixture', 'short_data_name', 'data_name', 'plan', 'how_of', 'load_parts', 'load_texts', 'synthetic_images',
-           'as_rgb', 'open_image', 'image_files', 'drawn', 'is_image', 'pick_images', 'undecoded', 'table_images',
-           'load_images', 'pixels', 'image_batches']
+           'in_full', 'mixture', 'short_data_name', 'data_name', 'plan', 'how_of', 'given_to', 'load_parts',
+           'load_texts', 'synthetic_images', 'as_rgb', 'open_image', 'image_files', 'drawn', 'is_image', 'pick_images',
+           'undecoded', 'table_images', 'load_images', 'pixels', 'image_batches']
 
 # %% ../nbs/03_data.ipynb #6193d1e8
 import ast, bz2, glob, gzip, hashlib, io, json, lzma, math, re, uuid, warnings, zipfile, zlib
@@ -1222,9 +1222,13 @@ def as_part(d)->Part:
         if k not in ('path', *HOW):
             raise ReplaceMeError(f"dataset {d['path']}: unknown key {k!r}.{nearest(k, HOW)} A data set has a "
                                  f"path, and as far as it needs them {', '.join(HOW)}.")
-    if d.get('pack') not in (None, True, False):
+    if not (d.get('pack') is None or isinstance(d['pack'], bool)):
         raise ReplaceMeError(f"dataset {d['path']}: pack is {d['pack']!r}: say true, to string its rows "
                              "together, or false.")
+    for k in ('subset', 'split'):
+        if not (d.get(k) is None or isinstance(d[k], str)):
+            raise ReplaceMeError(f"dataset {d['path']}: {k} is {d[k]!r}: it must be text or null.")
+    as_columns(d.get('column'))
     return Part(str(d['path']), **{k: v for k,v in d.items() if k!='path'})
 
 # %% ../nbs/03_data.ipynb #b79056f7
@@ -1531,13 +1535,6 @@ def plain_only(dataset, column=None, subset=None, split=None,
         if value not in (None, only):
             raise ReplaceMeError(f"dataset {dataset} is {is_a} and has no {key} {value!r}: leave it out.")
 
-# %% ../nbs/03_data.ipynb #1c5a7e26
-def _plain(parts, kinds, column, subset, split):
-    "`plain_only` of a mixture without tables; a folder of texts may have splits"
-    divided = any(k=='text' and text_splits(d).keys()!={'train'} for (d,_),k in zip(parts, kinds))
-    plain_only(_called(parts[0][0]), column, subset, None if divided else split)
-    for d,_ in parts: plain_only(_called(d), *how_of(d)[:2], None if divided else how_of(d)[2])
-
 # %% ../nbs/03_data.ipynb #a8bd7981
 def read_shares(shares, # positive numbers; None for equal shares
                 n)->list: # of `n` fractions that sum to one
@@ -1590,6 +1587,13 @@ def shares_of(given, # data sets
                              "dataset_shares.")
     return read_shares(own, len(given))
 
+# %% ../nbs/03_data.ipynb #13e106aa
+def in_full(d)->list: # of data sets
+    "What a name in `MIXES` stands for, read as it is; anything else stands for itself"
+    if not isinstance(d, str) or d.lower() not in MIXES: return [d]
+    how = {k: v for k,v in getattr(d, 'how', {}).items() if k!='share'}
+    return [Part(p, **how) if how else p for p in MIXES[d.lower()]]
+
 # %% ../nbs/03_data.ipynb #13e106ad
 def mixture(dataset, # one data set or a list of them
             shares=None, # see `read_shares`
@@ -1606,7 +1610,7 @@ def mixture(dataset, # one data set or a list of them
                                  "and no lists within the list.")
     parts, seen = [], set()
     for d,s in zip(given, shares_of(given, shares)):
-        names = MIXES.get(str(d).lower(), [d])
+        names = in_full(d)
         parts += [(p, s/len(names)) for p in names]
     for d,_ in parts:
         if (key := source_key(d)) in seen:
@@ -1684,6 +1688,35 @@ def how_of(d, column=None, subset=None, split=None)->tuple: # (column, subset, s
     own = [getattr(d, 'how', {}).get(k) for k in ('column', 'subset', 'split')]
     return tuple(a if o is None else o for o,a in zip(own, (column, subset, split)))
 
+# %% ../nbs/03_data.ipynb #dac0696a
+def _divided(d): return kind_of(d)=='text' and text_splits(d).keys()!={'train'}
+
+def _check_own(d):
+    "Refuse what a plain text says of itself and has not"
+    how = getattr(d, 'how', {})
+    subset, split = split_of(how.get('subset'), how.get('split'))
+    plain_only(_called(d), how.get('column'), subset, None if _divided(d) else split)
+    if how.get('pack'):
+        raise ReplaceMeError(f"dataset {_called(d)} is plain text, and pack strings the rows of a table "
+                             "together: leave it out.")
+
+# %% ../nbs/03_data.ipynb #185bee76
+def given_to(given, # data sets
+             column=None, subset=None, split=None)->list: # of `(column, subset, split)`, one for each
+    "What each of them takes of that which is said for all; what none of them takes is refused"
+    subset, split = split_of(subset, split)
+    said, took = dict(column=column, subset=subset, split=split), []
+    for d in given:
+        if not (table := kind_of(d)=='table'): _check_own(d)
+        how, takes = getattr(d, 'how', {}), HOW[:3] if table else ('split',)*_divided(d)
+        took.append(tuple(v if k in takes and k not in how else None for k,v in said.items()))
+    if not any(kind_of(d)=='table' or _divided(d) for d in given): plain_only(_called(given[0]), **said)
+    for (k,v),vs in zip(said.items(), zip(*took)):
+        if v is not None and not any(x is not None for x in vs) and any(kind_of(d)=='table' for d in given):
+            raise ReplaceMeError(f"{k} {v!r} is said for all data sets, and each table says its own: "
+                                 "leave it out.")
+    return took
+
 # %% ../nbs/03_data.ipynb #b52c6f64
 def load_parts(dataset='self', # see the table at the top; a list is a mixture
                shares=None, # of each data set in the list; see `read_shares`
@@ -1701,8 +1734,8 @@ def load_parts(dataset='self', # see the table at the top; a list is a mixture
               )->list: # of lists of str; of a stream, and of the model's own text, `Piece`s
     "The first texts of each data set in a mixture"
     _check_sizes(size, shares, max_length, batch_size)
-    def part(d, kind, n):
-        how = *how_of(d, column, subset, split), n, token
+    def part(d, kind, n, how):
+        how = *how_of(d, *how), n, token
         if kind=='table': return read_table(d, tokenizer, *how, piece_length(d, max_length))
         if kind=='self': return own_texts(model, tokenizer, n, max_length, batch_size, seed)
         if kind=='python-docs': return list(islice(python_docs(tokenizer, max_length), n))
@@ -1710,9 +1743,9 @@ def load_parts(dataset='self', # see the table at the top; a list is a mixture
         return list(islice(read_text(_of_split(d, at), tokenizer, max_length), n))
     parts = mixture(dataset, shares)
     kinds, counts = [kind_of(d) for d,_ in parts], plan(parts, size)
-    if 'table' not in kinds: _plain(parts, kinds, column, *split_of(subset, split))
-    def read(i): return _enough(part(parts[i][0], kinds[i], counts[i]), *parts[i], counts[i], len(parts)>1,
-                                most)
+    hows = given_to([d for d,_ in parts], column, subset, split)
+    def read(i): return _enough(part(parts[i][0], kinds[i], counts[i], hows[i]), *parts[i], counts[i],
+                                len(parts)>1, most)
     texts = {i: read(i) for i in sorted(range(len(parts)), key=lambda i: kinds[i]=='self')}
     return [texts[i] for i in range(len(parts))]
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'SINK', 'PROFILE', 'angular', 'cosine', 'relative_l2', 'influence', 'pair_distances', 'Profile',
-           'find_sinks', 'save_profile', 'is_profile', 'read_profile', 'load_sinks', 'load_distances', 'check_texts']
+           'find_sinks', 'save_profile', 'is_profile', 'read_profile', 'load_sinks', 'profile_of', 'load_distances',
+           'check_texts']
 
 # %% ../nbs/05_distance.ipynb #622a8844
 import copy, json, math
@@ -263,16 +264,24 @@ def load_sinks(path)->dict|None: # {layer: share} as from `find_sinks`; None whe
     "The sink layers of a saved profile"
     return read_profile(path)['sinks']
 
+# %% ../nbs/05_distance.ipynb #e3247ec1
+def profile_of(path,
+               **belongs, # what it must belong to, e.g. `metric='angular', n_layers=30, model=...`
+              )->dict: # as from `read_profile`
+    "A saved profile, refused when it belongs to something else"
+    d = read_profile(path)
+    if (odd := difference_of({k: d.get(k) for k in belongs}, belongs)):
+        raise ReplaceMeError(f"distances_path {path} belongs to another {odd}: profile again, "
+                             "or leave the key out.")
+    return d
+
 # %% ../nbs/05_distance.ipynb #13288c24
 def load_distances(path,
                    n, # length of the blocks that are to be chosen from
                    **belongs, # what it must belong to, e.g. `metric='angular', n_layers=30, model=...`
                   )->list: # as `Profile.of_length(n)`
     "The saved distances of blocks of `n` layers, refused when they belong to something else"
-    d = read_profile(path)
-    if (odd := difference_of({k: d.get(k) for k in belongs}, belongs)):
-        raise ReplaceMeError(f"distances_path {path} belongs to another {odd}: profile again, "
-                             "or leave the key out.")
+    d = profile_of(path, **belongs)
     if str(n) not in d['distances']:
         raise ReplaceMeError(f"distances_path {path} has no distances for n={n} layers, only for n in "
                              f"{', '.join(d['distances'])}: profile again.")

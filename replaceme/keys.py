@@ -33,9 +33,10 @@ def key(default, # the value of a key that is left out
         path=None, # is it a place? `read`, or `kept`: written and gone on with
         words=False, # free words to a model, shown as they were given
         nargs=None, # values that make one flag
+        at=None, # `{door: help}` where a door means something else by it
         missing=None): # what to give, where it is needed and was left out
     "A field of a group"
-    names = 'help unless off text choices least check read path words nargs missing'.split()
+    names = 'help unless off text choices least check read path words nargs at missing'.split()
     given = locals()
     return field(default=default, metadata=dict({k: given[k] for k in names}, by=by.split()))
 
@@ -50,9 +51,10 @@ def choices_of(f)->tuple:
     return tuple(f.metadata.get('choices') or ())
 
 # %% ../nbs/00_keys.ipynb #8cc8d119
-def help_of(f)->str:
-    "What a key is for"
-    return f.metadata['help'].replace('{choices}', ', '.join(choices_of(f)))
+def help_of(f, door=None)->str:
+    "What a key is for, at a door"
+    m = f.metadata
+    return (m.get('at') or {}).get(door, m['help']).replace('{choices}', ', '.join(choices_of(f)))
 
 # %% ../nbs/00_keys.ipynb #6eac6865
 def check_value(f, v):
@@ -60,7 +62,8 @@ def check_value(f, v):
     m, known = f.metadata, choices_of(f)
     if v is None: return
     if known and not m.get('check') and isinstance(v, str) and v not in known:
-        raise ReplaceMeError(f"{f.name} is {v!r}, not one of {', '.join(known)}.{nearest(v, known)}")
+        number = '' if m.get('least') is None else ', and no number'
+        raise ReplaceMeError(f"{f.name} is {v!r}, not one of {', '.join(known)}{number}.{nearest(v, known)}")
     if m.get('least') is not None and not isinstance(v, str) and not m['least']<=v<float('inf'):
         raise ReplaceMeError(f"{f.name} is {v}: it must be at least {m['least']}.")
     if m.get('check'): m['check'](v)

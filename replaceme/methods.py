@@ -235,6 +235,13 @@ def check_blocks(model, blocks):
                              "other blocks.")
     check_cut(model, blocks)
 
+# %% ../nbs/15_methods.ipynb #ab596a85
+@patch
+def check_shape(self:Method, model, # its weights may be on the meta device
+                k, n): # keys; layers to remove
+    "Raise where the shapes alone tell that a model cannot be pruned so"
+    if self.drops: candidates(len(layers_of(model)), n)
+
 # %% ../nbs/15_methods.ipynb #ab596a86
 @patch
 def prove(self:Method, model, job)->object: # what `prune` is given

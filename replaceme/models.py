@@ -1157,7 +1157,8 @@ class Loading:
     revision:str|None = key(None, "branch, tag or commit of model_path on the hub; not of data sets", LOAD)
     dtype:str|None = key(None, "dtype of the weights: float32, bfloat16, float16; null keeps the saved one",
         LOAD, check=as_dtype)
-    device_map:str|int|dict|None = key(None, "auto, a device or {module: device}; null: an accelerator", LOAD)
+    device_map:str|int|dict|None = key(None, "auto, a device or {module: device}; null: an accelerator", LOAD,
+        check=as_device_map)
     max_memory:dict|None = key(None, "of each device, with device_map auto: {0: 10GiB, cpu: 60GiB}", LOAD)
     trust_remote_code:bool = key(False, "run code that comes with the model's repository", LOAD)
     stream_weights:bool|None = key(None, "leave the layers on the disk and read one at a time, each once for "

@@ -10,6 +10,7 @@ __all__ = ['Choosing', 'given_blocks', 'Comparing', 'map_alone', 'Mapping', 'Clo
 # %% ../nbs/16_ours.ipynb #2aaef594
 import warnings
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import torch
 from fastcore.basics import patch
@@ -55,7 +56,8 @@ class Choosing:
     sinks:str = key('avoid', "blocks that hold a layer of the attention sink: avoid or allow",
         f'{PRUNE} analyse', (given, _no_length), choices=('avoid', 'allow'))
     distances_path:str|None = key(None, "reuse the profile in this file (written by get_distance_analysis)",
-        f'{PRUNE} analyse', (given,), path='read')
+        f'{PRUNE} analyse', (given,), path='read',
+        at=dict(analyse='the profile is written here; null makes distances.json'))
     num_A:int = key(1, "number of blocks of layers_to_skip layers, each with its own map", least=1)
     merge_consecutive:bool = key(True, "join blocks that touch (matters for num_A > 1)", unless=(_one_block,))
     max_blocks:int = key(1, "remove layers_to_skip layers in at most so many blocks of any lengths", least=1)
@@ -353,19 +355,35 @@ class Remove(Mapped):
         return "method remove fits nothing" if group in (Mapping, Closed) else super().refusal(group, f)
 for m in (Auto(), LeastSquares(), Cosine(), Remove()): add_method(m)
 
+# %% ../nbs/16_ours.ipynb #a390ce12
+def measured_at(model, k:Choosing)->str:
+    "Tokens at which distances are measured; the last patch of an image is no summary of it, so there all are"
+    return 'all' if sees(model) else k.distance_tokens
+
+# %% ../nbs/16_ours.ipynb #483d8f15
+@patch
+def check_shape(self:Mapped, model, k, n):
+    "Raise where shapes, or the profile that is named, tell that a model cannot be pruned so"
+    L, d, rank, path = len(layers_of(model)), width(model), k.get('rank'), k.get('distances_path')
+    if k.blocks is None: candidates(L, n, k.min_distance_layer)
+    elif (last := given_blocks(k)[-1]).end>L:
+        raise ReplaceMeError(f"blocks: {last} does not fit a model of {L} layers.")
+    if self.gone(k, n)>=L:
+        raise ReplaceMeError(f"num_A is {k.num_A} and layers_to_skip {n}: the model has {L} layers only.")
+    if rank and rank>d: raise ReplaceMeError(f"rank is {rank}, more than the model's width of {d}.")
+    if path is None or k.blocks is not None: return
+    profile_of(path, metric=k.metric, tokens=measured_at(model, k), n_layers=L)
+
 # %% ../nbs/16_ours.ipynb #483d8f16
 @patch
 def candidates(self:Mapped, model, job)->list: # of `Block`
     "The given blocks, or all that can go without a trace"
-    k, n, gone = job.keys, len(layers_of(model)), self.gone(job.keys, job.n)
+    k, n = job.keys, len(layers_of(model))
+    self.check_shape(model, k, job.n)
     if k.blocks is None: blocks = lasting(model, candidates(n, job.n, k.min_distance_layer))
     else:
-        blocks = given_blocks(k)
-        if blocks[-1].end>n: raise ReplaceMeError(f"blocks: {blocks[-1]} does not fit a model of {n} layers.")
-        candidates(n, gone)
-        check_blocks(model, blocks)
-    if gone>=n:
-        raise ReplaceMeError(f"num_A is {k.num_A} and layers_to_skip {job.n}: the model has {n} layers only.")
+        candidates(n, self.gone(k, job.n))
+        check_blocks(model, blocks := given_blocks(k))
     if k.blocks is None: check_cut(model, [blocks[len(blocks)//2]])
     return blocks
 
@@ -434,8 +452,6 @@ def prove(self:Mapped, model, job)->tuple: # (candidate blocks, or the given one
     r = self.recipe(k, not job.writable, job.alone)
     check_model(model)
     blocks = self.candidates(model, job)
-    if r.rank and r.rank>width(model):
-        raise ReplaceMeError(f"rank is {r.rank}, more than the model's width of {width(model)}.")
     if r.map=='state': # its own complaints
         with_linear(cut(model, [blocks[0]]), blocks[0].start-1, torch.eye(width(model)))
     if r.map in ('state', 'none'): return blocks, r
@@ -445,11 +461,6 @@ def prove(self:Mapped, model, job)->tuple: # (candidate blocks, or the given one
     r = _fitting(model, points, k, r, job.writable)
     if k.get('borrow'): _lendable(model, blocks)
     return blocks, r
-
-# %% ../nbs/16_ours.ipynb #a390ce12
-def measured_at(model, k:Choosing)->str:
-    "Tokens at which distances are measured; the last patch of an image is no summary of it, so there all are"
-    return 'all' if sees(model) else k.distance_tokens
 
 # %% ../nbs/16_ours.ipynb #4888c6ef
 def profile_facts(model, k)->dict: # keys of `Choosing` and `Mapping`
@@ -571,11 +582,13 @@ def fit_words(r, done)->dict:
     "What stands in the place of the layers, and how well it fits"
     if not done.fits: return dict(map=r.map)
     f, behind = done.fits[0], sorted({s['layer'] for s in done.refits if s['step']})
-    words = dict(error=f.error, removal_error=f.removal_error, alpha=f.alpha, ridge=float(f'{f.ridge:.3g}')
+    error, removal = [fmean(getattr(f, k) for f in done.fits) for k in ('error', 'removal_error')]
+    words = dict(error=error, removal_error=removal, alpha=f.alpha, ridge=float(f'{f.ridge:.3g}')
                  or None,
                  map=f.kind, affine=f.affine, structure=f.structure, rank=f.rank, weights=r.weights,
                  solver=None if r.solver=='closed' else r.solver, loss=r.options.get('loss'), behind=behind,
                  borrowed=_borrowed(done) or None)
+    if len(done.fits)>1: words['each'] = [[f.error, f.removal_error] for f in done.fits]
     if f.kind=='state' and done.model is not None:
         words['cost'] = linear_cost(done.model, len(done.fits), f.affine)
     return words

@@ -18,7 +18,7 @@ __all__ = ['recipe_of', 'feed_of', 'n_removed', 'job_of', 'check_pictures', 'che
            'for_others']
 
 # %% ../nbs/22_pipeline.ipynb #07f461fe
-import contextlib, copy, dataclasses, gc, io, warnings
+import contextlib, copy, dataclasses, gc, io, re, warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 import torch, transformers
@@ -227,7 +227,8 @@ def prune(model, tokenizer, # as loaded by `load_model` or by transformers
 def output_path(cfg)->Path:
     "Where the result goes"
     if cfg.save_path: return local_path(cfg.save_path)
-    what = f"minus{n_removed(cfg) or cfg.layers_to_skip}-{cfg.method}{'-map' if cfg.alone else ''}"
+    n = '-'.join([str(n_removed(cfg) or cfg.layers_to_skip), *re.findall(r'[\w.]+', cfg.budget or '')])
+    what = f"minus{n}-{cfg.method}{'-map' if cfg.alone else ''}"
     return Path('pruned')/f'{short_name(cfg.model_path)}-{what}'
 
 # %% ../nbs/22_pipeline.ipynb #8ed55ff4
@@ -302,7 +303,7 @@ def top_classes(model, batches): # `(N,)` or None
 # %% ../nbs/22_pipeline.ipynb #14e50a7b
 def _kinds(cfg)->list|None:
     "The names of the kinds of text, where there are several"
-    return judged_names(cfg.eval_dataset) if isinstance(cfg.eval_dataset, list) else None
+    return judged_names(cfg.eval_dataset) if by_kind(cfg.eval_dataset) else None
 
 def _domains(before, after, names, seed): # losses of both models
     "Each kind of text as plain data"
@@ -392,8 +393,8 @@ def check_run(cfg, path):
 # %% ../nbs/22_pipeline.ipynb #5a6b7390
 def check_loaded(cfg, path, model, tokenizer):
     "What can be said once it is loaded"
-    n, drops, auto = len(layers_of(model)), method_of(cfg).drops, cfg.layers_to_skip=='auto'
-    if drops and cfg.blocks is None: candidates(n, 1 if auto else cfg.layers_to_skip, cfg.min_distance_layer)
+    auto = cfg.layers_to_skip=='auto'
+    method_of(cfg).check_shape(model, keys_of(cfg), 1 if auto else cfg.layers_to_skip)
     check_output(path, 0 if cfg.alone else _bytes(model, 1 if auto else n_removed(cfg)))
     if sees(model): return check_pictures(cfg)
     check_chat(tokenizer, cfg.chat)
@@ -668,7 +669,7 @@ def analyse(cfg): # -> (Profile, files written)
                  **{k: v for k,v in profile_facts(model, Keys(cfg, Choosing, Mapping)).items()
                     if k in ('model', 'mask')})
     if cfg.mask: bs = mask_tokens(bs, cfg.mask, cfg.seed)
-    with resumable([facts, str(out), versions()], cfg.resume_every):
+    with resumable([facts, str(out), versions(), own_programs()], cfg.resume_every):
         collect(model, bs, [], {}, profile, desc='profile')
     more = cfg.layers_to_skip, cfg.min_distance_layer, cfg.sinks=='avoid'
     return profile, from_first(write_profile, profile, out, *more, **facts)

@@ -156,7 +156,7 @@ def check_rungs(rungs)->list:
     "A list of names out of `RUNGS`, each once, from the one that trains least to the one that trains most"
     rungs = [rungs] if isinstance(rungs, str) else list(rungs or [])
     for r in rungs:
-        if r not in RUNGS:
+        if not isinstance(r, str) or r not in RUNGS:
             raise ReplaceMeError(f"recover: {r!r} is no rung.{nearest(r, RUNGS)} "
                                  f"They are {', '.join(RUNGS)}.")
     if len(set(rungs))<len(rungs) or rungs!=sorted(rungs, key=list(RUNGS).index):

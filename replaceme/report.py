@@ -341,6 +341,7 @@ def _fit_text(result):
     "How good the fit is, and what kind of fit"
     e, r = result.fit.error, result.fit.removal_error
     error = '' if e is None else f'fit error {e:.3f}' + (f' (plain removal {r:.3f})' if r is not None else '')
+    if error and (each := result.fit.each): error += f', the mean of {len(each)} blocks'
     return ', '.join(filter(None, [*_kind_words(result), error]))
 
 # %% ../nbs/20_report.ipynb #3f0bfe4a
@@ -751,19 +752,26 @@ def _load_text(name, trust):
                    f'tokenizer = AutoTokenizer.from_pretrained({name!r})')
 
 # %% ../nbs/20_report.ipynb #41529002
+def _applied(kind, affine):
+    "(what is imported, the call) that put a map of one block in place"
+    if kind=='state':
+        how = 'T[:-1], T[-1]' if affine else 'T'
+        return 'from replaceme.unmerged import replace_linear', 'replace_linear', how
+    more = ", gamma=maps['gamma']" if kind=='normed' else f', affine={affine}'
+    plain = kind=='narrow' and not affine
+    lines = 'from replaceme.merge import replace_block'
+    if not plain: lines += '\nfrom replaceme.solve import Fit'
+    return lines, 'replace_block', 'T' if plain else f'Fit(T, 0, 0, 0, kind={kind!r}{more})'
+
 def _load_map(result, name):
     "How to apply a saved map"
     if len(blocks_of(result))!=1:
         return (f'This folder holds the maps alone (`{name}/transform.safetensors`), for the model they were '
                 f'measured on: {_block_text(result)}.')
-    kind, affine = result.fit.map or 'narrow', bool(result.fit.affine)
-    plain = kind=='narrow' and not affine
-    fit = 'T' if plain else f'Fit(T, 0, 0, 0, kind={kind!r}, affine={affine})'
-    code = ['from safetensors.torch import load_file', 'from replaceme.blocks import Block',
-            'from replaceme.merge import replace_block',
-            *([] if plain else ['from replaceme.solve import Fit']),
-            f"T = load_file('{name}/transform.safetensors')['T']",
-            f"pruned = replace_block(model, Block(*{list(blocks_of(result)[0])}), {fit})"]
+    lines, f, what = _applied(result.fit.map or 'narrow', bool(result.fit.affine))
+    code = ['from safetensors.torch import load_file', 'from replaceme.blocks import Block', lines,
+            f"maps = load_file('{name}/transform.safetensors')", "T = maps['T']",
+            f'pruned = {f}(model, Block(*{list(blocks_of(result)[0])}), {what})']
     return 'This folder holds the map alone, for the model it was measured on:\n\n' + _python(*code)
 
 # %% ../nbs/20_report.ipynb #e7ee098b
@@ -1048,7 +1056,10 @@ def _fit_section(result):
     if e is None: return
     plain = f'; plain removal leaves {r:.1%}' if r is not None else ''
     fitted = 'what was fitted' if result.fit.map=='normed' else 'the map'
-    left = f'Of the squared length of B − A, {fitted} leaves {e:.1%} unexplained{plain}.'
+    each = ', '.join(f'{one:.1%}' for one,_ in result.fit.each or [])
+    of = 'B' if result.fit.map=='state' else 'B − A'
+    left = (f'Of the squared length of {of}, {fitted} leaves {e:.1%} unexplained'
+            + (f' (the mean of {each})' if each else '') + f'{plain}.')
     parts = [_html_formula(result), _html_lambda(result), P(f'{left} Fitted on {_data_text(result)}.')]
     if (kinds := _kind_words(result)): parts.append(P(f"The fit: {', '.join(kinds)}."))
     if ridge_rows(ridge):

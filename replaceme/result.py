@@ -102,7 +102,7 @@ class Standing(Record):
     "What stands in the place of the layers, and how well it fits"
     map:str; affine:bool; structure:str; rank:int; weights:str; solver:str; loss:str; error:float
     removal_error:float; alpha:float; ridge:float; behind:list; cost:str; writes:str
-    borrowed:dict
+    borrowed:dict; each:list # `[error, removal_error]` of each of several blocks, whose mean stands above
 
 # %% ../nbs/14_result.ipynb #7b1e0a16
 class Calibration(Record):

@@ -54,11 +54,11 @@ _all_ = ['state_errors', 'error_picture', 'row_divergence', 'piece_divergence', 
 def perplexity_ratio(d, # a `Divergence`
                      kinds=None, # of text, by name, which have equal say
                      seed=0, # of the draws
-                    )->tuple: # percent, low, high; None where there is one piece only
+                    )->tuple: # percent, low, high; None where there is one piece of each kind
     "Perplexity of the other model in percent of the dense one's, with its 95% interval"
     diff = np.subtract(d.other_losses, d.losses)
     p = lambda x: float(100*np.exp(np.minimum(x, 700)))
-    if len(diff)<2: return p(diff.mean()), None, None
+    if len(diff)<2*len(kinds or ['text']): return p(diff.mean()), None, None
     drawn = drawn_differences(d.other_losses, d.losses, kinds or ['text'], seed)
     return (p(diff.mean()), *map(p, middle(np.mean([*drawn.values()], 0))))
 

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .core import *
 from .group import *
-from .kept import text_digests
+from .kept import program_of, text_digests
 from .resume import *
 from .plots import *
 from .arch import *
@@ -391,7 +391,8 @@ def _stream(model, batches, grams, points, profile, feats, race, desc, turn=0, b
     own = [] if feats.state or not grams else [points[next(iter(grams)).start-1]]
     share, bs = feats.width(own, d)/d, evenly(batches)
     if profile is not None and profile.tokens=='all': bs = one_by_one(batches) # all their states are kept
-    p, k = next_pass(desc, turn, str([*grams]), str(feats), text_digests(bs)), 0
+    measures = profile and [profile.metric, profile.tokens, program_of(METRICS.get(profile.metric))]
+    p, k = next_pass(desc, turn, str([*grams]), str(feats), measures, text_digests(bs)), 0
     if p and (k := p.done): s.put_back(p)
     def until(): return max(b.end for b in s.grams) if profile is None else race and race.until or L
     for chunk,tell in _in_chunks(model, bs, desc, turn, k, until, lambda: waiting(s.grams, share)):
