@@ -357,9 +357,10 @@ def _solve(G, B, ridge, V0, n):
     k = ridge*G.diagonal().mean()
     try: return spd_solve(G+k*torch.eye(len(G)).to(G), B+k*V0, n)
     except ReplaceMeError as e:
+        more = (f"Use at least {4*len(G)} tokens (dataset_size, max_length)" if n<4*len(G)
+                else "They are too much alike: use more varied text")
         raise ReplaceMeError(f"The system of a sweep is singular: {n} tokens carry weight for {len(G)} "
-                             f"features. Use at least {4*len(G)} tokens (dataset_size, max_length) or a "
-                             "ridge (such as ridge=0.01).") from e
+                             f"features. {more} or solver l-bfgs; `irls_map` takes a ridge.") from e
 
 # %% ../nbs/10_optimize.ipynb #a1e7dcf4
 def _check_irls(rows, loss, structure, **least):

@@ -178,12 +178,18 @@ def _two_fits(dense, model, batches, held, block, at, r, ends=None)->tuple: # as
     points = {} if r.features.state else fold_points(model, [at-1])
     first, alone = fit, _ = _linear_fit(dense, model, batches, held, block, at, r, points, 0, ends)
     if r.map=='none' or not any(p.norm for p in points.values()): return fit, alone
+    if r.affine: raise ReplaceMeError("affine: a norm follows the MLP and has no place for a bias: leave "
+                                      "it out.")
+    turns = []
     for k in range(r.turns):
         if k:
             model = with_normed(model, at-1, fit)
             points = fold_points(model, [at-1])
-            fit, alone = _linear_fit(dense, model, batches, held, block, at, r, points, k, ends)
+            try: fit, alone = _linear_fit(dense, model, batches, held, block, at, r, points, k, ends)
+            except ReplaceMeError: break # what a map of lower rank has put there spans no more than that
         fit = through_norm(dense, model, [*batches, *held], block, at, fit, r.weights)
+        turns.append((fit, alone, model))
+    fit, alone, model = min(turns, key=lambda t: t[0].error) # a turn may overshoot
     if alone is not None: alone = through_norm(dense, model, batches, block, at, alone, r.weights)
     return replace(fit, removal_error=first.removal_error), alone
 

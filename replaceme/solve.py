@@ -20,10 +20,11 @@ from .plots import *
 from .stats import *
 
 # %% ../nbs/09_solve.ipynb #e75ca60b
-def _singular(n, width):
+def _singular(n, width, ridge='a ridge (alpha > 0 or ridge > 0)'):
+    more = (f"Use at least {4*width} tokens (dataset_size, max_length)" if n<4*width
+            else "They are too much alike, or some channels are always zero: use more varied text")
     return ReplaceMeError(f"The least squares system is singular: {n} calibration tokens for a width of "
-                          f"{width}. Use at least {4*width} tokens (dataset_size, max_length) or a ridge "
-                          "(alpha > 0 or ridge > 0).")
+                          f"{width}. {more} or {ridge}.")
 
 def _cholesky(A, n):
     "Scales `s` and the lower triangular `L` of `s[:,None]*A*s = L@L.T`"
@@ -224,7 +225,7 @@ def orthonormal_map(g:Gram, alpha:float=0., ridge:float=0.)->Fit:
                              "same size, so a ridge towards zero changes nothing. Use alpha 0 or ridge.")
     G, C = _system(g, 'orthonormal', alpha, ridge)
     U, S, Vt = torch.linalg.svd(G+C)
-    if S[-1] <= 1e-13*S[0]: raise _singular(g.n, len(G))
+    if S[-1] <= 1e-13*S[0]: raise _singular(g.n, len(G), 'a ridge (ridge > 0)')
     return _fit(g, U@Vt-g.E, structure='orthonormal', ridge=ridge)
 
 # %% ../nbs/09_solve.ipynb #f4926ad4

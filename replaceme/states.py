@@ -175,9 +175,11 @@ def _texts(ends, k, rows): # of batch `k` -> (batch, states that enter, states t
 
 # %% ../nbs/12_states.ipynb #5ead2009
 def some_states(ends, group, step)->list: # of (batch, states that enter, states to be)
-    "Every `step`-th text of a group"
-    out = []
-    for k in ends.groups[group]:
-        rows = [i for i in range(len(ends.batches[k]['attention_mask'])) if (ends.before[k]+i)%step==0]
+    "One text in `step` of a group over all processes, by their content: neither order nor batches decide"
+    mine = {k: text_digests([ends.batches[k]]) for k in ends.groups[group]}
+    every = sorted(d for theirs in everybody([*itertools.chain(*mine.values())]) for d in theirs)
+    chosen, out = {*every[::step]}, []
+    for k,said in mine.items():
+        rows = [i for i,d in enumerate(said) if d in chosen]
         if rows: out.append(_texts(ends, k, rows))
     return out

@@ -263,3 +263,40 @@ def test_help_tells_what_the_command_does(command, holds, lacks, capsys):
         getattr(cli, command)(["--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert holds in said and lacks not in said
+
+
+def test_neither_batches_nor_order_choose_the_neurons_that_are_borrowed():
+    "Batch 1 and batch 8 agree, and of a mixture every part has a say"
+    from random import Random
+    draw, model = Random(0), tiny_model("llama", layers=6)
+    rows = [dict(text="".join(draw.choices("abcdefgh 0123", k=n))) for n in [100, 80, 60, 3, 2, 90, 100, 40, 200, 7] * 3]
+    keys = dict(method="auto", dataset=rows, dataset_size=None, ridge=.1, map="wide", top_k=None, select="distance", refit=0)
+    ids = torch.arange(5, 40)[None]
+    one, *others = [prune(model, tiny_tokenizer(), 2, batch_size=b, **keys)[0](ids).logits for b in (1, 2, 8)]
+    assert all((x - one).norm() < 1e-3 * one.norm() for x in others)
+
+
+@pytest.mark.parametrize("keys", [dict(structure="rank", rank=2), dict(alpha=1e3), {}], ids=str)
+def test_behind_a_norm_the_best_turn_is_kept(keys):
+    from replaceme.blocks import Block
+    from replaceme.data import in_batches
+    from replaceme.search import Recipe, fit_blocks
+    model = tiny_model("gemma2", layers=6)
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if "norm" in n:
+                p.add_(.3 * torch.randn(p.shape, generator=draw))
+            elif p.ndim >= 2 and "embed" not in n:
+                p.mul_(2)
+    bs = in_batches(torch.randint(5, 60, (32, 60), generator=draw).tolist(), 8)
+    errors = [fit_blocks(model, bs, [], [Block(2, 5)], Recipe(weights="inv_norm", turns=t, **keys)).fits[0].error for t in (1, 2, 3)]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_a_singular_system_names_what_is_wrong_and_what_helps():
+    model, same = tiny_model("llama", layers=6), dict(dataset=[dict(text="a" * 100)] * 12, dataset_size=None, blocks=[[2, 4]])
+    for keys, says in ((dict(method="lstsq"), r"too much alike.*a ridge \(alpha > 0 or ridge > 0\)"), (dict(method="cosine", solver="irls"), "too much alike.*solver l-bfgs"),
+                       (dict(method="lstsq", structure="orthonormal"), r"too much alike.*a ridge \(ridge > 0\)")):
+        with pytest.raises(ReplaceMeError, match=says):
+            prune(model, tiny_tokenizer(), **keys, **same)
