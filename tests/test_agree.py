@@ -270,7 +270,7 @@ def test_neither_batches_nor_order_choose_the_neurons_that_are_borrowed():
     from random import Random
     draw, model = Random(0), tiny_model("llama", layers=6)
     rows = [dict(text="".join(draw.choices("abcdefgh 0123", k=n))) for n in [100, 80, 60, 3, 2, 90, 100, 40, 200, 7] * 3]
-    keys = dict(method="auto", dataset=rows, dataset_size=None, ridge=.1, map="wide", top_k=None, select="distance", refit=0)
+    keys = dict(method="auto", dataset=rows, dataset_size=None)
     ids = torch.arange(5, 40)[None]
     one, *others = [prune(model, tiny_tokenizer(), 2, batch_size=b, **keys)[0](ids).logits for b in (1, 2, 8)]
     assert all((x - one).norm() < 1e-3 * one.norm() for x in others)
