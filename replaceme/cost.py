@@ -1198,7 +1198,7 @@ def _evaluate_case(cfg):
 def _compare_cost(cfg, **kw): # of a `CompareConfig`
     "The rows of a comparison, one after the other, and the dense model"
     check_compare(cfg, compare_path(cfg))
-    rows = [(p.name, replace(row_config(cfg, p), prompt=None)) for p in plans(cfg)]
+    rows = [(p.name, replace(row_config(cfg, p), prompt=None, speed=False)) for p in plans(cfg)]
     h = read_headers(rows[0][1])
     check_compared(cfg, h.model, h.inputs)
     out, steps = None, []

@@ -272,9 +272,10 @@ def saved_folder(result, folder=None)->Path: # by default, where its configurati
     except (OSError, ValueError) as e:
         raise ReplaceMeError(f"push_to_hub: {folder} holds no finished run ({said(e)}): save the model "
                              "first, with run or run_replaceme.") from None
-    told = [json.loads(json.dumps(dict(r), default=str)) for r in (result, for_others(result))]
+    def plain(r, k): return json.dumps(r.get(k), sort_keys=True, default=str)
+    told = result, for_others(result)
     for k in ('method', 'blocks', 'parameters', 'seed', 'config', 'calibration', 'fit'):
-        if kept.get(k) not in [r.get(k) for r in told]:
+        if plain(kept, k) not in [plain(r, k) for r in told]:
             raise ReplaceMeError(f"push_to_hub: {folder} holds another result "
                                  f"({_shortened(k, kept.get(k))}): give the folder of this one.")
     return folder
