@@ -59,8 +59,6 @@ DRY = "only say what would be read, computed and held, and how long it would tak
 def _parser(name, doc, aliases, cls, method=None,
             defaults=None): # keys for which the command has a default of its own
     "A parser with `--config` and one flag per key, those of a method under its heading"
-    defaults = defaults or {}
-    method = method or defaults.get('method')
     p = _Parser(name, description=doc, allow_abbrev=False)
     p.add_argument('--config', metavar='FILE', help="YAML file with any of the keys below")
     p.add_argument('--dry-run', '--dry_run', action='store_true', help=DRY)

@@ -54,7 +54,8 @@ def choices_of(f)->tuple:
 def help_of(f, door=None)->str:
     "What a key is for, at a door"
     m = f.metadata
-    return (m.get('at') or {}).get(door, m['help']).replace('{choices}', ', '.join(choices_of(f)))
+    here = (m.get('at') or {}).get(door)
+    return (f"{here}; elsewhere: " if here else '') + m['help'].replace('{choices}', ', '.join(choices_of(f)))
 
 # %% ../nbs/00_keys.ipynb #6eac6865
 def check_value(f, v):

@@ -254,15 +254,15 @@ def test_a_dry_run_tells_that_timing_takes_time():
     assert any("timing both models" in n for n in notes)
 
 
-@pytest.mark.parametrize("command, holds, lacks", [
-    ("run_uidl", "(default: uidl)", "--taylor"), ("get_lt_with_lstsq", "(default: lstsq)", "--taylor"), ("run_streamline", "(default: streamline)", "--taylor"),
-    ("get_distance_analysis", "the profile is written here", "reuse the profile"), ("compare_methods", "null makes compared/MODEL", "null scores nothing")])
-def test_help_tells_what_the_command_does(command, holds, lacks, capsys):
+@pytest.mark.parametrize("command, holds", [
+    ("run_uidl", "(default: uidl)"), ("get_lt_with_lstsq", "(default: lstsq)"), ("run_streamline", "(default: streamline)"),
+    ("get_distance_analysis", "the profile is written here; null makes distances.json; elsewhere: reuse the profile"),
+    ("compare_methods", "null makes compared/MODEL; elsewhere: output folder"), ("compare_methods", "text for the perplexity of all models")])
+def test_help_tells_what_the_command_does(command, holds, capsys):
     import replaceme.cli as cli
     with pytest.raises(SystemExit):
         getattr(cli, command)(["--help"])
-    said = " ".join(capsys.readouterr().out.split())
-    assert holds in said and lacks not in said
+    assert holds in " ".join(capsys.readouterr().out.split())
 
 
 def test_neither_batches_nor_order_choose_the_neurons_that_are_borrowed():
