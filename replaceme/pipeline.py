@@ -18,7 +18,7 @@ __all__ = ['recipe_of', 'feed_of', 'n_removed', 'job_of', 'check_pictures', 'che
            'for_others']
 
 # %% ../nbs/22_pipeline.ipynb #07f461fe
-import contextlib, copy, dataclasses, gc, io, re, warnings
+import contextlib, copy, dataclasses, gc, io, warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 import torch, transformers
@@ -227,8 +227,7 @@ def prune(model, tokenizer, # as loaded by `load_model` or by transformers
 def output_path(cfg)->Path:
     "Where the result goes"
     if cfg.save_path: return local_path(cfg.save_path)
-    n = '-'.join([str(n_removed(cfg) or cfg.layers_to_skip), *re.findall(r'[\w.]+', cfg.budget or '')])
-    what = f"minus{n}-{cfg.method}{'-map' if cfg.alone else ''}"
+    what = f"minus{n_removed(cfg) or cfg.layers_to_skip}-{cfg.method}{'-map' if cfg.alone else ''}"
     return Path('pruned')/f'{short_name(cfg.model_path)}-{what}'
 
 # %% ../nbs/22_pipeline.ipynb #8ed55ff4

@@ -211,11 +211,6 @@ def test_the_report_names_the_quantity_that_an_error_is_of():
         assert f"Of the squared length of {of}, the map" in re.sub("<[^>]*>", "", report_html(r))
 
 
-def test_budgets_have_folders_of_their_own():
-    paths = [run(**UNJUDGED, layers_to_skip="auto", budget=b)[1] for b in ("bytes 90%", "bytes 60%")]
-    assert paths[0] != paths[1] and all((p / "model.safetensors").is_file() for p in paths)
-
-
 def test_one_piece_of_each_kind_has_no_interval():
     run(**RUN, layers_to_skip=2, eval_dataset="b.txt", save_path="out")
     scores = evaluate(compare=["tiny", "out"], eval_dataset=["a.txt", "b.txt"], eval_length=48, eval_size=1, speed=False)
