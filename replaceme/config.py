@@ -205,11 +205,12 @@ def in_our_words(keys)->tuple: # ({our key: value}, {our key: [name that set it,
 
 # %% ../nbs/22_config.ipynb #5c0e7d16
 def given_way(file, flags)->dict: # keys of the right types
-    "What is left of a file's keys once flags have won over them, whichever word either of them uses"
-    won = {k for n,v in flags.items() for k in (RELEASE.get(n, [n]) if v or n not in RELEASE else ())}
+    "What is left of a file's keys where flags win over them in other words"
+    on = {k for n,v in flags.items() if n in RELEASE and v for k in RELEASE[n]}
     off, left = [RELEASE[n] for n,v in flags.items() if n in RELEASE and not v], {}
     for n,v in file.items():
-        ours = RELEASE[n] if n in RELEASE and v else {n: v}
+        word = n in RELEASE and v
+        ours, won = RELEASE[n] if word else {n: v}, on | {*flags} if word else on
         if next(iter(ours)) in won or any(ours.items()<=o.items() for o in off): continue
         left.update({n: v} if won.isdisjoint(ours) else {k: x for k,x in ours.items() if k not in won})
     return left

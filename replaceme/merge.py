@@ -477,7 +477,7 @@ def put(model, # a cut model; its weight is replaced, nothing shared is written 
         fit): # a `Fit`, or a narrow map `(d,d)`
     "Fold a map into layer `i`"
     kind = getattr(fit, 'kind', 'narrow')
-    if kind not in ('narrow', 'wide', 'normed'):
+    if kind in ('state', 'none'):
         raise ReplaceMeError(f"a map of kind {kind} is not folded: of the state it stands behind the layer "
                              "(unmerged.replace_linear), and for plain removal give None.")
     p = fold_points(model, [i])[i]

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from replaceme import data
+from replaceme.feed import judged_seed
 from replaceme.compare import eval_pieces, text_losses
 from replaceme.core import ReplaceMeError
 from replaceme.data import batches, check_ids, cut_stream, first_id, first_tokens, load_texts, own_texts, token_ids
@@ -262,12 +263,12 @@ def test_calibration_and_training_on_a_stream(tmp_path, tok):
 def test_what_a_model_writes_is_measured_as_it_was_written(tok):
     "Ids that no text would give: bytes that are no character, and special tokens; from the cache too, and as evaluation"
     model = tiny_model()
-    u = torch.rand(5, 40, generator=torch.Generator().manual_seed(3))
+    u = torch.rand(5, 40, generator=torch.Generator().manual_seed(judged_seed(2)))
     starts = [data.first_ids(i, model, tok, 20) for i in range(5)]
     assert len({tuple(s) for s in starts}) == 5 and all(s.count(tok.bos_token_id) == 1 for s in starts)
     wrote = data.sample_ids(model, u, starts).tolist()
     for _ in range(2):
-        texts = own_texts(model, tok, size=5, max_length=40, seed=3)
+        texts = own_texts(model, tok, size=5, max_length=40, seed=judged_seed(2))
         assert real(batches(texts, tok, 2, 40)) == wrote
         assert all(t.startswith("<s>") for t in texts)
     assert any(ids_of(tok, t) != r for t, r in zip(texts, wrote))  # the text would not do
