@@ -973,7 +973,8 @@ def check_compared(cfg, model, tokenizer): # or a model without weights
         method_of(row).check_shape(model, keys_of(row), p.n)
     check_length(model, cfg.eval_length)
     check_writes(cfg, model, tokenizer)
-    if cfg.eval_size<2: raise ReplaceMeError("eval_size is 1: one piece, and an interval needs two; raise it.")
+    if cfg.eval_size<2:
+        raise ReplaceMeError("eval_size is 1: one piece, and an interval needs two: raise it.")
 
 # %% ../nbs/23_compare.ipynb #c9b1e7be
 def run_rows(bench, cfg)->list: # of rows, the dense model first
