@@ -1689,13 +1689,16 @@ def how_of(d, column=None, subset=None, split=None)->tuple: # (column, subset, s
     return tuple(a if o is None else o for o,a in zip(own, (column, subset, split)))
 
 # %% ../nbs/03_data.ipynb #dac0696a
-def _divided(d): return kind_of(d)=='text' and text_splits(d).keys()!={'train'}
+def _takes(d)->tuple: # of the first three of `HOW`
+    "What a data set may take of that which is said for all"
+    if (kind := kind_of(d))=='table': return HOW[:3]
+    return ('split',) if kind=='text' and text_splits(d).keys()!={'train'} else ()
 
-def _check_own(d):
+def _check_own(d, divided):
     "Refuse what a plain text says of itself and has not"
     how = getattr(d, 'how', {})
     subset, split = split_of(how.get('subset'), how.get('split'))
-    plain_only(_called(d), how.get('column'), subset, None if _divided(d) else split)
+    plain_only(_called(d), how.get('column'), subset, None if divided else split)
     if how.get('pack'):
         raise ReplaceMeError(f"dataset {_called(d)} is plain text, and pack strings the rows of a table "
                              "together: leave it out.")
@@ -1705,17 +1708,17 @@ def given_to(given, # data sets
              column=None, subset=None, split=None)->list: # of `(column, subset, split)`, one for each
     "What each of them takes of that which is said for all; what none of them takes is refused"
     subset, split = split_of(subset, split)
-    said, took = dict(column=column, subset=subset, split=split), []
-    for d in given:
-        if not (table := kind_of(d)=='table'): _check_own(d)
-        how, takes = getattr(d, 'how', {}), HOW[:3] if table else ('split',)*_divided(d)
-        took.append(tuple(v if k in takes and k not in how else None for k,v in said.items()))
-    if not any(kind_of(d)=='table' or _divided(d) for d in given): plain_only(_called(given[0]), **said)
-    for (k,v),vs in zip(said.items(), zip(*took)):
-        if v is not None and not any(x is not None for x in vs) and any(kind_of(d)=='table' for d in given):
+    said, takes = dict(column=column, subset=subset, split=split), [*map(_takes, given)]
+    tables = any('column' in t for t in takes)
+    for d,t in zip(given, takes):
+        if 'column' not in t: _check_own(d, 'split' in t)
+    if not tables: plain_only(_called(given[0]), column, subset, None if any(takes) else split)
+    heeds = [[k for k in t if k not in getattr(d, 'how', {})] for d,t in zip(given, takes)]
+    for k,v in said.items():
+        if tables and v is not None and not any(k in h for h in heeds):
             raise ReplaceMeError(f"{k} {v!r} is said for all data sets, and each table says its own: "
                                  "leave it out.")
-    return took
+    return [tuple(v if k in h else None for k,v in said.items()) for h in heeds]
 
 # %% ../nbs/03_data.ipynb #b52c6f64
 def load_parts(dataset='self', # see the table at the top; a list is a mixture

@@ -138,6 +138,12 @@ def test_a_key_for_all_data_sets_goes_to_those_that_take_it():
     assert texts[0][0] == ROWS[0][::-1] and texts[1][0] == ROWS[0]
     with pytest.raises(ReplaceMeError, match="column 'nix' is said for all data sets, and each table says its own"):
         data.load_parts([three[0], "a.txt"], column="nix", tokenizer=tiny_tokenizer(), size=4)
+    for split in "train", "test":
+        Path("parted", split).mkdir(parents=True)
+        Path("parted", split, "a.txt").write_text(f"This is {split}. " * 40)
+    assert data.load_parts("parted", split="test", tokenizer=tiny_tokenizer(), size=1)[0][0].startswith("This is test")
+    with pytest.raises(ReplaceMeError, match="has no column 'nix'"):
+        data.load_parts("parted", column="nix", tokenizer=tiny_tokenizer(), size=1)
     text = evaluate(model_path="tiny", eval_dataset=three, eval_column="text", eval_length=16, eval_size=2)
     assert text["domains"].keys() == {"t.jsonl", "u.jsonl", "a.txt"}
 
