@@ -65,7 +65,7 @@ def test_a_map_alone_is_applied_as_its_card_says(keys):
     a, b = want(ids).logits, there["pruned"](ids).logits
     assert (a - b).norm() < 1e-4 * a.norm()
     with safe_open("map/transform.safetensors", "pt") as f:
-        assert ("stream" in f.metadata()["use"]) == ("merge" in keys)
+        assert ("no MLP adds" in f.metadata()["use"]) == ("merge" in keys)
 
 
 def test_a_map_of_the_state_is_never_folded():
