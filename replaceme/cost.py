@@ -1070,7 +1070,7 @@ def _notes(cfg, c): # a Case
     if cfg.layers_to_skip=='auto':
         said.append("layers_to_skip is auto: one layer is counted, and the curve is not")
     if cfg.door=='run' and cfg.speed:
-        said.append(f"timing both models takes up to about {cfg.speed_seconds:g} s more (speed: false does not)")
+        said.append(f"timing both models takes up to {cfg.speed_seconds:g} s more (speed: false does not)")
     if getattr(cfg, 'tasks', None) is not None: said.append("tasks are not counted")
     if neighbours()>1 and _device(cfg).type in ('cpu', 'mps'):
         said.append(f"{neighbours()} processes share the memory: what is held and free is that of one")
