@@ -578,7 +578,7 @@ def borrowing(self:Case, blocks=1): # -> steps
     "Sums of twice the neurons for each layer that goes, and the choice"
     p, d, texts = self.borrows(), self.shape.d, self.texts
     if not p: return
-    share = min(1, 4*p/max(1, texts.tokens))
+    share = min(1, ASKED*p/2/max(1, texts.tokens))
     tokens = share*texts.tokens
     asked = 2*share*walk(self.shape, texts, self.n-1)+sums(self.shape, tokens, p)
     sizes = [p*.8**k for k in range(4)] # a fifth goes each time
@@ -840,7 +840,7 @@ def moments(self:Case)->dict: # {moment: {part: bytes}}
     more = self.measured_sums() if self.recipe else {}
     if self.texts.shapes: out['calibrate'] = {**W, **self.activations(self.texts), **more}
     if (q := self.borrows()):
-        choice = {'choice of neurons to borrow': borrow_bytes(q//2, s.d, s.item)}
+        choice = {'choice of neurons to borrow': borrow_bytes(q//2, s.d)}
         out['borrow'] = {**W, **self.activations(self.texts), **choice}
     if self.recipe:
         out['fit'] = {**W, **self.activations(self.texts), **self.fitted_sums(), **self.changed()}

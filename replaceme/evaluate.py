@@ -258,11 +258,24 @@ def _builtin():
     return TaskManager()
 
 # %% ../nbs/13_evaluate.ipynb #022e0801
+def _named(cfg):
+    "The names that the config of a group speaks of"
+    for o in cfg['task'] if isinstance(cfg.get('task'), list) else [cfg.get('task', cfg.get('group'))]:
+        if isinstance(o, dict): yield from _named(o)
+        else: yield o
+
+def _complete(m):
+    "Is all that its groups name among its own tasks? Of a tag, others may hold more"
+    named = (n for g in m.all_groups for n in _named(m.task_index[g].cfg))
+    return all(n in m.task_index and m.task_index[n].kind.name!='TAG' for n in named)
+
 def _managers(folders, names):
-    "Those who know the tasks: the local folders alone where they suffice"
+    "Those who know the tasks: the local folders alone where they suffice, since finding all takes seconds"
     from lm_eval.tasks import TaskManager
     local = [TaskManager(include_path=f, include_defaults=False) for f in folders]
-    if any(m.all_groups for m in local): return [TaskManager(include_path=list(folders))]
+    if any(m.all_groups for m in local): # a group may be of tasks in several folders
+        local = [TaskManager(include_path=list(folders), include_defaults=False)]
+        if not _complete(local[0]): return [TaskManager(include_path=list(folders))]
     missing = [n for n in names if not any(n in m.task_index for m in local)]
     return local + [_builtin()] if missing else local
 

@@ -174,12 +174,18 @@ def _texts(ends, k, rows): # of batch `k` -> (batch, states that enter, states t
     return {key: v[rows] for key,v in ends.batches[k].items()}, take(ends.ours[k]), take(ends.target[k])
 
 # %% ../nbs/12_states.ipynb #5ead2009
-def some_states(ends, group, step)->list: # of (batch, states that enter, states to be)
+@dataclass
+class _Some:
+    "Some texts of kept states, read when they are looked at: of `(batch, states that enter, states to be)`"
+    ends:Ends
+    rows:list # of (number of a batch, numbers of its texts)
+    def __len__(self): return len(self.rows)
+    def __getitem__(self, i): return _texts(self.ends, *self.rows[i])
+
+def some_states(ends, group, step)->_Some:
     "One text in `step` of a group over all processes, by their content: neither order nor batches decide"
     mine = {k: text_digests([ends.batches[k]]) for k in ends.groups[group]}
     every = sorted(d for theirs in everybody([*itertools.chain(*mine.values())]) for d in theirs)
-    chosen, out = {*every[::step]}, []
-    for k,said in mine.items():
-        rows = [i for i,d in enumerate(said) if d in chosen]
-        if rows: out.append(_texts(ends, k, rows))
-    return out
+    chosen = {*every[::step]}
+    rows = {k: [i for i,d in enumerate(said) if d in chosen] for k,said in mine.items()}
+    return _Some(ends, [(k, these) for k,these in rows.items() if these])

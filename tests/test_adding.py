@@ -1,9 +1,9 @@
 """One file adds a method, its keys and a metric: they are in the YAML, in --help, in the bench and in the report, and nothing else was touched."""
 import json
-import subprocess
 import sys
 
 import pytest
+import warm
 
 from replaceme.models import tiny_model, tiny_tokenizer
 
@@ -53,7 +53,7 @@ def place(tmp_path_factory):
 
 
 def call(place, code, when="after"):
-    p = subprocess.run([sys.executable, "-c", WHEN[when] + code], cwd=place, capture_output=True, text=True)
+    p = warm.run([sys.executable, "-c", WHEN[when] + code], cwd=place, capture_output=True, text=True, fresh=True)
     assert "Traceback" not in p.stderr, p.stderr
     return p
 

@@ -1,10 +1,10 @@
 """From a folder to a folder, for models beyond the plain decoder: experts, norms behind the MLP, image encoders, hybrids."""
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
+import warm
 from safetensors import safe_open
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer, ViTImageProcessor
 
@@ -121,7 +121,7 @@ def test_a_norm_behind_the_sum_with_the_stream(method, text_model, tmp_path):
     result, folder = run(make_config(**keys, method=method, merge=False))
     assert result["fit"]["map"] == "state" and result["fit"]["error"] < result["fit"]["removal_error"] and "parameters" in result["fit"]["cost"]
     assert "trust_remote_code=True" in (folder / "README.md").read_text(encoding="utf-8")
-    out = subprocess.run([sys.executable, "-c", FRESH, str(folder), str(tmp_path / "logits.pt")], capture_output=True, text=True)
+    out = warm.run([sys.executable, "-c", FRESH, str(folder), str(tmp_path / "logits.pt")], capture_output=True, text=True, fresh=True)
     assert out.returncode == 0, out.stderr[-2000:]
     removed, plain = run(make_config(**{**keys, "save_path": str(tmp_path / "plain")}, method="remove"))
     model = AutoModelForCausalLM.from_pretrained(plain)

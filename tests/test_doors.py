@@ -50,16 +50,17 @@ def test_a_door_and_a_room_of_one_name_stand_in_any_order(name, something):
     def written(*ways):
         return "\n".join([FOUND.get(w, w) for w in ways]).replace("NAME", name).replace("SOMETHING", something)
     codes = [written(*pair, WHOLE) for pair in itertools.permutations(FOUND, 2)]
-    python(f"""
-import os, sys, replaceme.cli
-for name in [m for m in sys.modules if m.split('.')[0] == 'replaceme']: del sys.modules[name]
+    code = f"""
+import os, sys
 for code in {codes!r}:
     if (child := os.fork()) == 0:
         try: exec(code, {{}})
         except BaseException as e: print(code, repr(e), file=sys.stderr, flush=True); os._exit(1)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0, code
-""")
+"""
+    p = warm.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, fresh=True)
+    assert p.returncode == 0, p.stderr
 
 
 def test_a_door_that_becomes_a_room_stays_a_door(tmp_path):

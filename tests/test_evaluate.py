@@ -322,3 +322,23 @@ def test_chat_model_answers(smol):
 def test_perplexity_repr():
     text = "perplexity 27.44 (3.312 ± 0.061 nats/token over 12264 tokens)"
     assert repr(Perplexity(27.44, 3.312, 12264, .061)) == text
+
+
+@pytest.mark.parametrize("members, complete", [
+    ("[a, b]", True), ("a", True), ("[a, piqa]", False), ("[a, {task: sciq, num_fewshot: 2}]", False),
+    ("[{group: inner, task: [b, {task: a}]}]", True), ("[{group: inner, task: [b, boolq]}]", False),
+    ("[a, kind]", False)])  # a tag: others may be of it too
+def test_a_group_of_local_tasks_needs_no_others(tmp_path, monkeypatch, members, complete):
+    from lm_eval.tasks import TaskManager
+    from replaceme import evaluate
+    (tmp_path / "a.yaml").write_text("task: a\ndataset_path: json\n")
+    (tmp_path / "b.yaml").write_text("task: b\ntag: kind\ndataset_path: json\n")
+    (tmp_path / "g.yaml").write_text(f"group: both\ntask: {members}\n")
+    asked, plain = [], TaskManager.__init__
+    monkeypatch.setattr(TaskManager, "__init__", lambda self, include_defaults=True, **kw: (
+        asked.append(include_defaults), plain(self, include_defaults=False, **kw))[1])
+    monkeypatch.setattr(evaluate, "_builtin", lambda: "all")
+    found = evaluate._managers([str(tmp_path)], ["both"])
+    assert any(asked) != complete and len(found) == 1
+    if complete:
+        assert evaluate._managers([str(tmp_path)], ["both", "piqa"])[1:] == ["all"]

@@ -1,10 +1,10 @@
 """The contract every family must pass, on tiny random models in float32: exact fold, identity, save, reload, KV cache."""
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
+import warm
 
 from replaceme.arch import fold_points, layers_of, n_hooks
 from replaceme.blocks import Block, candidates
@@ -92,7 +92,7 @@ def test_saved_model_needs_no_replaceme(name, tmp_path):
     small = replace_block(make(name), Block(2, 4), MAP)
     small.generation_config.pad_token_id = 0
     small.save_pretrained(tmp_path)
-    out = subprocess.run([sys.executable, "-c", FRESH, str(tmp_path), json.dumps(IDS.tolist())], capture_output=True, text=True)
+    out = warm.run([sys.executable, "-c", FRESH, str(tmp_path), json.dumps(IDS.tolist())], capture_output=True, text=True, fresh=True)
     assert out.returncode == 0, out.stderr[-2000:]
     (cached, uncached), logits = json.loads(out.stdout.splitlines()[-1])
     assert cached == uncached

@@ -1,11 +1,11 @@
 """Gemma 3 270M: three of 18 layers out of a real model with a norm behind the MLP, fitted through it, as a plain checkpoint."""
 import json
 import math
-import subprocess
 import sys
 
 import pytest
 import torch
+import warm
 
 from replaceme.blocks import Block
 from replaceme.core import cache_dir
@@ -54,7 +54,7 @@ def test_three_layers_less_through_the_norm_behind(gemma, tmp_path):
     assert losses["folded"] - losses["dense"] < .5 * (losses["removed"] - losses["dense"]), losses
     assert math.exp(losses["folded"] - losses["beside"]) < 1.12, losses  # in perplexity
     save_checkpoint(small, tmp_path, inputs=tok)
-    out = subprocess.run([sys.executable, "-c", FRESH, str(tmp_path), json.dumps(ids.tolist())], capture_output=True, text=True)
+    out = warm.run([sys.executable, "-c", FRESH, str(tmp_path), json.dumps(ids.tolist())], capture_output=True, text=True, fresh=True)
     assert out.returncode == 0, out.stderr[-2000:]
     n, kind, again = out.stdout.split()
     assert (n, kind) == ("15", "Gemma3ForCausalLM") and float(again) == pytest.approx(losses["folded"], abs=1e-3)

@@ -2,11 +2,11 @@
 import copy
 import json
 import math
-import subprocess
 import sys
 
 import pytest
 import torch
+import warm
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -225,7 +225,7 @@ def test_saved_and_loaded_without_replaceme(name, own, tmp_path):
     small, res = slicegpt(make(name), in_batches(4), fraction=.6, plain=not own)
     save_checkpoint(small, tmp_path)
     assert (tmp_path / "modeling_replaceme.py").exists() == bool(own)
-    out = subprocess.run([sys.executable, "-c", FRESH, str(tmp_path), json.dumps(IDS.tolist()), own], capture_output=True, text=True)
+    out = warm.run([sys.executable, "-c", FRESH, str(tmp_path), json.dumps(IDS.tolist()), own], capture_output=True, text=True, fresh=True)
     assert out.returncode == 0, out.stderr[-2000:]
     logits, cached, uncached = json.loads(out.stdout.splitlines()[-1])
     assert cached == uncached and torch.allclose(torch.tensor(logits), small(IDS).logits, atol=1e-5)

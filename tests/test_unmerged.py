@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import warm
 import transformers
 from safetensors import safe_open
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
@@ -96,7 +97,7 @@ torch.save(out, folder+'/out.pt')
 def python(code, *args):
     "Run code in a process of its own that has no terminal."
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, stdin=subprocess.DEVNULL, env=env)
+    return warm.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, stdin=subprocess.DEVNULL, env=env, fresh=True)
 
 
 def test_a_fresh_process_computes_the_same(tmp_path):

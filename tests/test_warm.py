@@ -51,3 +51,9 @@ def test_what_imports_read_makes_it_an_ordinary_process():
     p = warm.Popen([sys.executable, "-c", "import sys; print('torch' in sys.modules)"], env={**os.environ, "PYTHONPATH": "/nowhere"}, stdout=subprocess.PIPE, text=True)
     assert p.communicate()[0] == "False\n" and not p.warm
     assert warm.run([sys.executable, "-c", "import sys; print('torch' in sys.modules)"], capture_output=True, text=True).stdout == "True\n"
+
+
+def test_a_fresh_one_has_seen_nothing_of_ours():
+    code = "import sys; print(sorted({m.split('.')[0] for m in sys.modules} & {'replaceme', 'torch', 'transformers'}))"
+    assert [warm.run([sys.executable, "-c", code], capture_output=True, text=True, fresh=fresh).stdout.strip() for fresh in (True, False, True)] == [
+        "['torch', 'transformers']", "['replaceme', 'torch', 'transformers']", "['torch', 'transformers']"]

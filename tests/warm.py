@@ -1,8 +1,9 @@
 """Processes that import nothing: one that has imported everything forks them, so that each takes milliseconds to start, not seconds.
 
 `run` and `Popen` are those of `subprocess`, for commands that begin with this interpreter or with a script of it. Such a process has its
-own arguments, environment, folder, streams, signals and exit status, as any other. Where its environment holds other variables that are
-read while something is imported it is an ordinary process; and who tests imports themselves uses `subprocess`.
+own arguments, environment, folder, streams, signals and exit status, as any other. With `fresh` it has imported what others wrote, and
+nothing of `replaceme`. Where its environment holds other variables that are read while something is imported it is an ordinary process; and
+who tests imports themselves uses `subprocess`.
 """
 import atexit
 import json
@@ -15,16 +16,15 @@ import sys
 import types
 
 READ_BY_IMPORTS = ("PYTHON", "HF_", "TRANSFORMERS", "TORCH", "OMP_", "MKL_", "CUDA", "MPL", "TOKENIZERS")
-SERVER = []  # the socket of the process that forks
+SERVERS = {}  # the sockets of the processes that fork: of the fresh one, and of that which has imported everything
 
 
-def server():
-    if not SERVER:
-        ours, theirs = socket.socketpair()
-        subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+def server(fresh):
+    if fresh not in SERVERS:
+        SERVERS[fresh], theirs = socket.socketpair()
+        subprocess.Popen([sys.executable, __file__, str(theirs.fileno()), *["fresh"] * fresh], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         theirs.close()
-        SERVER.append(ours)
-    return SERVER[0]
+    return SERVERS[fresh]
 
 
 def ours(args):
@@ -45,13 +45,17 @@ def imports_alike(env):
 class Popen(subprocess.Popen):
     warm = False
 
+    def __init__(self, *args, fresh=False, **more):
+        self.fresh = fresh
+        super().__init__(*args, **more)
+
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell, *more):
         words = None if shell or preexec_fn or pass_fds or isinstance(args, (str, bytes)) else ours(args)
         if words is None or not imports_alike(env):
             return super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell, *more)
         fds, self.warm = more[:6], True
         self.talk, theirs = socket.socketpair()
-        socket.send_fds(server(), [b"x"], [i if fd == -1 else fd for i, fd in enumerate((fds[0], fds[3], fds[5]))] + [theirs.fileno()])
+        socket.send_fds(server(self.fresh), [b"x"], [i if fd == -1 else fd for i, fd in enumerate((fds[0], fds[3], fds[5]))] + [theirs.fileno()])
         theirs.close()
         asked = dict(args=words, cwd=os.fspath(cwd or os.getcwd()), env=dict(os.environ if env is None else env))
         self.talk.sendall(json.dumps(asked).encode() + b"\n")
@@ -161,16 +165,18 @@ def keep(fds):
     os._exit(0)
 
 
-def serve(sock):
+def serve(sock, fresh):
     import gc
 
+    import datasets  # noqa: F401
     import lm_eval.tasks  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
     import transformers.trainer  # noqa: F401
 
-    import replaceme.cli  # noqa: F401
-    import replaceme.contract  # noqa: F401
+    if not fresh:
+        import replaceme.cli  # noqa: F401
+        import replaceme.contract  # noqa: F401
     gc.collect()
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -186,4 +192,4 @@ def serve(sock):
 
 
 if __name__ == "__main__":
-    serve(socket.socket(fileno=int(sys.argv[1])))
+    serve(socket.socket(fileno=int(sys.argv[1])), "fresh" in sys.argv)
