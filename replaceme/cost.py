@@ -623,15 +623,15 @@ def several(self:Case): # -> steps
     if self.cfg.distances_path is None or given:
         words = 'the attention sink, on a batch' if given else f'profile: {self.n} layers'
         yield Step('calibrate', words, self.passes(seen)+self.profile(seen))
+    parts = self.around, self.borrowing, self.mapping, self.refitting
+    full = [step for part in parts for step in part(blocks)]
     if r.select!='distance' and k>1:
-        tried = self.passes(self.fit, self.end)+solve(self.p, self.shape.d)
-        tried += sums(self.shape, self.fit.tokens, self.p)
+        tried = blocks*(self.passes(self.fit, self.end)+sums(self.shape, self.fit.tokens, self.p))
+        tried += blocks*solve(self.p, self.shape.d)
+        if r.solver=='closed': tried = sum((step.work for step in full), Work()) # in full
         loss = self.passes(self.held.alone(), head=True, gone=self.gone)
-        yield Step('fit', f'{k} ways of up to {blocks} blocks tried', k*(blocks*tried+loss))
-    yield from self.around(blocks)
-    yield from self.borrowing(blocks)
-    yield from self.mapping(blocks)
-    yield from self.refitting(blocks)
+        yield Step('fit', f'{k} ways of up to {blocks} blocks tried', k*(tried+loss))
+    yield from full
 
 # %% ../nbs/23_cost.ipynb #23c05767
 @patch

@@ -57,6 +57,7 @@ class Recipe:
     refit:int = 0 # layers behind the cut that are refitted
     borrow:bool = False # may a wide map's layer take neurons of the layers that go?
     turns:int = 2 # of a fit through a norm; later ones fit noise
+    apart:bool = False # are held-out texts left out of what is fitted in the end, so that they can judge it?
     rows_path:str|None = None # folder for the activations of the iterative solvers; None is a temporary one
 
     @property
@@ -134,7 +135,7 @@ def solve_trial(g, held, r:Recipe)->Fit:
 def _solve_both(g, held, r:Recipe)->tuple: # (Fit, the one from the texts of the fit alone, or None)
     "The map, and where layers behind it will be judged on the held-out texts, the one that has not seen them"
     fit = solve_sums(g, held, r)
-    return fit, _alone(g, fit, r) if held is not None and r.refit else None
+    return fit, _alone(g, fit, r) if held is not None and (r.refit or r.apart) else None
 
 # %% ../nbs/14_search.ipynb #0559c498
 def solve_rows(rows, r:Recipe)->Fit:
@@ -400,15 +401,16 @@ def _refitted(dense, before, model, held, at, b, n,
               fits, # `(Fit, the one from the texts of the fit alone, or None)`
               r, ends)->list: # what was done
     "Refit the first `n` layers behind block `b` of `model`, in place, and move them as far as is good"
-    alone, steps, every = fits[1], {}, range(len(ends.groups))
+    alone, steps, every = fits[1], {}, [0] if r.apart else range(len(ends.groups))
     def refit(model, groups, name):
         with temporary_folder() as folder:
             with together(): cut = cut_behind(ends, model, at, groups, folder, name)
             return _refit_behind(dense, model, at, b, n, cut, r)
-    if alone:
+    if alone and not r.apart:
         trial = stand_in(before, Block(at, at+len(b)), alone)
         steps = _steps(dense, trial, held, refit(trial, [0], 'trial'))
     refits = refit(model, every, 'all')
+    if alone and r.apart: steps = _steps(dense, model, held, refits)
     _move(refits, steps)
     return [o.said for o in refits]
 
@@ -433,6 +435,7 @@ def _fit_block(dense, model, batches, held, b, at, n, r, first): # -> (Fit, mode
         before, lent = model, None
         if _borrows(r): before, lent = borrow(dense, model, batches, at, b, r.weights, ends)
         both = _two_fits(dense, before, batches, held, b, at, r, ends) if first is None else first
+        if r.apart and both[1]: both = both[1], both[1]
         fit = replace(both[0], removal_error=lent.removal_error) if lent else both[0]
         small = stand_in(before, Block(at, at+len(b)), fit)
         go = n and ends is not None
@@ -532,14 +535,20 @@ def prune_one(model, batches, held, found, # Measured, with the features of `r.t
     return done
 
 # %% ../nbs/14_search.ipynb #7605f1bd
+def _to_judge(model, batches, held, blocks, r):
+    "A way as it would be fitted in full, of the texts of the fit alone; iterative solvers give a closed form"
+    if r.solver=='closed': return fit_blocks(model, batches, held, blocks, replace(r, apart=True)).model
+    trial = replace(r.trial, ridge=1e-2 if r.ridge=='auto' else r.ridge)
+    return fit_blocks(model, batches, [], blocks, trial).model
+
 def prune_several(model, batches, held,
                   ways, # of `(sum of distances, [Block, ...])`, best first
                   r:Recipe)->Pruned:
     "Choose between ways to take several blocks out, and fit the winner"
     ways = ways[:r.top_k] if r.select!='distance' else ways[:1]
-    rows, trial = [], replace(r.trial, ridge=1e-2 if r.ridge=='auto' else r.ridge)
+    rows = []
     for d,blocks in ways if len(ways)>1 else []:
-        small = fit_blocks(model, batches, [], blocks, trial).model
+        small = _to_judge(model, batches, held, blocks, r)
         loss = noted(lambda: outcome(model, small, held), f'held-out loss of {blocks}', text_digests(held))
         rows.append(dict(blocks=[list(b) for b in blocks], distance=d, loss=loss))
     done = fit_blocks(model, batches, held, ways[winner(rows, 'loss') if rows else 0][1], r)
