@@ -269,6 +269,7 @@ def _complete(m):
     named = (n for g in m.all_groups for n in _named(m.task_index[g].cfg))
     return all(n in m.task_index and m.task_index[n].kind.name!='TAG' for n in named)
 
+# %% ../nbs/13_evaluate.ipynb #022e0802
 def _managers(folders, names):
     "Those who know the tasks: the local folders alone where they suffice, since finding all takes seconds"
     from lm_eval.tasks import TaskManager

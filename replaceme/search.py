@@ -59,15 +59,13 @@ class Recipe:
     turns:int = 2 # of a fit through a norm; later ones fit noise
     apart:bool = False # are held-out texts left out of what is fitted in the end, so that they can judge it?
     rows_path:str|None = None # folder for the activations of the iterative solvers; None is a temporary one
-
     @property
     def features(self):
         return Features(self.map=='wide', self.map in ('state', 'none'), self.affine, self.weights)
     @property
-    # for the choice: a narrow map ranks the blocks as a wide one does, from sums a tenth of the size
-    def trial(self):
-        return replace(self, map=self.map if self.map in ('state', 'none') else 'narrow', refit=0, turns=1,
-                       borrow=False)
+    def trial(self): # a narrow map ranks the blocks as a wide one does, from sums a tenth of the size
+        own = self.map if self.map in ('state', 'none') else 'narrow'
+        return replace(self, map=own, refit=0, turns=1, borrow=False)
     @property
     def needs_held(self): return self.select!='distance' or self.ridge=='auto'
 
@@ -541,6 +539,7 @@ def _to_judge(model, batches, held, blocks, r):
     trial = replace(r.trial, ridge=1e-2 if r.ridge=='auto' else r.ridge)
     return fit_blocks(model, batches, [], blocks, trial).model
 
+# %% ../nbs/14_search.ipynb #7605f1be
 def prune_several(model, batches, held,
                   ways, # of `(sum of distances, [Block, ...])`, best first
                   r:Recipe)->Pruned:
