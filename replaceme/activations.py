@@ -121,7 +121,8 @@ def sides(one, # a model of one layer
     def look(k, wrote, read): m[k], h[k] = masked(wrote, mask), _read(read, mask)
     full = x.new_zeros(*mask.shape, x.shape[1]); full[mask] = x
     def swap(layer, args, kwargs):
-        new = full.to(hidden_arg(args, kwargs))
+        old = hidden_arg(args, kwargs) # some string the patches of all images together
+        new = full.to(old).reshape(old.shape)
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, 'hidden_states': new})
     with hooks(layers_of(one)[0].register_forward_pre_hook(swap, with_kwargs=True)):
         tap(one, batch, lambda i,y: out.append(masked(y, mask)) if i==1 else None, look,

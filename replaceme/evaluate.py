@@ -117,7 +117,8 @@ def first_output(out): return out.last_hidden_state if hasattr(out, 'last_hidden
 @torch.no_grad()
 def last_states(model, batches)->list: # of `(B,S,d)`, on the CPU
     "What the backbone makes of each batch"
-    with judging(model): return [first_output(run(model, b)).float().cpu() for b in batches]
+    def of_each(b, y): return y.reshape(len(next(iter(b.values()))), -1, y.shape[-1]) # one string in Pixtral
+    with judging(model): return [of_each(b, first_output(run(model, b)).float().cpu()) for b in batches]
 
 # %% ../nbs/13_evaluate.ipynb #21d63e63
 def outputs(model, batch): # logits of a language model, last states of an image encoder; float32, on the CPU

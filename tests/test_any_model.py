@@ -205,7 +205,7 @@ def test_contradictions(keys, why):
         make_config(**keys)
 
 
-@pytest.mark.parametrize("family", ["vit", "clip", "dinov2", "siglip_vision_model", "dinov3_vit"])
+@pytest.mark.parametrize("family", ["vit", "clip", "dinov2", "siglip_vision_model", "dinov3_vit", "pixtral"])
 @torch.no_grad()
 def test_an_image_encoder_from_a_folder_of_pictures(family, image_model):
     result, folder = run(make_config(**image_model(family)))
