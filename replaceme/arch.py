@@ -719,25 +719,30 @@ def fold_points(model,
 def _in_attention(name): return any('attn' in p or 'attention' in p for p in name.split('.'))
 
 # %% ../nbs/02_arch.ipynb #7b9caaa3
+def _silent(m, args, out): return with_first(out, first(out)*0)
+
 @torch.no_grad()
 def attention_point(model,
                     i, # layer, 0-based
-                   ): # FoldPoint with the probe's error, or None where there is no such matrix
+                    mlp, # its FoldPoint
+                   ): # FoldPoint, or None where there is no such matrix
     "The weight that writes attention's contribution of a layer"
     found = []
     def after(layer, args, kwargs, out):
         t = trace(layer, args, kwargs, width(model))
-        mods = dict(layer.named_modules())
+        mods, tol = dict(layer.named_modules()), probe_tolerance(t)
         names = [n for n in t.calls if _in_attention(n) and is_linear(mods[n]) and len(t.calls[n])==1]
         if names:
-            norm = norm_after(t, names[-1], probe_tolerance(t))
+            norm = norm_after(t, names[-1], tol)
             writes = names[-1] if norm is None else norm.name
-            p = probe(t, [mods[writes]], t.calls[writes][0][0])
-            c = 1. if p.factor is None else p.factor
-            w = Writer(names[-1], mods[names[-1]], c, {})
-            found.append(FoldPoint([w], [(mods[writes], c)], p.error, norm))
+            p, m = probe(t, [mods[writes]], t.calls[writes][0][0]), mods[names[-1]]
+            if p.error<=tol and isinstance(p.factor, float):
+                w = Writer(names[-1], m, p.factor, writing_params(m))
+                found.append(FoldPoint([w], [(mods[writes], p.factor)], p.error, norm))
         raise _Stop
-    with judging(model), hooks(layers_of(model)[i].register_forward_hook(after, with_kwargs=True)):
+    taps = [m.register_forward_hook(_silent) for m,_ in mlp.taps]
+    after = layers_of(model)[i].register_forward_hook(after, with_kwargs=True)
+    with judging(model), hooks(after, *taps):
         try: run(model, dummy(model))
         except _Stop: pass
     return found[0] if found else None

@@ -216,13 +216,10 @@ def _sums_behind(one, cut, point, feats, d, ridge):
 # %% ../nbs/14_search.ipynb #ccd04136
 def _output_matrices(model, i)->list: # of FoldPoint
     "The matrices that can be refitted: attention's and the MLP's, where each is one linear layer"
-    mlp, attention = find_points(model, [i])[i], attention_point(model, i)
+    mlp = find_points(model, [i])[i]
     if isinstance(mlp, str) or mlp.linear is None or isinstance(mlp.factor, Tensor): return [] # left as it is
-    if attention is None or attention.name==mlp.name: return [mlp]
-    w = attention.linear
-    n = attention.norm
-    return [FoldPoint([replace(w, factor=mlp.factor, params=writing_params(w.module))],
-                      [(w.module if n is None else n.module, mlp.factor)], attention.error, n), mlp]
+    attention = attention_point(model, i, mlp)
+    return [mlp] if attention is None or attention.name==mlp.name else [attention, mlp]
 
 # %% ../nbs/14_search.ipynb #7ba4c0e2
 def put_wide(p, fit):
