@@ -275,12 +275,14 @@ def mask_tokens(batches, # dicts with `input_ids` and `attention_mask`, `(B,S)`;
     if isinstance(share, bool) or not isinstance(share, Real) or not 0<=share<1:
         raise ReplaceMeError(f"the share of tokens to mask is {share!r}: "
                              "it must be a number from 0 to less than 1.")
-    rng = torch.Generator().manual_seed(seed)
-    def masked(mask):
-        out = mask.clone()
-        for row,m in zip(out, mask): row[hidden_tokens(m.nonzero()[:,0].cpu(), share, rng).to(m.device)] = 0
+    def masked(b):
+        out = b['attention_mask'].clone()
+        for row,text in zip(out, text_digests([b])):
+            # 32 bits are all that torch's generator on a CPU reads
+            rng = torch.Generator().manual_seed(int(digest_of([text, seed])[:8], 16))
+            row[hidden_tokens(row.nonzero()[:,0].cpu(), share, rng).to(row.device)] = 0
         return out
-    return [{**b, 'attention_mask': masked(b['attention_mask'])} for b in batches]
+    return [{**b, 'attention_mask': masked(b)} for b in batches]
 
 # %% ../nbs/03_data.ipynb #c2f9fe13
 def _begun_once(ids, before):

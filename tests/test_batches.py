@@ -11,7 +11,7 @@ from replaceme.core import ReplaceMeError
 from replaceme.data import grouped_by_length
 from replaceme.feed import fitting_batch, token_bytes
 from replaceme.models import tiny_model, tiny_tokenizer
-from replaceme.pipeline import feed_of, run
+from replaceme.pipeline import feed_of, prune, run
 from replaceme.search import hold_out
 
 LENGTHS = [3, 40, 7, 31, 12, 29, 5, 38, 21, 4, 17, 33]
@@ -133,3 +133,15 @@ def test_the_cost_counts_the_batches_of_auto(tmp_path):
     kw = dict(model_path=str(tmp_path / "tiny"), dataset=data, dataset_size=16, max_length=512, layers_to_skip=2, method="lstsq", eval_dataset=None)
     one, many, auto = [dry_run(make_config(**kw, batch_size=b)) for b in (1, 8, "auto")]
     assert auto.peak == many.peak != one.peak
+
+
+@pytest.mark.parametrize("family, layers, n, keys", [("gemma2", 5, 1, dict(refit=0)), ("glm4", 5, 1, dict(refit=0)), ("llama", 6, 2, dict(refit=0, mask=.3))])
+def test_what_auto_chooses_does_not_depend_on_the_batches(family, layers, n, keys):
+    "Behind a norm, whose weight is fitted on some of the texts for a trial, and with hidden tokens"
+    texts = [" ".join(chr(97 + (i * j) % 26) * (1 + j % 5) for j in range(10 + (i * 7) % 40)) for i in range(17)]
+    model, got = tiny_model(family, layers=layers, seed=0), []
+    for size in (1, 8):
+        _, r = prune(model, tiny_tokenizer(), n, method="auto", dataset=texts, dataset_size=17, max_length=40, batch_size=size, **keys)
+        got.append((r.block, [row["loss"] for row in r.choice], r.fit["error"]))
+    (a, losses, error), (b, others, other) = got
+    assert a == b and losses == pytest.approx(others, abs=1e-4) and error == pytest.approx(other, rel=1e-4), got

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import replaceme
-from replaceme.arch import layers_of
+from replaceme.arch import first, hooks, layers_of
 from replaceme.blocks import Block
 from replaceme.core import ReplaceMeError, ReplaceMeWarning
 from replaceme.data import check_steps
@@ -14,6 +14,7 @@ from replaceme.llm_pruner import llm_pruner
 from replaceme.merge import cut, relative_error, replace_block, save_checkpoint
 from replaceme.models import load_model, tiny_model, tiny_tokenizer
 from replaceme.recover import recover
+from replaceme.search import _output_matrices
 from replaceme.slicegpt import slicegpt
 
 IDS = torch.randint(5, 320, (8, 24), generator=torch.Generator().manual_seed(0))
@@ -153,3 +154,40 @@ def test_recover_by_hand():
     assert len(set(losses)) == 1
     with pytest.raises(ReplaceMeError, match="layer trains what stands at a cut, and no layer was cut out: use lora"):
         recover(dense, llm_pruner(dense, TEXT, 1)[0], [], texts, "layer", tokens=300)
+
+
+@pytest.mark.parametrize("family, keys", [("falcon_h1", dict(attention_out_multiplier=2., mlp_multipliers=[1., .25])),
+                                          ("granite", dict(residual_multiplier=.3)), ("llama", {}), ("gemma2", {})])
+@torch.no_grad()
+def test_attention_is_refitted_by_its_own_factor(family, keys):
+    "What a refit means to add to the stream is what the layer adds then; in Falcon-H1 the MLP has another factor"
+    model = tiny_model(family, layers=6, **keys)
+    model.config.use_cache = False
+    i, batch = 3, dict(input_ids=IDS)
+    seen = {}
+    point, _ = _output_matrices(model, i)
+    assert point.name == "self_attn.o_proj"
+    def state_between():
+        "The state of the stream between attention and the MLP, whose output is left out"
+        _, mlp = _output_matrices(model, i)
+        silent = [m.register_forward_hook(lambda m, a, y: 0 * y) for m, _ in mlp.taps]
+        with hooks(*silent, layers_of(model)[i].register_forward_hook(lambda m, a, y: seen.update(S=first(y))),
+                   point.taps[0][0].register_forward_hook(lambda m, a, y: seen.update(M=y))):
+            model(**batch)
+        return seen["S"].double(), seen["M"].double() * point.factor
+    S, M = state_between()
+    w = point.linear.module.weight if point.norm is None else point.norm.module.weight
+    w.add_(.1 * torch.randn(w.shape, generator=torch.Generator().manual_seed(1)))
+    S2, M2 = state_between()
+    assert relative_error(S2 - S, M2 - M) < 1e-4 < (S2 - S).norm()
+
+
+@torch.no_grad()
+def test_a_refit_brings_a_model_with_two_factors_nearer():
+    dense = tiny_model("falcon_h1", layers=6, attention_out_multiplier=2., mlp_multipliers=[1., .25])
+    want, off = dense.model(IDS).last_hidden_state, []
+    for refit in (0, 2):
+        small, _ = replaceme.prune(dense, tiny_tokenizer(), blocks=[[2, 4]], method="lstsq", dataset="python-docs", dataset_size=60,
+                                   max_length=40, refit=refit)
+        off.append(relative_error(small.model(IDS).last_hidden_state, want))
+    assert off[1] < off[0], off

@@ -152,15 +152,19 @@ def test_hidden_tokens_are_real_and_never_the_first(left, share):
     assert torch.equal(b["input_ids"], out["input_ids"]) and out["attention_mask"].dtype == before.dtype
 
 
-def test_hidden_tokens_depend_on_the_seed_alone():
+def test_hidden_tokens_depend_on_the_text_and_the_seed():
     lengths = [9, 40, 23, 2, 31]
     right, left = rectangle(lengths), rectangle(lengths, left=True, width=50)
+    for k, (n, new) in enumerate(zip(lengths, left["input_ids"])):  # the same texts, and other padding
+        new[50 - n:] = right["input_ids"][k, :n]
     def hidden(bs, **kw):  # within the text, whatever surrounds it
         outs = mask_tokens(bs, .3, **kw)
         return [n[o > 0].tolist() for b, out in zip(bs, outs) for o, n in zip(b["attention_mask"], out["attention_mask"])]
     expected = hidden([right])
     before = torch.get_rng_state()
     assert hidden([left]) == hidden([{k: v[i:i + 2] for k, v in left.items()} for i in (0, 2, 4)]) == expected
+    assert hidden([{k: v.flip(0) for k, v in left.items()}]) == expected[::-1]  # nor does the order
+    assert len({tuple(r) for r in hidden([rectangle([40] * 20)])}) > 10
     assert hidden([right], seed=1) != expected and torch.equal(before, torch.get_rng_state())
     same, = mask_tokens([right], 0)
     assert torch.equal(same["attention_mask"], right["attention_mask"])
