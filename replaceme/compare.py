@@ -46,6 +46,7 @@ from .pipeline import *
 
 # %% ../nbs/23_compare.ipynb #9c0a0162
 from .group import *
+from .intervals import nearest_ends
 from .draft import RUN, draft_cost, drafting, guesses
 from .scores import generation_key, tasks_key
 
@@ -53,6 +54,7 @@ from .scores import generation_key, tasks_key
 def paired(a, b, # (N,) losses of two models on the same pieces, or rights and wrongs on the same questions
            seed=0, # of the draws
            kinds=1, # of text that the pieces are of, one behind the other, each drawn from by itself
+           scores=False, # are they from 0 to 1? Then what is lost or won nowhere may still be somewhere
           )->tuple: # (difference, low, high)
     "Mean of `a-b` with its 95% interval by a paired bootstrap"
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
@@ -60,8 +62,10 @@ def paired(a, b, # (N,) losses of two models on the same pieces, or rights and w
         raise ReplaceMeError(f"one has {len(a)} pieces, the other {len(b)}: only what was measured on the "
                              "same pieces is a pair.")
     if len(a)<2: raise ReplaceMeError(f"{len(a)} piece has no spread: give two or more (eval_size).")
-    drawn = np.mean([*drawn_differences(a, b, range(kinds), seed).values()], 0)
-    low, high = np.quantile(drawn, [.025, .975])
+    low, high = np.quantile(drawn_differences(a, b, range(kinds), seed)[1], [.025, .975])
+    if scores: # nowhere is the difference of two larger than 1
+        low, high = [f(*e) for f,*e in zip((min, max), (low, high), nearest_ends(a-b, .025))]
+        low, high = max(low, -1.), min(high, 1.)
     return float((a-b).mean()), float(low), float(high)
 
 # %% ../nbs/23_compare.ipynb #20be644b
@@ -540,7 +544,8 @@ def ahead_text(rows)->str:
 def task_differences(r, best)->dict: # {task: {metric: {'value', 'to_best'}}}
     "The accuracy on each task with its interval, and what it is above or below the best row's"
     r, best = Row.of(r), Row.of(best)
-    one = lambda v, w: dict(value=list(paired(v, np.zeros(len(v)))), to_best=list(paired(v, w)))
+    one = lambda v, w: dict(value=list(paired(v, np.zeros(len(v)), scores=True)),
+                              to_best=list(paired(v, w, scores=True)))
     return {t: {m: one(v, best.right[t][m]) for m,v in ms.items()} for t,ms in r.right.items()}
 
 # %% ../nbs/23_compare.ipynb #e9f90cea

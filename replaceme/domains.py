@@ -25,12 +25,21 @@ def by_domain(values, # one for each piece, domain by domain, as many of each
     return {name: list(values[i*n:(i+1)*n]) for i,name in enumerate(names)}
 
 # %% ../nbs/20_domains.ipynb #5739b53c
+def _freedom(diff, n): # `{name: n differences}`
+    "Degrees of freedom of a mean over kinds"
+    v = np.array([np.var(d, ddof=1) for d in diff.values()])
+    return v.sum()**2/(v**2).sum()*(n-1) if v.any() else n-1
+
 def drawn_differences(a, b, # (K N,) losses of two models on the same pieces
                       names, # of the `K` domains
-                      seed=0)->dict: # {name: (draws,)}
-    "Draws of the mean difference in each domain"
-    rng, diff = np.random.default_rng(seed), np.subtract(a, b)
-    return {k: drawn_means(np.reshape(d, (-1, 1)), rng)[:,0] for k,d in by_domain(diff, names).items()}
+                      seed=0)->tuple: # {name: (draws,)}, (draws,) of their mean
+    "Draws of the mean difference in each domain, and of the mean over all"
+    rng, diff, n = np.random.default_rng(seed), by_domain(np.subtract(a, b), names), len(a)//len(names)
+    drawn = {k: drawn_means(np.reshape(d, (-1, 1)), rng)[:,0] for k,d in diff.items()}
+    m = {k: np.mean(d) for k,d in diff.items()}
+    over_all = np.mean([*drawn.values()], 0), np.mean([*m.values()])
+    return ({k: stretched(r, m[k], n) for k,r in drawn.items()},
+            stretched(*over_all, n, _freedom(diff, n) if n>1 else None))
 
 # %% ../nbs/20_domains.ipynb #18c9a779
 @dataclass
@@ -45,13 +54,13 @@ class Domain:
 def compare_domains(before, after, # (K N,) losses of both models, piece by piece
                     names, seed=0)->list: # of `Domain`, the mean over all of them last
     "Two models on each kind of text"
-    drawn = drawn_differences(after, before, names, seed)
+    drawn, of_mean = drawn_differences(after, before, names, seed)
     a, b = [by_domain(x, names) for x in (before, after)]
     def ends(x): return [*middle(x)] if len(after)>len(names) else [None, None]
     def one(k): return Domain(k, float(np.mean(a[k])), float(np.mean(b[k])),
                               [float(np.mean(b[k])-np.mean(a[k])), *ends(drawn[k])])
     x, y = float(np.mean(before)), float(np.mean(after))
-    mean = Domain(f'mean of {len(names)}', x, y, [y-x, *ends(np.mean([*drawn.values()], 0))])
+    mean = Domain(f'mean of {len(names)}', x, y, [y-x, *ends(of_mean)])
     return [*map(one, names), mean]
 
 # %% ../nbs/20_domains.ipynb #deee5cca

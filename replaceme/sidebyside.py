@@ -59,8 +59,8 @@ def perplexity_ratio(d, # a `Divergence`
     diff = np.subtract(d.other_losses, d.losses)
     p = lambda x: float(100*np.exp(np.minimum(x, 700)))
     if len(diff)<2*len(kinds or ['text']): return p(diff.mean()), None, None
-    drawn = drawn_differences(d.other_losses, d.losses, kinds or ['text'], seed)
-    return (p(diff.mean()), *map(p, middle(np.mean([*drawn.values()], 0))))
+    _, drawn = drawn_differences(d.other_losses, d.losses, kinds or ['text'], seed)
+    return (p(diff.mean()), *map(p, middle(drawn)))
 
 # %% ../nbs/21_sidebyside.ipynb #39271522
 def _row(label, a, b, fmt, share=None, low=None, high=None):

@@ -102,25 +102,39 @@ class Share(Change):
     questions:int; tasks:int
 
 # %% ../nbs/20_tasks.ipynb #4de1f6b7
-def _share(a, b, chance, draws)->Share: # `draws` are of (after, before, chance)
+def _near(x): # (N,3) as from `question_pairs`
+    "The nearest ends of the difference between after and before"
+    diff = x[:,0]-x[:,1]
+    return nearest_ends(diff, .025) if ((x[:,:2]>=0)&(x[:,:2]<=1)).all() else (diff.mean(),)*2
+
+def _share(a, b, chance, draws=None, # of (after, before, chance)
+           near=None)->Share: # the nearest ends of the difference
     "What is left, plain and above chance, with intervals where there are draws"
-    low, high = (None, None) if draws is None else middle(_percents(draws[:,:2]))
+    def ends(r, b): # of percents of `b`
+        found, near_b = middle(r), [percent(b+e, b) for e in near]
+        return [e if None in (e, o) else f(e, o) for f,e,o in zip((min, max), found, near_b)]
+    low, high = (None, None) if draws is None else ends(_percents(draws[:,:2]), b)
     res = Share(before=b, after=a, percent=percent(a, b), low=low, high=high, above=None, above_low=None,
                 above_high=None)
     if draws is None: return res
-    low, high = middle(_percents(draws[:,:2]-draws[:,2:]))
+    low, high = ends(_percents(draws[:,:2]-draws[:,2:]), b-chance)
     return Share(res, above=percent(a-chance, b-chance), above_low=low, above_high=high)
 
-def _drawn(x, seed): return None if x is None else drawn_means(x, np.random.default_rng(seed))
+def _intervals(x, seed): # `(N,3)` or None -> draws and nearest ends
+    return () if x is None else (drawn_means(x, np.random.default_rng(seed)), _near(x))
 
 # %% ../nbs/20_tasks.ipynb #a78782d0
 def _overall(main, seed): # {task: (after, before, pairs or None)}
     a, b = [statistics.fmean([m[i] for m in main.values()]) for i in (0, 1)]
-    if any(x is None for *_,x in main.values()): return Share(_share(a, b, 0., None), tasks=len(main))
+    if any(x is None for *_,x in main.values()): return Share(_share(a, b, 0.), tasks=len(main))
     rng = np.random.default_rng(seed)
     draws = sum(drawn_means(x, rng) for *_,x in main.values())/len(main)
     chance = statistics.fmean([float(x[:,2].mean()) for *_,x in main.values()])
-    return Share(_share(a, b, chance, draws), tasks=len(main))
+    # the ends of a mean of parts, each with its own (MOVER; Zou and Donner 2008)
+    d, near = a-b, np.array([_near(x) for *_,x in main.values()])
+    each = np.array([[p-q] for p,q,_ in main.values()])
+    near = d + np.array([-1, 1])*((near-each)**2).sum(0)**.5/len(main)
+    return Share(_share(a, b, chance, draws, near), tasks=len(main))
 
 # %% ../nbs/20_tasks.ipynb #c0f04dbd
 def _pairs(before, after, metric, t): # (N,3), or None
@@ -145,7 +159,7 @@ def retained(before, # what `task_records` returns of a model, or `eval_tasks`, 
             x = _pairs(before, after, m, t)
             if t not in {*main, *within}: main[t] = a, b, x
             chance = 0. if x is None else float(x[:,2].mean())
-            share, questions = _share(a, b, chance, _drawn(x, seed)), None if x is None else len(x)
+            share, questions = _share(a, b, chance, *_intervals(x, seed)), None if x is None else len(x)
             res.setdefault(t, {})[m] = Share(share, questions=questions)
     return dict(tasks=res, mean=_overall(main, seed) if main else None)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -30,9 +31,12 @@ FEW = dict(methods=["remove", dict(name="least squares", method="lstsq")], layer
 # the statistic
 
 def exact(d):
-    "The quantiles over all N^N draws"
-    means = sorted(np.mean(x) for x in itertools.product(d, repeat=len(d)))
-    return np.quantile(means, .025), np.quantile(means, .975)
+    "The quantiles over all N^N draws, as far from the mean as Student's t of so many values says"
+    n, means = len(d), sorted(np.mean(x) for x in itertools.product(d, repeat=len(d)))
+    return [np.mean(d)+(np.quantile(means, q)-np.mean(d))*wider(n) for q in (.025, .975)]
+
+
+def wider(n): return math.sqrt(n/(n-1))*scipy.stats.t.ppf(.975, n-1)/scipy.stats.norm.ppf(.975)
 
 
 @pytest.mark.parametrize("d", [[0., 1.], [0., 0., 3.], [1., -1., 2., 5.], [.3, .1, .4, .1, .5]])
@@ -40,7 +44,7 @@ def test_interval_of_few_pieces_is_that_of_all_draws(d):
     b = np.arange(len(d))*10.
     got = paired(b+d, b, seed=3)
     assert got[0] == pytest.approx(np.mean(d))
-    step = (max(d)-min(d))/len(d)  # 2000 draws may miss a quantile by one of the values that a mean can take
+    step = wider(len(d))*(max(d)-min(d))/len(d)  # 2000 draws may miss a quantile by one of the values that a mean can take
     assert got[1:] == pytest.approx(exact(d), abs=step+1e-9)
 
 
@@ -53,6 +57,22 @@ def test_interval_of_many_pieces_is_the_normal_one():
         se = (a-b).std(ddof=1)/math.sqrt(n)
         assert d == pytest.approx((a-b).mean())
         assert low == pytest.approx(d-1.96*se, abs=.15*se) and high == pytest.approx(d+1.96*se, abs=.15*se)
+
+
+@pytest.mark.parametrize("n, kinds", [(2, 1), (3, 1), (6, 1), (12, 1), (4, 5)])
+def test_intervals_of_few_pieces_hold_the_truth(n, kinds):
+    "Of differences that are zero on the mean, some one in twenty is told apart"
+    rng, times = np.random.default_rng(0), 400
+    found = [paired(rng.normal(size=n*kinds), np.zeros(n*kinds), seed=i, kinds=kinds)[1:] for i in range(times)]
+    assert sum(low <= 0 <= high for low, high in found)/times > .95-3*math.sqrt(.05*.95/times)-(n == 2)*.03
+
+
+def test_scores_that_are_all_alike_have_an_interval():
+    d, low, high = paired([1]*16, [1]*16, scores=True)
+    assert d == 0 and (1-high)**16 == pytest.approx(.025) and low == -high
+    assert paired([1]*16, [0]*16, scores=True) == (1, pytest.approx(1-high), 1)
+    a, b = [0]*40+[1]*40, [1]*5+[0]*35+[1]*40
+    assert paired(a, b, scores=True) == pytest.approx(paired(a, b), abs=.03)  # many are as they were
 
 
 def test_interval_is_paired_and_seeded():
@@ -427,7 +447,7 @@ def test_tasks(place, tmp_path, calls):
     assert r["stability"]["sums"]["stability"] == pytest.approx(task_stability(dense, pruned, "loss")["sums"]["stability"], rel=1e-3)
     assert r["stability"]["sums"]["literal"] == pytest.approx(task_stability(dense, pruned)["sums"]["stability"], rel=1e-3)
     best = min(c.rows[1:], key=lambda x: x["loss"][0])
-    assert r["tasks"]["sums"]["acc"]["to_best"] == list(paired(r["right"]["sums"]["acc"], best["right"]["sums"]["acc"]))
+    assert r["tasks"]["sums"]["acc"]["to_best"] == list(paired(r["right"]["sums"]["acc"], best["right"]["sums"]["acc"], scores=True))
     heads = c.cells()[1]
     assert {"accuracy", "stability"} <= set(heads) and "## Tasks" in (path/"comparison.md").read_text()
     calls.clear()

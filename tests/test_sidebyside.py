@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 import replaceme.scores
@@ -239,7 +240,11 @@ def counted_out(b, a, c=0):
     "The ends of the interval over all equally likely draws; these cases have no end within three standard deviations of a step"
     n = range(len(b))
     ratios = sorted(100*sum(a[i]-c for i in d)/t if (t := sum(b[i]-c for i in d)) > 0 else math.inf for d in itertools.product(n, repeat=len(b)))
-    return [None if (v := ratios[int(k)]) == math.inf else v for k in (.025*len(ratios), .975*len(ratios))]
+    low, high = [None if (v := ratios[int(k)]) == math.inf else v for k in (.025*len(ratios), .975*len(ratios))]
+    t, (lost, won) = sum(b)-len(b)*c, [sum(max(s*(x-y), 0) for x, y in zip(b, a)) for s in (1, -1)]
+    most = [scipy.stats.beta.ppf(.975, k+1, len(b)-k) for k in (lost, won)]  # Clopper and Pearson
+    near = [100*(t+won-len(b)*most[0])/t, 100*(t-lost+len(b)*most[1])/t]
+    return [min(low, near[0]), None if high is None else max(high, near[1])]
 
 
 @pytest.mark.parametrize("b, a", [([1, 1, 1, 0], [0, 1, 1, 1]), ([1, 1, 1, 1], [1, 0, 1, 0]), ([1, 1, 1, 1, 0], [0, 0, 1, 1, 0])])
@@ -269,7 +274,7 @@ def test_retained_edges():
 
 
 def test_mean_of_tasks_draws_within_tasks():
-    b, a = dict(x=record([1, 1, 1, 0]*50), y=record([1, 0]*30)), dict(x=record([1, 1, 0, 0]*50), y=record([1, 0]*30))
+    b, a = dict(x=record([1, 1, 1, 0]*50), y=record([1, 0]*30)), dict(x=record([1, 1, 0, 0]*50), y=record([1, 0, 0, 1]*15))
     m = s.retained(b, a)["mean"]
     assert m["percent"] == pytest.approx(100*(.5+.5)/(.75+.5)) and m["tasks"] == 2
     R = m["percent"]/100
@@ -497,7 +502,7 @@ def test_state_errors_are_those_of_the_hidden_states(tmp_path, keys, blocks):
 
 # names of these rooms that are younger than the rooms, and were never found elsewhere
 SINCE = dict(speed="""CONTEXTS DOSES Meter Takes both_taken caches_at card_meter depth_bytes energy_meter image_ms image_pace pairs_within
-                      processor_meter untimed writing_pace""".split(), scores=["generation_key"])
+                      processor_meter untimed writing_pace""".split(), scores=["generation_key"], intervals=["nearest_ends", "stretched"])
 
 
 @pytest.mark.parametrize("name", ["divergence", "intervals", "speed", "tasks", "scores"])
