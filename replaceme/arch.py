@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .core import *
+from .models import text_class
 
 # %% ../nbs/02_arch.ipynb #8d4a2892
 def image_tower(model): # -> the shallowest model in it that takes pixels, or None
@@ -38,7 +39,7 @@ def sees(model)->bool: # a model that writes text is a decoder, whatever else it
 def auto_class(model)->str:
     "Name of the class in transformers that loads a checkpoint of this model"
     name = type(model).__name__
-    if not sees(model): return 'AutoModelForCausalLM'
+    if not sees(model): return text_class(model.config) or 'AutoModelForCausalLM'
     if name.endswith('WithProjection'): return name # AutoModel would drop the projection
     return 'AutoModelForImageClassification' if 'ForImageClassification' in name else 'AutoModel'
 
@@ -92,7 +93,10 @@ def width(model)->int: # `d`
 def _lists(model):
     "The lists of modules in the backbone, without those of a tower for another kind of input"
     mods = dict(backbone(model).named_modules())
-    other = lambda m: hasattr(m, "base_model_prefix") and m.main_input_name not in ('input_ids', None)
+    def other(m): # some take pixels under the name of tokens
+        if not hasattr(m, 'base_model_prefix'): return False
+        takes = getattr(m, 'input_modalities', 'text') # a word, or several
+        return m.main_input_name not in ('input_ids', None) or 'text' not in takes
     towers = [] if sees(model) else [n for n,m in mods.items() if n and other(m)]
     within = lambda n: any(f'{n}.'.startswith(f'{t}.') for t in towers)
     return [(n,m) for n,m in mods.items() if isinstance(m, nn.ModuleList) and not within(n)]

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['package_gguf', 'left_out', 'untied', 'check_weights', 'fill_tables', 'from_checkpoint', 'check_files',
            'gguf_read_once', 'gguf_config', 'read_gguf_model', 'gguf_place', 'gguf_folder', 'is_local', 'resolve',
-           'tiny_tokenizer', 'as_dtype', 'read_model_config', 'as_device_map', 'offload_folder', 'placement',
-           'as_memory', 'check_places', 'spread_places', 'quantised_by', 'embedding_of', 'check_tokenizer',
+           'tiny_tokenizer', 'as_dtype', 'read_model_config', 'text_class', 'as_device_map', 'offload_folder',
+           'placement', 'as_memory', 'check_places', 'spread_places', 'quantised_by', 'embedding_of', 'check_tokenizer',
            'load_inputs', 'adapter_config', 'merge_adapter', 'checked_source', 'load_model', 'check_unwrapped',
            'causal_types', 'tiny_model', 'tiny_vision', 'header', 'weight_files', 'file_bytes', 'Loading',
            'only_measures', 'Bits', 'fingerprint']
@@ -408,10 +408,20 @@ def read_model_config(path, model_path, # as the user wrote it
     with _explained(model_path): return AutoConfig.from_pretrained(path, **kw)
 
 # %% ../nbs/01_models.ipynb #6b052e47
-def _is_causal(config):
-    "Has transformers, or the repository, a causal language model for this configuration?"
-    own = getattr(config, 'auto_map', None) or {}
-    return 'AutoModelForCausalLM' in own or type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+_WRITE = 'AutoModelForCausalLM', 'AutoModelForImageTextToText', 'AutoModelForMultimodalLM'
+
+def _class_of(config, auto): # of transformers: its name, or None
+    known = getattr(getattr(transformers, auto, None), '_model_mapping', {})
+    return known[type(config)].__name__ if type(config) in known else None
+
+def text_class(config)->str|None:
+    "Name of the auto class that loads a model that writes text, whatever else it takes; None: there is none"
+    own, named = getattr(config, 'auto_map', None) or {}, config.architectures or []
+    if there := [c for c in _WRITE if c in own]: return there[0]
+    known = {c: name for c in _WRITE if (name := _class_of(config, c))}
+    if config.is_encoder_decoder: known = {c: name for c,name in known.items() if c==_WRITE[0]}
+    # of some that also see, transformers has a causal model without the rest
+    return next((c for c,name in known.items() if name in named), next(iter(known), None))
 
 # %% ../nbs/01_models.ipynb #477cb0d4
 def _is_image(config, path):
@@ -471,9 +481,9 @@ def _check_kind(config, model_path, ok, wanted):
 # %% ../nbs/01_models.ipynb #5e1d0b04
 def _auto_classes(config, path, model_path):
     "(class that loads the model, class that loads what prepares its inputs)"
-    if _is_causal(config):
+    if auto := text_class(config):
         _check_kind(config, model_path, _is_language_model, 'causal language models')
-        return AutoModelForCausalLM, AutoTokenizer
+        return getattr(transformers, auto), AutoTokenizer
     if not _is_image(config, path): raise _bad(model_path, f"is neither a causal language model nor an image "
                                                            f"encoder: its configuration is that of a "
                                                            f"{config.model_type} model")
@@ -760,7 +770,7 @@ def merge_adapter(model, path, model_path, **kw): # `kw`: token, revision
 def _check_source(path, model_path, config, common):
     "What the files beside the weights say against a language model"
     from transformers.utils import cached_file
-    if not _is_causal(config): return
+    if not text_class(config): return
     quiet = [f'_raise_exceptions_for_{k}' for k in ('missing_entries', 'gated_repo', 'connection_errors')]
     kw = dict.fromkeys(quiet, False) | {k: common[k] for k in ('token', 'revision')}
     file = cached_file(path, 'modules.json', **kw)

@@ -139,6 +139,7 @@ def make_result(model, cfg, done)->Result:
                  n_layers=dict(before=n, after=n-sum(map(len, done.blocks))),
                  distance=_distance_facts(done), fit=done.stands, refits=done.refits, choice=done.choice,
                  calibration=calibration)
+    if (auto := auto_class(model))!='AutoModelForCausalLM': res['loads'] = auto # of transformers
     if done.facts is not None: res['peer'] = done.facts
     if done.training: res['training'] = done.training
     for f in done.fits[:1]: res.update({k: v for k,v in dict(ridge=f.curve, history=f.history).items() if v})

@@ -746,9 +746,9 @@ def _load_images(name, trust):
                    f'model = AutoModel.from_pretrained({name!r}{trust})',
                    f'processor = AutoImageProcessor.from_pretrained({name!r})')
 
-def _load_text(name, trust):
-    return _python('from transformers import AutoModelForCausalLM, AutoTokenizer',
-                   f'model = AutoModelForCausalLM.from_pretrained({name!r}{trust})',
+def _load_text(name, trust, auto):
+    return _python(f'from transformers import {auto}, AutoTokenizer',
+                   f'model = {auto}.from_pretrained({name!r}{trust})',
                    f'tokenizer = AutoTokenizer.from_pretrained({name!r})')
 
 # %% ../nbs/20_report.ipynb #41529002
@@ -784,7 +784,7 @@ def _how_to_load(result, name):
     what = dict(state='map', network='network', widths='sizes of the layers').get(result.fit.map)
     trust = ', trust_remote_code=True' if what else ''
     if result.kind=='images': return _load_images(name, trust)
-    return _load_text(name, trust) + '\n\n' + (_CARRIES.format(what=what) if what else _ORDINARY)
+    return _load_text(name, trust, result.loads or 'AutoModelForCausalLM') + '\n\n' + (_CARRIES.format(what=what) if what else _ORDINARY)
 
 # %% ../nbs/20_report.ipynb #13c89b33
 _LOST = "- Nothing was trained afterwards: what the removed layers knew{but} is lost."

@@ -162,7 +162,7 @@ class Numbers(Record):
 # %% ../nbs/14_result.ipynb #7b1e0a20
 class Result(Record):
     "What a run did and what it cost, as saved in `replaceme.json`; `.plot()` shows the profile"
-    model:str; kind:str; method:str; base:Base; config:dict; versions:dict; seed:int
+    model:str; kind:str; loads:str; method:str; base:Base; config:dict; versions:dict; seed:int
     blocks:list; n_layers:Change; parameters:Change
     calibration:Calibration; distance:Distance; choice:list[Candidate]
     fit:Standing; refits:list; ridge:dict; history:list; peer:Facts; training:Learnt; recovery:list[Climbed]

@@ -172,15 +172,13 @@ def test_what_is_left_out_by_right_is_left_out():
     refused(folder, "without a place in the model: 9 parameters (model.layers.3.")  # the same, but an ordinary layer
 
 
-def test_the_language_model_of_a_multimodal_checkpoint_loads_without_the_rest():
+def test_a_multimodal_checkpoint_is_loaded_whole_or_refused():
+    "transformers has a causal model for this configuration, which would drop what sees; here what sees has no weights"
     folder = folder_of(tiny_model("qwen3_5", layers=4))
     inner = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(dict(model_type="qwen3_5", architectures=["Qwen3_5ForConditionalGeneration"], text_config=inner)))
     edit(folder, add={"model.visual.blocks.0.norm.weight": torch.ones(8)})
-    _, warned = said(lambda: load_model(folder))
-    assert len(warned) == 1 and "is a Qwen3_5ForConditionalGeneration, of which transformers loads the Qwen3_5ForCausalLM" in warned[0]
-    edit(folder, lose=["model.layers.2.mlp.up_proj.weight"])
-    refused(folder, "model.layers.2.mlp.up_proj.weight")
+    refused(folder, "model.visual")
 
 
 def test_shards():

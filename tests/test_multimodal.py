@@ -1,0 +1,88 @@
+"Models that see or hear and write text: the decoder is pruned, and the rest is as it was."
+import json
+
+import pytest
+import torch
+import transformers as tf
+
+from replaceme.arch import layers_of
+from replaceme.config import make_config
+from replaceme.core import ReplaceMeError
+from replaceme.merge import relative_error, skipping
+from replaceme.models import _draw, load_model, tiny_tokenizer
+from replaceme.pipeline import prune, run
+
+TEXT = dict(vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+            max_position_embeddings=512, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+EYE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4, image_size=28, patch_size=14)
+PATCHES = dict(depth=4, hidden_size=32, intermediate_size=64, num_heads=4, patch_size=14, spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=32,
+               num_position_embeddings=16)
+LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8)
+DATA = dict(dataset="python-docs", dataset_size=8, max_length=48, eval_dataset=None, prompt=None, speed=False)
+
+
+def llava():
+    return tf.LlavaForConditionalGeneration(tf.LlavaConfig(text_config=tf.LlamaConfig(**TEXT), vision_config=tf.CLIPVisionConfig(**EYE),
+                                                           image_token_index=5, image_token_id=5))
+
+
+def qwen2_audio():
+    ear = tf.Qwen2AudioEncoderConfig(d_model=32, encoder_layers=6, encoder_attention_heads=4, encoder_ffn_dim=64)
+    return tf.Qwen2AudioForConditionalGeneration(tf.Qwen2AudioConfig(text_config=tf.Qwen2Config(**TEXT), audio_config=ear))
+
+
+def qwen3_5():
+    return tf.Qwen3_5ForConditionalGeneration(tf.Qwen3_5Config(text_config=TEXT | LINEAR, vision_config=PATCHES, image_token_id=5))
+
+
+def gemma3():
+    text = tf.Gemma3TextConfig(**TEXT, sliding_window=16)
+    return tf.Gemma3ForConditionalGeneration(tf.Gemma3Config(text_config=text, vision_config=tf.SiglipVisionConfig(**EYE), mm_tokens_per_image=4,
+                                                             image_token_id=5, boi_token_id=6, eoi_token_id=7))
+
+
+MODELS = dict(llava=(llava, "AutoModelForImageTextToText"), qwen2_audio=(qwen2_audio, "AutoModelForMultimodalLM"),
+              qwen3_5=(qwen3_5, "AutoModelForImageTextToText"), gemma3=(gemma3, "AutoModelForCausalLM"))
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def one(request, tmp_path_factory):
+    "(folder, the auto class that loads it); two layers less are as many as Qwen's vision tower has"
+    make, auto = MODELS[request.param]
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp(request.param)
+    _draw(model := make().eval(), 32)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder, auto
+
+
+def test_the_saved_folder_loads_whole(one, tmp_path):
+    folder, auto = one
+    result, out = run(make_config(model_path=str(folder), layers_to_skip=2, save_path=str(tmp_path / "out"), **DATA))
+    dense, small = load_model(folder)[0], getattr(tf, auto).from_pretrained(out).eval()
+    assert type(small) is type(dense) and len(layers_of(small)) == len(layers_of(dense)) - 2
+    theirs, ours = dense.state_dict(), small.state_dict()
+    rest = [k for k in theirs if "vision" in k or "visual" in k or "audio" in k or "projector" in k]
+    assert rest and all(torch.equal(theirs[k], ours[k]) for k in rest)
+    assert auto in (out / "README.md").read_text() and json.loads((out / "replaceme.json").read_text()).get("loads", "AutoModelForCausalLM") == auto
+    assert result.parameters.before == sum(p.numel() for p in dense.parameters())
+
+
+def test_pictures_go_through_what_stays():
+    "Nothing of a picture enters a layer by its number: without two layers Llava says what it says when they hand on what they get"
+    torch.manual_seed(0)
+    model = llava().eval()
+    small, _ = prune(model, tiny_tokenizer(), blocks=[[2, 4]], method="remove", **{k: v for k, v in DATA.items() if "eval" not in k and k not in ("prompt", "speed")})
+    ids = torch.cat([torch.tensor([[7, *[5] * 4]]), torch.randint(8, 300, (1, 9))], 1)
+    batch = dict(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=torch.randn(1, 3, 28, 28), use_cache=False)
+    with torch.no_grad(), skipping(model, [(2, 4)]):
+        want = model(**batch).logits
+    with torch.no_grad():
+        assert relative_error(small(**batch).logits, want) < 1e-5 < relative_error(model(**batch).logits, want)
+
+
+def test_encoder_decoders_are_refused(tmp_path):
+    tf.T5ForConditionalGeneration(tf.T5Config(vocab_size=400, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)).save_pretrained(tmp_path)
+    with pytest.raises(ReplaceMeError, match="neither a causal language model nor an image encoder"):
+        load_model(tmp_path)
