@@ -250,6 +250,30 @@ def test_all_take_sums_again_or_none_does(tmp_path, slow, columns):
     assert all(torch.equal(a, b) for a, b in zip(*two))
 
 
+LITTLE = """
+import torch
+import replaceme.stats as stats
+from replaceme.group import everybody, grouped, world
+from replaceme.models import tiny_model
+from replaceme.states import states_around, sums_of_layer
+from script import batches
+torch.set_grad_enabled(False)
+stats.free_memory = lambda device: 0 if world()[0]==1 else 10**12
+model = tiny_model("llama", layers=6)
+with grouped():
+    with states_around(model, model, [batches(4)], 2, 4) as ends:
+        try: sums_of_layer(ends, 0, model, 2)
+        except Exception as e: said = str(e)
+    print(everybody(said))
+"""
+
+
+def test_too_little_memory_for_one_is_told_by_all(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "little.py").write_text(LITTLE)
+    assert launch(2, sys.executable, "little.py", cwd=tmp_path)[0][1].count("0.0 GB are free") == 2
+
+
 # --- the commands
 
 TEXT = " ".join(f"The map number {i} stands in for the layers that went, and what is left computes nearly the same as before {i*i}." for i in range(60))
