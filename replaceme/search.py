@@ -210,8 +210,8 @@ RIDGE = 2
 def _sums_behind(one, cut, point, feats, d, ridge):
     "The sums that bring the output of a layer to the target"
     def take(feats):
-        g = feats.sums([point], d)
         with together():
+            g = feats.sums([point], d)
             for k,batch in enumerate(cut.batches):
                 (h,), S = through(one, batch, cut.ours[k], [point])
                 Y = cut.target[k].to(S.device)

@@ -141,9 +141,9 @@ def sums_of_layer(ends, group, model, at, feats=Features())->Gram:
     points = [] if feats.state else [*fold_points(one, [0]).values()]
     device = points[0].device if points else input_device(model)
     def take(feats):
-        _room(feats, points, d, SOLVING, None, device)
-        g = feats.sums(points, d, device)
-        with together():
+        with together(): # of which one may have too little memory
+            _room(feats, points, d, SOLVING, None, device)
+            g = feats.sums(points, d, device)
             for k in ends.groups[group]:
                 m, h, S = sides(one, ends.batches[k], ends.ours[k], points)
                 Y = ends.target[k].to(S.device)

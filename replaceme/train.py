@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['TARGETS', 'TRAINING', 'LOSSES', 'TextRows', 'pad_rows', 'Targets', 'state_targets', 'topk_targets', 'Kept', 'keep',
            'kd_terms', 'lm_loss', 'kd_loss', 'layers_on', 'mse_loss', 'frozen', 'Pupil', 'split_texts', 'check_trainer',
-           'training_arguments', 'steps_for', 'make_trainer', 'common_folder', 'Trained', 'own', 'main_process',
-           'held_loss', 'fit_weights']
+           'training_arguments', 'steps_for', 'Rounds', 'make_trainer', 'common_folder', 'Trained', 'own',
+           'main_process', 'held_loss', 'fit_weights']
 
 # %% ../nbs/17_train.ipynb #08209c80
-import contextlib, dataclasses, functools, json, logging, math, os, re, shutil, tempfile, warnings, zipfile
+import contextlib, dataclasses, functools, itertools, json, logging, math, os, re, shutil, tempfile
+import warnings, zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,7 +46,9 @@ class TextRows(torch.utils.data.Dataset):
             raise ReplaceMeError("there is no text of two tokens or more to train on, or to judge by: give "
                                  "more texts.")
     def __len__(self): return len(self.rows)
-    def __getitem__(self, i): return dict(item=self.first+i, ids=self.rows[i])
+    def __getitem__(self, i): # None is a text of no tokens
+        if i is None: return dict(item=-1, ids=self.rows[0][:0])
+        return dict(item=self.first+i, ids=self.rows[i])
     @property
     def tokens(self): return sum(map(len, self.rows))
     @property
@@ -261,7 +264,6 @@ class Pupil(nn.Module):
                  names, # of its parameters, those that are trained
                  loss, # a function of (model, batch, targets): a sum
                  targets=None, # what the dense model says: Targets, a `Kept` of the texts, or None
-                 per_row=None, # of held-out texts, one over their mean terms: Trainer averages over texts
                 ):
         super().__init__()
         ps = dict(model.named_parameters())
@@ -274,7 +276,7 @@ class Pupil(nn.Module):
         own = {n.replace('.', '/'): nn.Parameter(ps[n].detach().float().clone()) for n in names}
         self.weights = nn.ParameterDict(own)
         self._own = [_Within(model)] # in a list, so that it is no submodule
-        self.loss, self.targets, self.per_row = loss, targets, per_row
+        self.loss, self.targets = loss, targets
 
     @property
     def model(self): return self._own[0].model
@@ -296,10 +298,10 @@ def total(self:Pupil, item, batch): # the sum of the terms
 # %% ../nbs/17_train.ipynb #de6142b9
 @patch
 def forward(self:Pupil, item, num_items_in_batch=None, **batch):
-    total = self.total(item, batch)
-    if not self.training and self.per_row: return dict(loss=total/len(item)*self.per_row)
+    if not batch['input_ids'].numel():
+        return dict(loss=sum(w.flatten()[:0].sum() for w in self.weights.values()))
     n = batch['labels'].ne(-100).sum() if num_items_in_batch is None else num_items_in_batch
-    return dict(loss=total/n)
+    return dict(loss=self.total(item, batch)/n)
 
 # %% ../nbs/17_train.ipynb #7b6caa7a
 def split_texts(texts, held=None)->tuple: # (batches to train on, batches to judge by)
@@ -404,6 +406,36 @@ def _bar(desc, tokens, per_step):
         def on_train_end(self, args, state, control, **kw): self.bar.close()
     return Bar()
 
+# %% ../nbs/17_train.ipynb #0a7e1102
+class Rounds(torch.utils.data.Sampler):
+    "Batches for several processes in turn, no text twice; None is no text"
+    def __init__(self, batches, # a batch sampler
+                 n): # processes
+        self.batches, self.n = batches, n
+        self.sampler = batches.sampler # of which accelerate sets the epoch
+    def __len__(self): return self.n*math.ceil(len(self.batches)/self.n)
+    def __iter__(self):
+        left = iter(self.batches)
+        while rows := [i for b in itertools.islice(left, self.n) for i in b]:
+            cuts = [k*len(rows)//self.n for k in range(self.n+1)]
+            for a,e in zip(cuts, cuts[1:]): yield rows[a:e] or [None]
+
+def _in_rounds(loader):
+    "A loader of several processes as `Rounds`, in place; that of one is left as it is"
+    shard = getattr(loader, 'batch_sampler', None)
+    if getattr(shard, 'num_processes', 1)==1 or shard.split_batches: return loader
+    if not isinstance(shard.batch_sampler, Rounds): # a loader may be asked for again
+        shard.batch_sampler = Rounds(shard.batch_sampler, shard.num_processes)
+        shard.batch_size, shard.even_batches = None, False # they differ in size, and are not to be filled up
+    return loader
+
+# %% ../nbs/17_train.ipynb #0a7e1105
+def _mean_of_all(judged)->float: # of (sum, number of terms), those of this process
+    "The mean over the terms of all processes"
+    from accelerate.utils import gather_object
+    sums, terms = zip(*gather_object([[sum(map(float, o)) for o in zip(*judged)]]))
+    return sum(sums)/sum(terms)
+
 # %% ../nbs/17_train.ipynb #ed58bc80
 def make_trainer(pupil, args, rows, held, desc, tokens, per_step):
     "transformers' Trainer for a pupil, quiet but for a progress bar"
@@ -413,6 +445,19 @@ def make_trainer(pupil, args, rows, held, desc, tokens, per_step):
         def get_decay_parameter_names(self, model):
             # norms and biases have one dimension, whatever their names
             return [n for n,p in model.named_parameters() if p.ndim>1]
+        def get_train_dataloader(self): return _in_rounds(super().get_train_dataloader())
+        def get_eval_dataloader(self, *a, **kw): return _in_rounds(super().get_eval_dataloader(*a, **kw))
+        def prediction_step(self, model, inputs, *a, **kw):
+            inputs = self._prepare_inputs(inputs)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                total = model(**inputs, num_items_in_batch=1)['loss']
+            self.judged.append((total, inputs['labels'].ne(-100).sum()))
+            return total, None, None
+        def evaluation_loop(self, *a, metric_key_prefix='eval', **kw):
+            self.judged = []
+            found = super().evaluation_loop(*a, metric_key_prefix=metric_key_prefix, **kw)
+            found.metrics[f'{metric_key_prefix}_loss'] = _mean_of_all(self.judged)
+            return found
     t = Quiet(pupil, args, lambda rows: pad_rows(rows, pupil.loss in (lm_loss, kd_loss)), rows, held,
               callbacks=[_bar(desc, tokens, per_step)])
     t.remove_callback(PrinterCallback)
@@ -542,18 +587,12 @@ def main_process()->bool:
 # %% ../nbs/17_train.ipynb #4f31fb41
 LOSSES = dict(mse=mse_loss, lm=lm_loss, kd=kd_loss)
 
-def _pupil(model, names, kind, parts, says, world):
-    "A pupil whose held-out loss is the mean over all terms, however the texts fall into batches"
-    loss, held = LOSSES[kind], parts[1]
-    terms = held.tokens - (len(held) if kind!='mse' else 0)
-    return Pupil(model, names, loss, says, len(held)/terms/world)
-
 # %% ../nbs/17_train.ipynb #81033c04
 @torch.no_grad()
 def held_loss(model, kind, held, targets=None)->float:
     "The loss of a model on batches, the mean over all terms"
     rows = TextRows(held)
-    pupil = _pupil(model, [], kind, [rows, rows], targets, 1)
+    pupil = Pupil(model, [], LOSSES[kind], targets)
     with frozen(model):
         batches = (pad_rows([rows[i]], kind!='mse') for i in range(len(rows)))
         sums = [pupil.total(b.pop('item'), b).item() for b in batches]
@@ -626,6 +665,6 @@ def fit_weights(model, # a pruned model, or for mse the trained layers alone; it
         resume = _go_on(path, facts)
         if keep_path is not None and targets is not None:
             with args.main_process_first(): targets = keep(targets, parts, keep_path)
-        pupil = _pupil(model, names, kind, parts, targets, args.world_size)
+        pupil = Pupil(model, names, LOSSES[kind], targets)
         t = make_trainer(pupil, args, *parts, desc, round(steps*per_step), per_step)
         return _train(t, pupil, path, facts, resume)

@@ -209,6 +209,71 @@ def test_several_begin_the_race_with_what_all_have_found(tmp_path, n, texts):
     assert torch.allclose(one[4], many[4], rtol=1e-12) and all(torch.allclose(a, b, rtol=1e-12, atol=1e-12 * a.abs().max()) for a, b in zip(one[5], many[5]))
 
 
+UNLIKE = """
+import sys
+import torch
+import replaceme.stats as stats
+from replaceme.arch import fold_points
+from replaceme.blocks import Block, candidates
+from replaceme.distance import Profile
+from replaceme.group import everybody, grouped, world
+from replaceme.models import tiny_model
+from script import batches, gram
+stats.slow_float64 = lambda device: world()[0]==int(sys.argv[1])  # each asks its own clock
+torch.set_grad_enabled(False)
+model = tiny_model("llama", layers=6)
+for layer in model.model.layers if sys.argv[2]=="alike" else []:  # a MLP writes nearly one direction
+    w = layer.mlp.down_proj.weight
+    w[1:] = w[:1]*torch.linspace(.5, 1.5, 31)[:, None] + 1e-5*w[1:]
+with grouped():
+    bs, found = batches(8), []
+    for at in (2, 1):
+        found += gram(stats.collect_between(model, model, bs, [fold_points(model, [at-1])[at-1]], at, at+2))
+    m = stats.measure(model, bs, candidates(6, 2), Profile(6), k=2)
+    for g in m.sums.values(): found += gram(g)
+    torch.save(found, f"{sys.argv[3]}.{world()[0]}")
+"""
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+@pytest.mark.parametrize("columns", ["alike", "apart"])
+def test_all_take_sums_again_or_none_does(tmp_path, slow, columns):
+    "Where float64 is slow for one process alone, whose sums of all are then judged by all"
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "unlike.py").write_text(UNLIKE)
+    launch(1, sys.executable, "unlike.py", "-1", columns, "one", cwd=tmp_path)
+    launch(2, sys.executable, "unlike.py", str(slow), columns, "two", cwd=tmp_path)
+    one, *two = [flat(torch.load(tmp_path / f)) for f in ("one.0", "two.0", "two.1")]
+    near = 1e-12 if columns == "alike" else 1e-6  # in float64 again, or partly in float32
+    for many in two:
+        assert len(many) == len(one) and all((a - b).abs().max() <= near * a.abs().max() for a, b in zip(one, many))
+    assert all(torch.equal(a, b) for a, b in zip(*two))
+
+
+LITTLE = """
+import torch
+import replaceme.stats as stats
+from replaceme.group import everybody, grouped, world
+from replaceme.models import tiny_model
+from replaceme.states import states_around, sums_of_layer
+from script import batches
+torch.set_grad_enabled(False)
+stats.free_memory = lambda device: 0 if world()[0]==1 else 10**12
+model = tiny_model("llama", layers=6)
+with grouped():
+    with states_around(model, model, [batches(4)], 2, 4) as ends:
+        try: sums_of_layer(ends, 0, model, 2)
+        except Exception as e: said = str(e)
+    print(everybody(said))
+"""
+
+
+def test_too_little_memory_for_one_is_told_by_all(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "little.py").write_text(LITTLE)
+    assert launch(2, sys.executable, "little.py", cwd=tmp_path)[0][1].count("0.0 GB are free") == 2
+
+
 # --- the commands
 
 TEXT = " ".join(f"The map number {i} stands in for the layers that went, and what is left computes nearly the same as before {i*i}." for i in range(60))

@@ -38,11 +38,17 @@ def texts(n, S=16, seed=0, vocab=320, ragged=True, count=False):
     return got
 
 
+def odd_texts(n, seed=0):
+    "`n` batches of one text each, of very different lengths, which can be learnt"
+    return [{k: v[:1] for k, v in texts(1, [40, 6, 12, 30, 5, 9, 17, 22][i % 8], 8*seed+i, ragged=False, count=True)[0].items()} for i in range(n)]
+
+
 # A training whose weights are written to a file; with a second argument it waits at that step to be killed.
 SCRIPT = """
 import json, os, sys, time, torch
+from pathlib import Path
 sys.path.insert(0, os.environ['TESTS'])
-from test_train import texts
+from test_train import odd_texts, texts
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 import replaceme.train as t
@@ -66,7 +72,10 @@ t.own(small, names)
 model = keep_layers(small, [1]) if o['kind']=='mse' else small
 inner = [n.replace('layers.1.', 'layers.0.') for n in names] if o['kind']=='mse' else names
 targets = dict(mse=t.state_targets(dense, 1, 4), kd=t.topk_targets(dense, 16), lm=None)[o['kind']]
-t.fit_weights(model, inner, o['kind'], texts(40, count=True), texts(4, seed=1, count=True), 40*30, targets, keep_path=o.get('keep'), folder=o.get('folder'), trainer=o['trainer'])
+learn, held = texts(40, count=True), texts(4, seed=1, count=True)
+if o.get('odd'): learn, held = odd_texts(11), odd_texts(5, 1)
+done = t.fit_weights(model, inner, o['kind'], learn, held, o.get('tokens', 40*30), targets, keep_path=o.get('keep'), folder=o.get('folder'), trainer=o['trainer'])
+if o.get('said'): Path(o['said']).write_text(json.dumps([done.tokens, done.before, [h['loss'] for h in done.history if 'loss' in h]]))
 rank = os.environ.get('RANK', '0')
 save_file({n: p.detach().clone() for n,p in small.named_parameters() if n in names}, o['out'] + ('' if rank=='0' else rank))
 """
@@ -121,6 +130,24 @@ def test_two_processes_are_as_one(script, tmp_path, kind):
         assert (p - two[n]).abs().max() < 1e-4, n
     for n, p in load_file(str(tmp_path / "two") + "1").items():  # both processes hold the same, best weights
         assert torch.equal(p, two[n]), n
+
+
+@pytest.mark.parametrize("kind,n,each", [("kd", 2, 4), ("mse", 2, 4), ("lm", 3, 1)])
+def test_no_text_counts_twice_where_the_last_round_is_not_full(script, tmp_path, kind, n, each):
+    "11 texts to train on, 5 to judge by; of three processes with a text each, one has none in the end"
+    tokens = 3 * sum(b["input_ids"].numel() for b in odd_texts(11))
+    o = dict(kind=kind, odd=True, tokens=tokens)
+    # steps of plain gradients, so that one that is off by little shows
+    kw = dict(optim="sgd", learning_rate=.3, lr_scheduler_type="constant", warmup_steps=0, max_grad_norm=0., logging_steps=1, per_device_eval_batch_size=each)
+    def say(which): return dict(said=str(tmp_path / f"{which}.json"), out=str(tmp_path / which))
+    one = script(**o, **say("one"), trainer=dict(kw, per_device_train_batch_size=n * each))
+    many = script([*TWO[:-1], str(n)], **o, **say("many"), keep=str(tmp_path / "kept") if n == 2 else None, trainer=dict(kw, per_device_train_batch_size=each))
+    a, b = [json.loads((tmp_path / f"{k}.json").read_text()) for k in ("one", "many")]
+    assert a[0] == b[0] == tokens
+    assert b[1] == pytest.approx(a[1], rel=1e-5) and b[2] == pytest.approx(a[2], rel=1e-4)
+    start = dict(cut(tiny_model("llama", layers=6), [Block(2, 4)]).named_parameters())
+    moved = max((p - start[k]).abs().max() for k, p in one.items())
+    assert moved > 1e-3 and all((p - many[k]).abs().max() < 1e-3 * moved for k, p in one.items())
 
 
 def test_accumulated_steps_are_as_one_batch(script, tmp_path):
