@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['parameter_over', 'shared_copy', 'keep_layers', 'differs_when_rebuilt', 'without', 'cut', 'lasting', 'skipping',
-           'relative_error', 'check_cut', 'check_writable', 'stored', 'Patched', 'fold', 'fold_through', 'with_bias',
-           'put', 'replace_block', 'explicit_map', 'save_checkpoint']
+           'relative_error', 'loses_cache', 'check_cut', 'check_writable', 'stored', 'Patched', 'fold', 'fold_through',
+           'with_bias', 'put', 'replace_block', 'explicit_map', 'save_checkpoint']
 
 # %% ../nbs/11_merge.ipynb #09c0b18a
 import copy, functools, math, re, shutil, warnings
@@ -282,12 +282,12 @@ def cut(model,
     return new
 
 # %% ../nbs/11_merge.ipynb #1ad0748c
-def _hybrid(model, b):
+def _hybrid(model, blocks):
     "Would a hybrid model lose its last attention layer, by which its cache counts tokens?"
-    config = stack_config(model)
+    config, gone = stack_config(model), {i for b in blocks for i in range(*b)}
     kinds = getattr(config, 'layer_types', None) or getattr(config, 'layers_block_type', None) or []
-    attends = [i for i,k in enumerate(kinds) if 'attention' in k and 'linear' not in k]
-    return 0<len(attends)<len(kinds) and all(i in range(*b) for i in attends)
+    attends = {i for i,k in enumerate(kinds) if k=='hybrid' or 'attention' in k and 'linear' not in k}
+    return 0<len(attends)<len(kinds) and attends<=gone
 
 # %% ../nbs/11_merge.ipynb #d57e1d93
 def lasting(model,
@@ -295,10 +295,10 @@ def lasting(model,
            )->list: # of those, the blocks that can go without a trace
     "The candidates whose removal survives saving and loading; raises when there is none"
     what = lambda b: differs_when_rebuilt(cut(model, [b]))
-    if all(_hybrid(model, b) for b in blocks):
+    if all(_hybrid(model, [b]) for b in blocks):
         raise ReplaceMeError(f"{type(model).__name__}: every block of {len(blocks[0])} layers holds its "
                              "only attention layer, by which its cache counts tokens.")
-    blocks = [b for b in blocks if not _hybrid(model, b)]
+    blocks = [b for b in blocks if not _hybrid(model, [b])]
     probes = [blocks[0], blocks[len(blocks)//2], blocks[-1]]
     # nothing in this family depends on a layer's number
     if not any(differs_when_rebuilt(keep_layers(model, without(model, [b]))) for b in probes): return blocks
@@ -323,6 +323,21 @@ def relative_error(x, ref)->float: # Frobenius norms
     "How far two tensors are apart"
     return ((x.float()-ref.float()).norm()/ref.float().norm().clamp(min=1e-30)).item()
 
+# %% ../nbs/11_merge.ipynb #c7a1e0d2
+def loses_cache(model, blocks, small=None)->str|None:
+    "What goes wrong when the cut model runs with a cache, where the dense one can; None where nothing does"
+    small, batch = small or cut(model, blocks), dummy(model)
+    away, lost = any(p.is_meta for p in small.parameters()), _hybrid(model, blocks)
+    if sees(model) or away and not lost: return # one more pass from the disk, with nothing to suspect
+    try:
+        with judging(small): run(small, batch, cache=True)
+    except Exception as e: said = f'{type(e).__name__}: {e}'
+    else: return
+    try:
+        with judging(model): run(model, batch, cache=True)
+    except Exception: return # nor can the dense one
+    return f"no attention layer is left, by which its cache counts tokens ({said})" if lost else said
+
 # %% ../nbs/11_merge.ipynb #1878634f
 def check_cut(model, blocks, small=None):
     "Raise unless the cut model computes what the dense one computes without these layers"
@@ -339,6 +354,9 @@ def check_cut(model, blocks, small=None):
                              f"that stay compute something else (relative error {err:.1e}): something "
                              "besides the hidden state passes between layers, or depends on their numbers. "
                              "Choose another block.")
+    if lost := loses_cache(model, blocks, small):
+        raise ReplaceMeError(f"{type(model).__name__}: without {', '.join(map(str, blocks))} the model "
+                             f"cannot run with a cache, and so not write text: {lost}. Choose other blocks.")
 
 # %% ../nbs/11_merge.ipynb #5eba8d0f
 def check_writable(point): # a FoldPoint
