@@ -83,9 +83,22 @@ def _renumber(layer, names, new):
 
 # %% ../nbs/11_merge.ipynb #553f011e
 def _per_layer(config, n):
-    "Names of the lists in a config that have one entry per layer"
+    "Names of the lists in a config that may have one entry per layer: they are as long as there are layers"
     return [k for k,v in vars(config).items() if isinstance(v, (list, tuple)) and len(v)==n
             and 'token' not in k]
+
+# %% ../nbs/11_merge.ipynb #553f0121
+@functools.cache
+def _fixed(cls)->dict: # class of a config -> {key: length}
+    "Lists that a family has in one length, however many layers there are"
+    lists = lambda c: {k: len(v) for k,v in vars(c).items() if isinstance(v, (list, tuple))}
+    try:
+        few = cls()
+        k, n = next(iter(layer_counts(few).items()))
+        more = cls(**{k: n+1})
+        if more.num_hidden_layers!=few.num_hidden_layers+1: return {} # a list counts its layers
+    except Exception: return {} # one that cannot be made so
+    return {k: l for k,l in lists(few).items() if l!=n and lists(more).get(k)==l}
 
 # %% ../nbs/11_merge.ipynb #ba47e245
 def _cut_overrides(config, keep):
@@ -125,16 +138,21 @@ def _no_heads(config)->int: # how many there were
     return n
 
 # %% ../nbs/11_merge.ipynb #a586b3bd
-def _cut_config(config, keep, n):
+def _cut_config(config, keep, n,
+                others=frozenset(), # lists that are not about layers
+               )->frozenset: # these, and those that are not as long as there are layers now
     "Fix the layer count and every per-layer list"
-    put_back, more = _cut_overrides(config, keep), _no_heads(config)
+    put_back, more, fixed = _cut_overrides(config, keep), _no_heads(config), _fixed(type(config))
+    names = {*_per_layer(config, n), *_per_layer(config, n+more)}
+    lists = {k: v for k in names-others if len(v := vars(config)[k])!=fixed.get(k)}
+    others |= {k for k,v in vars(config).items() if isinstance(v, (list, tuple)) and k not in lists}
     _cut_stages(config, keep, n)
-    for k in {*_per_layer(config, n), *_per_layer(config, n+more)}:
-        v = vars(config)[k]
-        setattr(config, k, type(v)(v[i] for i in keep))
+    for k,v in lists.items(): # but those that are cut already
+        if vars(config)[k] is v: setattr(config, k, type(v)(v[i] for i in keep))
     counts = [k for k,v in layer_counts(config).items() if v==n and k in vars(config)]
     if counts: setattr(config, counts[0], len(keep))
     put_back()
+    return others
 
 # %% ../nbs/11_merge.ipynb #2d804279
 def _configs(model):
@@ -159,15 +177,18 @@ def _cut_device_map(model, layers, keep):
 # what may be said of a layer
 _PLAIN = (int, float, str, type(None), list, tuple, dict, Tensor, nn.Module)
 
-def _cut_lists(model, layers, keep, n):
+def _cut_lists(model, layers, keep, n, others=frozenset())->frozenset: # as in `_cut_config`
     "Cut what modules outside the layers remember layer by layer"
-    inside = {id(m) for l in layers for m in l.modules()} | {id(layers)}
-    for m in model.modules():
+    inside, seen = {id(m) for l in layers for m in l.modules()} | {id(layers)}, set()
+    for name,m in model.named_modules():
         if id(m) in inside or isinstance(m, nn.ModuleList): continue
-        for k in _per_layer(m, n):
+        lists = [k for k in _per_layer(m, n) if (name, k) not in others]
+        seen |= {(name, k) for k,v in vars(m).items() if isinstance(v, (list, tuple)) and k not in lists}
+        for k in lists:
             if all(isinstance(v, _PLAIN) for v in vars(m)[k]): setattr(m, k, [vars(m)[k][i] for i in keep])
         for k in ('num_hidden_layers', 'num_layers', 'n_layers', 'n_layer'):
             if vars(m).get(k)==n: setattr(m, k, len(keep))
+    return others | seen
 
 # %% ../nbs/11_merge.ipynb #01d3a6f1
 def keep_layers(model,
@@ -181,9 +202,10 @@ def keep_layers(model,
     names, kept = _numbers(old), [layers[i] for i in keep]
     layers._modules.clear(); layers.extend(kept)
     for j,layer in enumerate(kept): _renumber(layer, names, j)
-    for config in configs: _cut_config(config, list(keep), n)
+    others = vars(model).get('_other_lists', frozenset()) # of a model that was cut before
+    for config in configs: others |= _cut_config(config, list(keep), n, others)
     for config in nested_configs(new.config): _no_heads(config)
-    _cut_lists(new, layers, list(keep), n)
+    new._other_lists = others | _cut_lists(new, layers, list(keep), n, others)
     _cut_device_map(new, layers, list(keep))
     return new
 
@@ -233,13 +255,15 @@ def differs_when_rebuilt(model): # a cut model
 # %% ../nbs/11_merge.ipynb #df64e7ad
 def _translations(config, keep, n):
     "Changes to a config that may be needed without layers: `{key: new value}`, one by one, then all together"
-    plain, lists, firsts, lasts = vars(config), {}, {}, {}
+    plain, lists, firsts, lasts, cuts = vars(config), {}, {}, {}, {}
+    fixed = _fixed(type(config))
     for k,v in plain.items():
         if isinstance(v, list) and v and 'token' not in k and all(type(i) is int and 0<=i<n for i in v):
             lists[k] = [keep.index(i) for i in v if i in keep]
         if type(v) is int and 0<v<=n and any(w in k for w in ('layer', 'dense', 'first', 'block')):
             firsts[k], lasts[k] = sum(i<v for i in keep), sum(i>=n-v for i in keep)
-    for edits in (lists, firsts, lasts):
+        if isinstance(v, list) and len(v)==n==fixed.get(k): cuts[k] = [v[i] for i in keep] # a pattern
+    for edits in (lists, firsts, lasts, cuts):
         for k,v in edits.items(): yield {k: v}
         if len(edits)>1: yield edits
     yield {**firsts, **lists}

@@ -620,7 +620,7 @@ def prune(self:Mapped, model, job, plan)->Pruned: # from `prove`
     if k.get('mask'): fit = mask_tokens(fit, k.mask, k.seed) # what judges is whole
     several = k.blocks is not None or k.num_A>1 or k.max_blocks>1
     done, rows, d, sinks, avoided = (_several if several else _one)(model, fit, held, job, r, blocks, known)
-    check_blocks(model, done.blocks)
+    check_blocks(model, done.blocks, done.model)
     done.distance = Distances(k.metric, measured_at(model, k), d, {str(n): row for n,row in rows.items()},
                               sinks, avoided, texts=done.distance.texts)
     done.stands, done.held_out = fit_words(r, done), r.needs_held

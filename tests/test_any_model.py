@@ -8,10 +8,13 @@ import warm
 from safetensors import safe_open
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer, ViTImageProcessor
 
+from replaceme.blocks import Block
 from replaceme.core import ReplaceMeError
 from replaceme.data import synthetic_images
+from replaceme.merge import cut, save_checkpoint
 from replaceme.models import load_model, tiny_model, tiny_tokenizer, tiny_vision
 from replaceme.pipeline import make_config, prune, run
+from replaceme.search import fit_blocks
 
 IDS = torch.arange(5, 21)[None]
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -312,3 +315,35 @@ def test_a_way_that_takes_every_attention_layer_is_left_out_or_refused(more, lef
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert "full_attention" in model.config.layer_types
     assert model.generate(IDS, max_new_tokens=4, do_sample=False).shape[1] > IDS.shape[1]
+
+
+@pytest.mark.parametrize("layers, blocks", [(6, [[1, 2], [4, 5]]), (5, [[1, 2]]), (5, [[1, 2], [3, 4]])], ids=str)
+@torch.no_grad()
+def test_a_list_that_is_as_long_as_the_layers_by_chance_is_left_whole(layers, blocks, tmp_path, text_model):
+    "Blocks go one after another, and five multipliers are not about five layers; a list that nobody knows neither, where it was longer than the layers"
+    model = tiny_model("falcon_h1", layers=layers, ssm_multipliers=[1.0, 0.9, 0.8, 0.7, 0.6])
+    if layers == 6:
+        model.config.mine = [1, 2, 3, 4, 5]
+    small, _ = prune(model, tiny_tokenizer(), blocks=blocks, method="remove", dataset=text_model("llama")["dataset"], dataset_size=4, max_length=32)
+    assert small.config.ssm_multipliers == model.config.ssm_multipliers and getattr(small.config, "mine", None) == getattr(model.config, "mine", None)
+    assert len(small.config.layer_types) == small.config.num_hidden_layers == layers - len(blocks)
+    save_checkpoint(small, tmp_path / "out")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()(IDS).logits, small.eval()(IDS).logits)
+
+
+def test_what_is_handed_out_must_be_what_its_config_rebuilds(monkeypatch, text_model):
+    "Not only what the blocks leave when they go together"
+    def odd(*a, **k):
+        done = fit_blocks(*a, **k)
+        done.model.config.intermediate_size += 1
+        return done
+    monkeypatch.setattr("replaceme.search.fit_blocks", odd)
+    with pytest.raises(ReplaceMeError, match="the config would rebuild model.layers.0.mlp"):
+        prune(tiny_model("llama", layers=6), tiny_tokenizer(), blocks=[[1, 2], [4, 5]], method="remove", dataset=text_model("llama")["dataset"],
+              dataset_size=4, max_length=32)
+
+
+def test_image_backbones_name_their_stages_right_where_one_layer_goes():
+    model = tiny_vision("dinov2", layers=6)
+    small = cut(model, [Block(2, 3)])
+    assert small.config.stage_names == model.config.stage_names[:6]
