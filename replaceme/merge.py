@@ -607,16 +607,35 @@ def _said_to_be(model, places): # a device map
         if old is None: del model.hf_device_map
         else: model.hf_device_map = old
 
+# %% ../nbs/11_merge.ipynb #36995741
+def _value_at(model, name):
+    "A weight by its name, from wherever it is"
+    of, _, leaf = name.rpartition('.')
+    return _values(model.get_submodule(of), leaf).detach().cpu()
+
+# %% ../nbs/11_merge.ipynb #36995743
+def _written_once(model)->set:
+    "Names of offloaded weights that are loaded from another name, under which the same numbers are"
+    ours = dict(model.named_parameters(remove_duplicate=False))
+    if not any(p.is_meta for p in ours.values()): return set()
+    try: tied = _rebuilt(model).all_tied_weights_keys # those of `model` are of the layers it had
+    except Exception: return set() # a family that cannot be built without weights
+    pairs = [(k, of) for k,of in tied.items() if k in ours and of in ours and of not in tied]
+    apart = [(k, of) for k,of in pairs if ours[k].is_meta and ours[k] is not ours[of]]
+    return {k for k,of in apart if torch.equal(_value_at(model, k), _value_at(model, of))}
+
 # %% ../nbs/11_merge.ipynb #c065e9ba
 def _save_weights(model, folder, max_shard_size):
     "Save a model as transformers does, file by file, never with a second copy of it in memory"
     apart, offloaded = _one_by_one(model), any(p.is_meta for p in model.parameters())
     if offloaded and not apart: max_shard_size = 2**63-1 # all parts in one file
+    once = _written_once(model)
+    state = {k: v for k,v in model.state_dict().items() if k not in once} if once else None
     name = 'transformers.modeling_utils.revert_weight_conversion'
     revert = mock.patch(name, _revert_in_turn) if apart else nullcontext()
     with _said_to_be(model, {'': 'cpu'} if apart or offloaded else {}), revert, warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='Attempting to save a model with offloaded modules')
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        model.save_pretrained(folder, max_shard_size=max_shard_size, state_dict=state)
 
 # %% ../nbs/11_merge.ipynb #c065e9bb
 _WEIGHTS = re.compile(r'(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?')
