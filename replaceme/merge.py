@@ -347,19 +347,21 @@ def relative_error(x, ref)->float: # Frobenius norms
     "How far two tensors are apart"
     return ((x.float()-ref.float()).norm()/ref.float().norm().clamp(min=1e-30)).item()
 
+# %% ../nbs/11_merge.ipynb #c7a1e0d1
+def _with_cache(model, batch)->str|None:
+    "What goes wrong in a forward pass with a cache"
+    try:
+        with judging(model): run(model, batch, cache=True)
+    except Exception as e: return f'{type(e).__name__}: {e}'
+
 # %% ../nbs/11_merge.ipynb #c7a1e0d2
 def loses_cache(model, blocks, small=None)->str|None:
     "What goes wrong when the cut model runs with a cache, where the dense one can; None where nothing does"
     small, batch = small or cut(model, blocks), dummy(model)
     away, lost = any(p.is_meta for p in small.parameters()), _hybrid(model, blocks)
     if sees(model) or away and not lost: return # one more pass from the disk, with nothing to suspect
-    try:
-        with judging(small): run(small, batch, cache=True)
-    except Exception as e: said = f'{type(e).__name__}: {e}'
-    else: return
-    try:
-        with judging(model): run(model, batch, cache=True)
-    except Exception: return # nor can the dense one
+    said = _with_cache(small, batch)
+    if said is None or _with_cache(model, batch): return # nor can the dense one
     return f"no attention layer is left, by which its cache counts tokens ({said})" if lost else said
 
 # %% ../nbs/11_merge.ipynb #1878634f
