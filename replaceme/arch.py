@@ -171,12 +171,12 @@ def dummy(model, n=16)->dict: # a batch
     return dict(input_ids=ids, attention_mask=torch.ones_like(ids))
 
 # %% ../nbs/02_arch.ipynb #d282955f
-def run(model, batch): # -> what the backbone returns
-    "Push a batch through the backbone, without a cache"
+def run(model, batch, cache=False): # -> what the backbone returns
+    "Push a batch through the backbone, by default without a cache"
     device, net = input_device(model), backbone(model)
     if 'pixel_values' in batch: return net(pixel_values=batch['pixel_values'].to(device, net.dtype))
     takes = inspect.signature(net.forward).parameters
-    given = {**{k: v.to(device) for k,v in batch.items()}, 'use_cache': False}
+    given = {**{k: v.to(device) for k,v in batch.items()}, 'use_cache': cache}
     everything = any(p.kind is p.VAR_KEYWORD for p in takes.values())
     return net(**{k: v for k,v in given.items() if k in takes or everything})
 

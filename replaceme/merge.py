@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['parameter_over', 'shared_copy', 'keep_layers', 'differs_when_rebuilt', 'without', 'cut', 'lasting', 'skipping',
-           'relative_error', 'check_cut', 'check_writable', 'stored', 'Patched', 'fold', 'fold_through', 'with_bias',
-           'put', 'replace_block', 'explicit_map', 'save_checkpoint']
+           'relative_error', 'loses_cache', 'check_cut', 'check_writable', 'stored', 'Patched', 'fold', 'fold_through',
+           'with_bias', 'put', 'replace_block', 'explicit_map', 'save_checkpoint']
 
 # %% ../nbs/11_merge.ipynb #09c0b18a
 import copy, functools, math, re, shutil, warnings
@@ -83,9 +83,22 @@ def _renumber(layer, names, new):
 
 # %% ../nbs/11_merge.ipynb #553f011e
 def _per_layer(config, n):
-    "Names of the lists in a config that have one entry per layer"
+    "Names of the lists in a config that may have one entry per layer: they are as long as there are layers"
     return [k for k,v in vars(config).items() if isinstance(v, (list, tuple)) and len(v)==n
             and 'token' not in k]
+
+# %% ../nbs/11_merge.ipynb #553f0121
+@functools.cache
+def _fixed(cls)->dict: # class of a config -> {key: length}
+    "Lists that a family has in one length, however many layers there are"
+    lists = lambda c: {k: len(v) for k,v in vars(c).items() if isinstance(v, (list, tuple))}
+    try:
+        few = cls()
+        k, n = next(iter(layer_counts(few).items()))
+        more = cls(**{k: n+1})
+        if more.num_hidden_layers!=few.num_hidden_layers+1: return {} # a list counts its layers
+    except Exception: return {} # one that cannot be made so
+    return {k: l for k,l in lists(few).items() if l!=n and lists(more).get(k)==l}
 
 # %% ../nbs/11_merge.ipynb #ba47e245
 def _cut_overrides(config, keep):
@@ -125,16 +138,21 @@ def _no_heads(config)->int: # how many there were
     return n
 
 # %% ../nbs/11_merge.ipynb #a586b3bd
-def _cut_config(config, keep, n):
+def _cut_config(config, keep, n,
+                others=frozenset(), # lists that are not about layers
+               )->frozenset: # these, and those that are not as long as there are layers now
     "Fix the layer count and every per-layer list"
-    put_back, more = _cut_overrides(config, keep), _no_heads(config)
+    put_back, more, fixed = _cut_overrides(config, keep), _no_heads(config), _fixed(type(config))
+    names = {*_per_layer(config, n), *_per_layer(config, n+more)}
+    lists = {k: v for k in names-others if len(v := vars(config)[k])!=fixed.get(k)}
+    others |= {k for k,v in vars(config).items() if isinstance(v, (list, tuple)) and k not in lists}
     _cut_stages(config, keep, n)
-    for k in {*_per_layer(config, n), *_per_layer(config, n+more)}:
-        v = vars(config)[k]
-        setattr(config, k, type(v)(v[i] for i in keep))
+    for k,v in lists.items(): # but those that are cut already
+        if vars(config)[k] is v: setattr(config, k, type(v)(v[i] for i in keep))
     counts = [k for k,v in layer_counts(config).items() if v==n and k in vars(config)]
     if counts: setattr(config, counts[0], len(keep))
     put_back()
+    return others
 
 # %% ../nbs/11_merge.ipynb #2d804279
 def _configs(model):
@@ -159,15 +177,18 @@ def _cut_device_map(model, layers, keep):
 # what may be said of a layer
 _PLAIN = (int, float, str, type(None), list, tuple, dict, Tensor, nn.Module)
 
-def _cut_lists(model, layers, keep, n):
+def _cut_lists(model, layers, keep, n, others=frozenset())->frozenset: # as in `_cut_config`
     "Cut what modules outside the layers remember layer by layer"
-    inside = {id(m) for l in layers for m in l.modules()} | {id(layers)}
-    for m in model.modules():
+    inside, seen = {id(m) for l in layers for m in l.modules()} | {id(layers)}, set()
+    for name,m in model.named_modules():
         if id(m) in inside or isinstance(m, nn.ModuleList): continue
-        for k in _per_layer(m, n):
+        lists = [k for k in _per_layer(m, n) if (name, k) not in others]
+        seen |= {(name, k) for k,v in vars(m).items() if isinstance(v, (list, tuple)) and k not in lists}
+        for k in lists:
             if all(isinstance(v, _PLAIN) for v in vars(m)[k]): setattr(m, k, [vars(m)[k][i] for i in keep])
         for k in ('num_hidden_layers', 'num_layers', 'n_layers', 'n_layer'):
             if vars(m).get(k)==n: setattr(m, k, len(keep))
+    return others | seen
 
 # %% ../nbs/11_merge.ipynb #01d3a6f1
 def keep_layers(model,
@@ -181,9 +202,10 @@ def keep_layers(model,
     names, kept = _numbers(old), [layers[i] for i in keep]
     layers._modules.clear(); layers.extend(kept)
     for j,layer in enumerate(kept): _renumber(layer, names, j)
-    for config in configs: _cut_config(config, list(keep), n)
+    others = vars(model).get('_other_lists', frozenset()) # of a model that was cut before
+    for config in configs: others |= _cut_config(config, list(keep), n, others)
     for config in nested_configs(new.config): _no_heads(config)
-    _cut_lists(new, layers, list(keep), n)
+    new._other_lists = others | _cut_lists(new, layers, list(keep), n, others)
     _cut_device_map(new, layers, list(keep))
     return new
 
@@ -233,13 +255,15 @@ def differs_when_rebuilt(model): # a cut model
 # %% ../nbs/11_merge.ipynb #df64e7ad
 def _translations(config, keep, n):
     "Changes to a config that may be needed without layers: `{key: new value}`, one by one, then all together"
-    plain, lists, firsts, lasts = vars(config), {}, {}, {}
+    plain, lists, firsts, lasts, cuts = vars(config), {}, {}, {}, {}
+    fixed = _fixed(type(config))
     for k,v in plain.items():
         if isinstance(v, list) and v and 'token' not in k and all(type(i) is int and 0<=i<n for i in v):
             lists[k] = [keep.index(i) for i in v if i in keep]
         if type(v) is int and 0<v<=n and any(w in k for w in ('layer', 'dense', 'first', 'block')):
             firsts[k], lasts[k] = sum(i<v for i in keep), sum(i>=n-v for i in keep)
-    for edits in (lists, firsts, lasts):
+        if isinstance(v, list) and len(v)==n==fixed.get(k): cuts[k] = [v[i] for i in keep] # a pattern
+    for edits in (lists, firsts, lasts, cuts):
         for k,v in edits.items(): yield {k: v}
         if len(edits)>1: yield edits
     yield {**firsts, **lists}
@@ -282,12 +306,12 @@ def cut(model,
     return new
 
 # %% ../nbs/11_merge.ipynb #1ad0748c
-def _hybrid(model, b):
+def _hybrid(model, blocks):
     "Would a hybrid model lose its last attention layer, by which its cache counts tokens?"
-    config = stack_config(model)
+    config, gone = stack_config(model), {i for b in blocks for i in range(*b)}
     kinds = getattr(config, 'layer_types', None) or getattr(config, 'layers_block_type', None) or []
-    attends = [i for i,k in enumerate(kinds) if 'attention' in k and 'linear' not in k]
-    return 0<len(attends)<len(kinds) and all(i in range(*b) for i in attends)
+    attends = {i for i,k in enumerate(kinds) if k=='hybrid' or 'attention' in k and 'linear' not in k}
+    return 0<len(attends)<len(kinds) and attends<=gone
 
 # %% ../nbs/11_merge.ipynb #d57e1d93
 def lasting(model,
@@ -295,10 +319,10 @@ def lasting(model,
            )->list: # of those, the blocks that can go without a trace
     "The candidates whose removal survives saving and loading; raises when there is none"
     what = lambda b: differs_when_rebuilt(cut(model, [b]))
-    if all(_hybrid(model, b) for b in blocks):
+    if all(_hybrid(model, [b]) for b in blocks):
         raise ReplaceMeError(f"{type(model).__name__}: every block of {len(blocks[0])} layers holds its "
                              "only attention layer, by which its cache counts tokens.")
-    blocks = [b for b in blocks if not _hybrid(model, b)]
+    blocks = [b for b in blocks if not _hybrid(model, [b])]
     probes = [blocks[0], blocks[len(blocks)//2], blocks[-1]]
     # nothing in this family depends on a layer's number
     if not any(differs_when_rebuilt(keep_layers(model, without(model, [b]))) for b in probes): return blocks
@@ -323,6 +347,23 @@ def relative_error(x, ref)->float: # Frobenius norms
     "How far two tensors are apart"
     return ((x.float()-ref.float()).norm()/ref.float().norm().clamp(min=1e-30)).item()
 
+# %% ../nbs/11_merge.ipynb #c7a1e0d1
+def _with_cache(model, batch)->str|None:
+    "What goes wrong in a forward pass with a cache"
+    try:
+        with judging(model): run(model, batch, cache=True)
+    except Exception as e: return f'{type(e).__name__}: {e}'
+
+# %% ../nbs/11_merge.ipynb #c7a1e0d2
+def loses_cache(model, blocks, small=None)->str|None:
+    "What goes wrong when the cut model runs with a cache, where the dense one can; None where nothing does"
+    small, batch = small or cut(model, blocks), dummy(model)
+    away, lost = any(p.is_meta for p in small.parameters()), _hybrid(model, blocks)
+    if sees(model) or away and not lost: return # one more pass from the disk, with nothing to suspect
+    said = _with_cache(small, batch)
+    if said is None or _with_cache(model, batch): return # nor can the dense one
+    return f"no attention layer is left, by which its cache counts tokens ({said})" if lost else said
+
 # %% ../nbs/11_merge.ipynb #1878634f
 def check_cut(model, blocks, small=None):
     "Raise unless the cut model computes what the dense one computes without these layers"
@@ -339,6 +380,9 @@ def check_cut(model, blocks, small=None):
                              f"that stay compute something else (relative error {err:.1e}): something "
                              "besides the hidden state passes between layers, or depends on their numbers. "
                              "Choose another block.")
+    if lost := loses_cache(model, blocks, small):
+        raise ReplaceMeError(f"{type(model).__name__}: without {', '.join(map(str, blocks))} the model "
+                             f"cannot run with a cache, and so not write text: {lost}. Choose other blocks.")
 
 # %% ../nbs/11_merge.ipynb #5eba8d0f
 def check_writable(point): # a FoldPoint
@@ -565,16 +609,35 @@ def _said_to_be(model, places): # a device map
         if old is None: del model.hf_device_map
         else: model.hf_device_map = old
 
+# %% ../nbs/11_merge.ipynb #36995741
+def _value_at(model, name):
+    "A weight by its name, from wherever it is"
+    of, _, leaf = name.rpartition('.')
+    return _values(model.get_submodule(of), leaf).detach().cpu()
+
+# %% ../nbs/11_merge.ipynb #36995743
+def _written_once(model)->set:
+    "Names of offloaded weights that are loaded from another name, under which the same numbers are"
+    ours = dict(model.named_parameters(remove_duplicate=False))
+    if not any(p.is_meta for p in ours.values()): return set()
+    try: tied = _rebuilt(model).all_tied_weights_keys # those of `model` are of the layers it had
+    except Exception: return set() # a family that cannot be built without weights
+    pairs = [(k, of) for k,of in tied.items() if k in ours and of in ours and of not in tied]
+    apart = [(k, of) for k,of in pairs if ours[k].is_meta and ours[k] is not ours[of]]
+    return {k for k,of in apart if torch.equal(_value_at(model, k), _value_at(model, of))}
+
 # %% ../nbs/11_merge.ipynb #c065e9ba
 def _save_weights(model, folder, max_shard_size):
     "Save a model as transformers does, file by file, never with a second copy of it in memory"
     apart, offloaded = _one_by_one(model), any(p.is_meta for p in model.parameters())
     if offloaded and not apart: max_shard_size = 2**63-1 # all parts in one file
+    once = _written_once(model)
+    state = {k: v for k,v in model.state_dict().items() if k not in once} if once else None
     name = 'transformers.modeling_utils.revert_weight_conversion'
     revert = mock.patch(name, _revert_in_turn) if apart else nullcontext()
     with _said_to_be(model, {'': 'cpu'} if apart or offloaded else {}), revert, warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='Attempting to save a model with offloaded modules')
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        model.save_pretrained(folder, max_shard_size=max_shard_size, state_dict=state)
 
 # %% ../nbs/11_merge.ipynb #c065e9bb
 _WEIGHTS = re.compile(r'(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?')

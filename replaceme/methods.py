@@ -226,10 +226,11 @@ class Removed:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in passing}
 
 # %% ../nbs/15_methods.ipynb #92f5e3b9
-def check_blocks(model, blocks):
+def check_blocks(model, blocks,
+                 small=None): # what is handed out without them; its blocks may have gone one after another
     "Raise unless these blocks together can go without a trace"
     if not blocks: return
-    what = differs_when_rebuilt(cut(model, blocks))
+    what = differs_when_rebuilt(cut(model, blocks)) or small is not None and differs_when_rebuilt(small)
     if what:
         raise ReplaceMeError(f"without {', '.join(map(str, blocks))} the config would rebuild {what}: choose "
                              "other blocks.")
@@ -262,7 +263,7 @@ def remove(self:Method, model, batches, job)->tuple: # (pruned model, Removed)
 @patch
 def noted(self:Method, model, small, res, batches, job)->Pruned:
     "A pruned model with all that is known of how it came about"
-    check_blocks(model, res.blocks)
+    check_blocks(model, res.blocks, small)
     distance = res.chosen_by(model)
     with job.stages('calibrate'): distance.sinks = look_for_sinks(model, batches[:1]) if batches else None
     texts = sum(len(b['attention_mask']) for b in batches)

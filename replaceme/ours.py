@@ -28,6 +28,7 @@ from .stats import *
 from .solve import *
 from .optimize import *
 from .merge import *
+from .merge import _hybrid
 from .unmerged import *
 from .borrow import *
 from .search import *
@@ -503,6 +504,13 @@ def _profiled(model, batches, k, known):
     collect(model, batches, [], {}, profile, desc='profile')
     return {m: profile.of_length(m) for m in range(1, n)}, find_sinks(profile)
 
+# %% ../nbs/16_ours.ipynb #d2a5b8c1
+def _lasts(model, blocks):
+    "Can these blocks together go, so that what is saved is the pruned model, and still writes text?"
+    small = cut(model, blocks)
+    if differs_when_rebuilt(small): return False
+    return not (_hybrid(model, blocks) and loses_cache(model, blocks, small)) # a pass for the suspects alone
+
 # %% ../nbs/16_ours.ipynb #d415ad9b
 def ways_out(model, batches, k:Choosing, n, # layers a window, or in all
              blocks, known, top_k=0,
@@ -514,14 +522,15 @@ def ways_out(model, batches, k:Choosing, n, # layers a window, or in all
     if k.num_A>1:
         kept, avoided = without_sinks(blocks, avoid)
         way = windows(kept, [rows[n][b.start-1] for b in kept], k.num_A, k.merge_consecutive)
+        check_blocks(model, way[1]) # before anything is fitted
         return Ways([way], rows, sinks, avoided if len(kept)<len(blocks) else [])
     def D(s, e): return rows[e-s][s-1]
     ways = partitions(D, len(layers_of(model)), n, k.max_blocks, k.min_distance_layer or 1, max(10, top_k),
                       avoid, each)
-    ways = [w for w in ways if not differs_when_rebuilt(cut(model, w[1]))]
+    ways = [w for w in ways if _lasts(model, w[1])]
     if ways: return Ways(ways, rows, sinks, [])
-    raise ReplaceMeError(f"no way to remove {n} layers in {k.max_blocks} blocks survives saving and loading: "
-                         "use max_blocks: 1.")
+    raise ReplaceMeError(f"no way to remove {n} layers in {k.max_blocks} blocks survives saving and loading "
+                         "and runs with a cache: use max_blocks: 1.")
 
 # %% ../nbs/16_ours.ipynb #23c0a022
 def sums_kept(r:Recipe)->int:
@@ -611,7 +620,7 @@ def prune(self:Mapped, model, job, plan)->Pruned: # from `prove`
     if k.get('mask'): fit = mask_tokens(fit, k.mask, k.seed) # what judges is whole
     several = k.blocks is not None or k.num_A>1 or k.max_blocks>1
     done, rows, d, sinks, avoided = (_several if several else _one)(model, fit, held, job, r, blocks, known)
-    check_blocks(model, done.blocks)
+    check_blocks(model, done.blocks, done.model)
     done.distance = Distances(k.metric, measured_at(model, k), d, {str(n): row for n,row in rows.items()},
                               sinks, avoided, texts=done.distance.texts)
     done.stands, done.held_out = fit_words(r, done), r.needs_held

@@ -8,10 +8,13 @@ import warm
 from safetensors import safe_open
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer, ViTImageProcessor
 
+from replaceme.blocks import Block
 from replaceme.core import ReplaceMeError
 from replaceme.data import synthetic_images
+from replaceme.merge import cut, save_checkpoint
 from replaceme.models import load_model, tiny_model, tiny_tokenizer, tiny_vision
 from replaceme.pipeline import make_config, prune, run
+from replaceme.search import fit_blocks
 
 IDS = torch.arange(5, 21)[None]
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -269,3 +272,78 @@ def test_a_wrapped_model_is_refused_with_the_way_out(kind, way):
         prune(model, tiny_tokenizer(), **keys)
     assert f"of type {type(model).__name__}: give its {way}" in str(said.value) and "\n" not in str(said.value)
     assert prune(out(model), tiny_tokenizer(), **keys)[0].config.num_hidden_layers == 2
+
+
+def only(kind, at, n=6):
+    return dict(layer_types=["full_attention" if i in at else kind for i in range(n)])
+
+
+HYBRIDS = [("qwen3_next", only("linear_attention", [1]), [[1, 3]]), ("qwen3_next", only("linear_attention", [1, 3]), [[1, 2], [3, 4]]),
+           ("granitemoehybrid", only("linear_attention", [1, 3]), [[1, 2], [3, 4]]), ("lfm2", only("conv", [1, 3]), [[1, 2], [3, 4]])]
+
+
+@pytest.mark.parametrize("family, keys, blocks", HYBRIDS, ids=str)
+def test_the_last_attention_layer_of_a_hybrid_stays(family, keys, blocks, text_model, monkeypatch):
+    "Blocks that are given are refused before a text is read; one attention layer that is left is enough to write text"
+    monkeypatch.setattr("replaceme.feed.Feed.calibration", lambda *a, **k: pytest.fail("a text was read"))
+    conf = {**text_model(family, **keys), "layers_to_skip": None, "method": "remove"}
+    with pytest.raises(ReplaceMeError, match="cannot run with a cache.*no attention layer is left"):
+        run(make_config(**conf, blocks=blocks))
+    monkeypatch.undo()
+    small, _ = prune(tiny_model(family, layers=6, **keys), tiny_tokenizer(), blocks=[[4, 5], [2, 3]], method="remove", dataset=conf["dataset"],
+                     dataset_size=4, max_length=32)
+    assert small.generate(IDS, max_new_tokens=4, do_sample=False).shape[1] > IDS.shape[1]
+
+
+def nearest_first(monkeypatch, layers):
+    "The distances that would let these layers go first"
+    monkeypatch.setattr("replaceme.distance.Profile.of_length",
+                        lambda self, n: [sum(.01 if i in layers else 1. for i in range(s, s + n)) for s in range(1, self.n_layers - n + 1)])
+
+
+@pytest.mark.parametrize("more, left", [(dict(max_blocks=2, layers_to_skip=2), 1), (dict(num_A=2, layers_to_skip=1), 0), (dict(method="shortgpt"), 0)], ids=str)
+def test_a_way_that_takes_every_attention_layer_is_left_out_or_refused(more, left, text_model, monkeypatch):
+    nearest_first(monkeypatch, (1, 3))
+    monkeypatch.setattr("replaceme.baselines.influences", lambda *a: torch.tensor([float(i not in (1, 3)) for i in range(6)]))
+    keys = text_model("qwen3_next", **only("linear_attention", [1, 3]))
+    conf = make_config(**{**keys, "method": "remove", **more, **({} if "method" in more else dict(sinks="allow"))})
+    if not left:
+        with pytest.raises(ReplaceMeError, match="cannot run with a cache"):
+            run(conf)
+        return
+    _, folder = run(conf)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert "full_attention" in model.config.layer_types
+    assert model.generate(IDS, max_new_tokens=4, do_sample=False).shape[1] > IDS.shape[1]
+
+
+@pytest.mark.parametrize("layers, blocks", [(6, [[1, 2], [4, 5]]), (5, [[1, 2]]), (5, [[1, 2], [3, 4]])], ids=str)
+@torch.no_grad()
+def test_a_list_that_is_as_long_as_the_layers_by_chance_is_left_whole(layers, blocks, tmp_path, text_model):
+    "Blocks go one after another, and five multipliers are not about five layers; a list that nobody knows neither, where it was longer than the layers"
+    model = tiny_model("falcon_h1", layers=layers, ssm_multipliers=[1.0, 0.9, 0.8, 0.7, 0.6])
+    if layers == 6:
+        model.config.mine = [1, 2, 3, 4, 5]
+    small, _ = prune(model, tiny_tokenizer(), blocks=blocks, method="remove", dataset=text_model("llama")["dataset"], dataset_size=4, max_length=32)
+    assert small.config.ssm_multipliers == model.config.ssm_multipliers and getattr(small.config, "mine", None) == getattr(model.config, "mine", None)
+    assert len(small.config.layer_types) == small.config.num_hidden_layers == layers - len(blocks)
+    save_checkpoint(small, tmp_path / "out")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()(IDS).logits, small.eval()(IDS).logits)
+
+
+def test_what_is_handed_out_must_be_what_its_config_rebuilds(monkeypatch, text_model):
+    "Not only what the blocks leave when they go together"
+    def odd(*a, **k):
+        done = fit_blocks(*a, **k)
+        done.model.config.intermediate_size += 1
+        return done
+    monkeypatch.setattr("replaceme.search.fit_blocks", odd)
+    with pytest.raises(ReplaceMeError, match="the config would rebuild model.layers.0.mlp"):
+        prune(tiny_model("llama", layers=6), tiny_tokenizer(), blocks=[[1, 2], [4, 5]], method="remove", dataset=text_model("llama")["dataset"],
+              dataset_size=4, max_length=32)
+
+
+def test_image_backbones_name_their_stages_right_where_one_layer_goes():
+    model = tiny_vision("dinov2", layers=6)
+    small = cut(model, [Block(2, 3)])
+    assert small.config.stage_names == model.config.stage_names[:6]

@@ -264,6 +264,25 @@ def test_weights_that_are_saved_as_one(said, tmp_path):
         assert set(found) == set(ref) and all(torch.equal(found[k], ref[k]) for k in ref), size
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_layers_share_are_written_once(kind, tmp_path):
+    "Zamba 2 has one block in many layers, and offloaded each layer has its own; what a map went into is no longer shared"
+    model = tiny_model("zamba2", layers=6)
+    model.save_pretrained(tmp_path / "dense")
+    small, ref = [replace_block(m, Block(4, 6), None) for m in (place(model, tmp_path / "dense", kind, tmp_path), model)]
+    for m, name in ((small, "away"), (ref, "memory")):
+        save_checkpoint(m, tmp_path / name)
+    found, want = [weights_in(tmp_path / name) for name in ("away", "memory")]
+    assert len(want) < len(model.state_dict()) and set(found) == set(want) and all(torch.equal(found[k], want[k]) for k in want)
+    assert torch.equal(*[logits(type(model).from_pretrained(tmp_path / name).eval()) for name in ("away", "memory")])
+    name = "model.layers.3.shared_transformer.feed_forward.down_proj"
+    linear = small.get_submodule(name)
+    if linear.weight is not small.get_submodule(name.replace("3", "1")).weight:  # loaded onto the disk it is, and transformers sees it
+        merge._assign(linear, dict(weight=merge._values(linear, "weight") + 1))
+        once = merge._written_once(small)
+        assert name + ".weight" not in once and name.replace("down", "gate_up") + ".weight" in once
+
+
 @torch.no_grad()
 def test_what_reads_weights_reads_offloaded_ones(pair, tmp_path):
     model, folder = pair

@@ -369,3 +369,14 @@ def test_a_file_is_no_larger_than_a_layer_or_what_stands_beside(llama, tmp_path,
     vocab = tiny_model("llama", layers=6).lm_head.weight.nbytes
     assert written == [max(layer, vocab)]
     assert max(f.stat().st_size for f in path.glob("*.safetensors")) < max(layer, vocab) + 4096
+
+
+def test_layers_that_share_weights_are_written_as_in_memory(tmp_path):
+    "Zamba 2: one block in many layers"
+    save_checkpoint(tiny_model("zamba2", layers=6), tmp_path / "dense", inputs=tiny_tokenizer())
+    with (tmp_path / "t.jsonl").open("w") as f:
+        f.writelines(json.dumps(dict(text=t)) + "\n" for t in texts_of())
+    both(tmp_path)
+    written = [{k: v for f in (tmp_path / name).glob("*.safetensors") for k, v in load_file(f).items()} for name in ("plain", "streamed")]
+    assert set(written[0]) == set(written[1]) and sum(v.nbytes for v in written[0].values()) == sum(v.nbytes for v in written[1].values())
+    assert torch.equal(*map(logits, loaded(tmp_path)))
