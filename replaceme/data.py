@@ -29,7 +29,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from fractions import Fraction
-from io import StringIO
 from itertools import chain, islice, repeat, takewhile
 from numbers import Real
 from pathlib import Path
@@ -51,6 +50,7 @@ from .core import *
 from .group import *
 from .resume import *
 from .kept import *
+from .keys import as_plain
 from .models import *
 from .arch import judging, stack_config
 
@@ -1229,7 +1229,7 @@ def as_part(d)->Part:
         if not (d.get(k) is None or isinstance(d[k], str)):
             raise ReplaceMeError(f"dataset {d['path']}: {k} is {d[k]!r}: it must be text or null.")
     as_columns(d.get('column'))
-    return Part(str(d['path']), **{k: v for k,v in d.items() if k!='path'})
+    return Part(str(d['path']), **as_plain({k: v for k,v in d.items() if k!='path'}))
 
 # %% ../nbs/03_data.ipynb #b79056f7
 def with_parts(dataset):

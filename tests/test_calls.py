@@ -1,5 +1,7 @@
 """What people call in a notebook with what they have at hand: it is read as it was meant, or refused, and never measured as something else."""
 import contextlib
+import re
+from fractions import Fraction
 from pathlib import Path
 
 import datasets
@@ -7,15 +9,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 from replaceme.blocks import Block
+from replaceme.compare import CompareConfig
+from replaceme.config import read_config
 from replaceme.core import ReplaceMeError
 from replaceme.data import batches, load_texts
 from replaceme.evaluate import continuation, perplexity, prompt_ids
 from replaceme.merge import cut, replace_block, save_checkpoint
 from replaceme.models import load_model, tiny_model, tiny_tokenizer
-from replaceme.pipeline import make_config, prune
+from replaceme.pipeline import EvaluateConfig, _told, make_config, prune
 from replaceme.feed import scored_and_fitted
 from replaceme.save import check_own
 from replaceme.sidebyside import kept_perplexity, side_by_side
@@ -217,3 +222,46 @@ def test_two_models_of_one_name_do_not_share_a_folder(tmp_path, monkeypatch):
 def test_a_language_model_wants_its_tokenizer(inputs):
     with pytest.raises(ReplaceMeError, match=f"a {type(inputs).__name__} is no tokenizer"):
         prune(tiny_model("llama", layers=4), inputs, 1, dataset="python-docs")
+
+
+# the library's own values, and those of Python, numpy and torch
+
+def test_a_result_s_own_blocks_are_given_to_the_next_prune(tmp_path):
+    model, small = tiny_model("llama", layers=6), dict(method="remove", dataset="python-docs", dataset_size=4, max_length=32)
+    pruned, result = prune(model, TOK, np.int64(2), **small)
+    assert result.config["layers_to_skip"] == 2
+    ways = [result.block], result.block, result.blocks, tuple(result.blocks), [tuple(result.block)], [range(*result.block)], np.array([[*result.block]])
+    for blocks in ways:
+        again = prune(tiny_model("llama", layers=6), TOK, blocks=blocks, **small)[1]
+        assert again.block == result.block and again.config["blocks"] == [[*result.block]]
+        assert yaml.safe_load(yaml.safe_dump(again.config)) == again.config
+
+
+def test_values_of_python_are_written_as_plain_yaml(tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    given = dict(model_path=tmp_path / "m", save_path=tmp_path / "out", distances_path=tmp_path / "d.json", layers_to_skip=np.int32(2),
+                 ridge=np.float32(.5), max_length=np.uint8(64), mask=Fraction(1, 4), dtype=torch.bfloat16, device_map={"": torch.device("cpu")},
+                 trust_remote_code=np.bool_(False), dataset_size=torch.tensor(8), dataset=["self", tmp_path / "a.txt"], dataset_shares=(1, np.float64(.5)),
+                 eval_dataset=dict(path=tmp_path / "b.csv", column="x"), tasks=("a", "b"))
+    cfg = make_config(**given)
+    assert (cfg.model_path, cfg.save_path, cfg.distances_path) == tuple(str(tmp_path / n) for n in ("m", "out", "d.json"))
+    assert (cfg.layers_to_skip, cfg.ridge, cfg.max_length, cfg.mask, cfg.dataset_size, cfg.dataset_shares) == (2, .5, 64, .25, 8, [1, .5])
+    assert (cfg.dtype, cfg.device_map, cfg.tasks) == ("bfloat16", {"": "cpu"}, ["a", "b"]) and cfg.trust_remote_code is False
+    said = {k: v for k, v in _told(cfg).items() if v != cfg.__dataclass_fields__[k].default}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(said))
+    assert read_config(tmp_path / "c.yaml") == cfg and yaml.safe_load(yaml.safe_dump(said)) == said
+    mixed = make_config(dataset=[dict(path="self", share=np.float64(.25)), dict(path=tmp_path / "a.txt", share=np.int64(3))])
+    assert yaml.safe_load(yaml.safe_dump(_told(mixed)))["dataset"][1] == dict(path=str(tmp_path / "a.txt"), share=3)
+    compared = make_config(CompareConfig, model_path=tmp_path, methods=["lstsq"], layers=range(1, 3), seeds=np.arange(2))
+    assert (compared.layers, compared.seeds) == ([1, 2], [0, 1])
+    assert make_config(EvaluateConfig, compare=[tmp_path / "a", tmp_path / "b"]).compare == [str(tmp_path / "a"), str(tmp_path / "b")]
+
+
+@pytest.mark.parametrize("keys, why", [
+    (dict(layers_to_skip=np.bool_(True)), "layers_to_skip is True: it must be a whole number"), (dict(layers_to_skip=np.float64(2)), "layers_to_skip is 2.0"),
+    (dict(seed=Fraction(1, 2)), "seed is 0.5: it must be a whole number"), (dict(dtype=torch.int8), "dtype 'int8' is not a floating point type"),
+    (dict(dtype=np.float32), "it must be text or null"), (dict(layers_to_skip=np.arange(2)), "must be a whole number"),
+    (dict(blocks=[(True, 3)]), "give pairs of layers"), (dict(blocks=range(1, 7, 2)), "give two layer numbers"), (dict(model_path=3), "model_path is 3: it must be text")])
+def test_what_is_no_such_value_is_still_refused(keys, why):
+    with pytest.raises(ReplaceMeError, match=re.escape(why)):
+        make_config(**keys)
