@@ -136,6 +136,7 @@ class _Loader(yaml.SafeLoader):
             raise ReplaceMeError(f"{node.value[:60]!r} in line {line} is read as YAML's {kind}, and it is "
                                  "none: put quotes around a text, or correct it.") from e
 
+# %% ../nbs/22_config.ipynb #6a7af091
 _DATE = 'tag:yaml.org,2002:timestamp' # no key takes one, and a split may be called 2024-02-30
 _Loader.yaml_implicit_resolvers = {first: [r for r in rs if r[0]!=_DATE]
                                    for first,rs in yaml.SafeLoader.yaml_implicit_resolvers.items()}
@@ -167,6 +168,7 @@ def yaml_value(text): # -> None, a bool, a number, text, a list or a dict
     except RecursionError: # its traceback would be a thousand lines
         raise ReplaceMeError("not readable as YAML: lists or mappings are nested too deep in it.") from None
 
+# %% ../nbs/22_config.ipynb #2de0aeb1
 def read_yaml(text)->dict:
     "The mapping in a YAML text, or what is wrong with it"
     d = yaml_value(text)

@@ -82,6 +82,7 @@ def _one(v):
     if isinstance(v, bool): return v
     return int(v) if isinstance(v, Integral) else float(v) if isinstance(v, Real) else v
 
+# %% ../nbs/00_keys.ipynb #4d02b6a4
 def as_plain(v):
     "A value as YAML can say it, within lists and mappings, too"
     if isinstance(v, dict): return {as_plain(k): as_plain(x) for k,x in v.items()}
