@@ -19,8 +19,9 @@ __all__ = ['SPARE', 'ROLES', 'TOOLS', 'HELD_OUT', 'FORMATS', 'UNREAD', 'PACKED',
            'rows_at_once', 'first_id', 'user_turn', 'opening', 'first_ids', 'repeats', 'poor', 'sample_texts',
            'own_texts', 'is_path', 'text_files', 'text_splits', 'kind_of', 'plain_only', 'read_shares', 'portions',
            'interleave', 'source_key', 'shares_of', 'in_full', 'mixture', 'short_data_name', 'data_name', 'plan',
-           'how_of', 'given_to', 'load_parts', 'load_texts', 'synthetic_images', 'as_rgb', 'open_image', 'image_files',
-           'drawn', 'is_image', 'pick_images', 'undecoded', 'table_images', 'load_images', 'pixels', 'image_batches']
+           'how_of', 'given_to', 'stretches', 'places_of', 'read_from', 'share_rows', 'load_parts', 'load_texts',
+           'synthetic_images', 'as_rgb', 'open_image', 'image_files', 'drawn', 'is_image', 'pick_images', 'undecoded',
+           'table_images', 'load_images', 'pixels', 'image_batches']
 
 # %% ../nbs/03_data.ipynb #6193d1e8
 import ast, bz2, glob, gzip, hashlib, io, json, lzma, math, re, uuid, warnings, zipfile, zlib
@@ -1749,6 +1750,78 @@ def given_to(given, # data sets
             raise ReplaceMeError(f"{k} {v!r} is said for all data sets, and each table says its own: "
                                  "leave it out.")
     return [tuple(v if k in h else None for k,v in said.items()) for h in heeds]
+
+# %% ../nbs/03_data.ipynb #5a4ed002
+_ALL = 10**12 # rows: more than there are, and as good for percentages
+
+def stretches(split, # such as `train`, or `train[:10%]+test[5:]`
+              sizes=None, # rows of the splits, where they are known
+             )->list: # of (split or None, the first row, the one behind the last)
+    "The rows that a split names"
+    if '[' not in (split or ''): return [(split, 0, _ALL)]
+    sizes = sizes or {part.split('[')[0].strip(): _ALL for part in split.split('+')}
+    found = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
+    return [(s.splitname, s.from_ or 0, _ALL if s.to is None else s.to) for s in found]
+
+# %% ../nbs/03_data.ipynb #5a4ed004
+def _saved_in(folder)->dict|None: # {split: folder}
+    "The splits that `save_to_disk` wrote"
+    def read(name): return json.loads((folder/name).read_text(encoding='utf-8'))
+    if (folder/'state.json').exists(): return {read('state.json').get('_split') or 'train': folder}
+    if not (folder/'dataset_dict.json').exists(): return None
+    return {s: folder/s for s in read('dataset_dict.json')['splits']}
+
+# %% ../nbs/03_data.ipynb #5a4ed011
+def _in_memory(rows)->dict:
+    "What the rows of each split are known by: their digest, or a stream by itself"
+    several = isinstance(rows, dict) and _splits(rows)
+    splits = rows if several else {str(getattr(rows, 'split', None) or 'train'): rows}
+    return {s: (_digest(r) if hasattr(r, '__len__') else id(r),) for s,r in splits.items()}
+
+# %% ../nbs/03_data.ipynb #5a4ed005
+def places_of(d, subset=None)->dict|None: # {split: files, or other names}; None where only the hub knows
+    "What the splits of a table are read from"
+    if isinstance(d, InMemory): return _in_memory(d.rows)
+    if not exists(d): return None
+    path = local_path(d).resolve()
+    if path.is_file(): return dict(train=(path,))
+    if (saved := _saved_in(path)): return {s: (f.resolve(),) for s,f in saved.items()}
+    def of(s, rows):
+        return [Path(f).resolve() for f in rows.files] if isinstance(rows, FileRows) else [path/s]
+    return {s: tuple(of(s, rows)) for s,rows in in_folder(path, subset).items()}
+
+# %% ../nbs/03_data.ipynb #5a4ed006
+def read_from(d, subset=None, split=None, sizes=None)->list: # of (files or other names, first row, end)
+    "What is read of a data set, none of which is opened"
+    (subset, split), kind, source = split_of(subset, split), kind_of(d), find_source(d)
+    if kind=='self': return [] # written anew
+    if kind=='python-docs': return [((kind,), 0, _ALL)]
+    if kind=='text': return [((f.resolve(),), 0, _ALL) for f in _of_split(d, split)]
+    places = places_of(d, subset)
+    def of(s):
+        if places is not None: return places[s if '[' in (split or '') else pick_split(places, s)]
+        s = HELD_OUT[0] if s in HELD_OUT else s or 'train'
+        return (source.path.lower(), subset or source.subset or 'default', s),
+    return [(of(s), a, b) for s,a,b in stretches(split, sizes)]
+
+# %% ../nbs/03_data.ipynb #5a4ed008
+def _sizes(d, subset, splits)->dict|None:
+    "Rows of the splits, counted only where slices in percent, in rows or from the end are compared, and here"
+    if not all(s and '[' in s for s in splits) or not (isinstance(d, InMemory) or exists(d)): return None
+    if len({'%' in s for s in splits})==1 and not any(re.search(r'[\[:]\s*-', s) for s in splits): return None
+    names = {part.split('[')[0].strip() for s in splits for part in s.split('+')}
+    return {s: _count(open_rows(d, subset, s)) for s in names}
+
+# %% ../nbs/03_data.ipynb #5a4ed010
+def share_rows(a, b)->bool: # each `(data set, subset, split)`
+    "Do two data sets share rows, or a file, as far as that can be told before they are read?"
+    splits = [split_of(*x[1:])[1] for x in (a, b)]
+    def read(d, subset, split):
+        sizes = _sizes(d, split_of(subset, split)[0], splits)
+        with one_voice(d): return read_from(d, subset, split, sizes)
+    def meet(x, y): # of files in other company no rows are counted
+        return max(x[1], y[1])<min(x[2], y[2]) if x[0]==y[0] else bool({*x[0]} & {*y[0]})
+    return any(meet(x, y) for x in read(*a) for y in read(*b))
 
 # %% ../nbs/03_data.ipynb #b52c6f64
 def load_parts(dataset='self', # see the table at the top; a list is a mixture

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from replaceme.blocks import Block
 from replaceme.compare import CompareConfig
 from replaceme.config import read_config
-from replaceme.core import ReplaceMeError
+from replaceme.core import ReplaceMeError, exists
 from replaceme.data import batches, load_texts
 from replaceme.evaluate import continuation, perplexity, prompt_ids
 from replaceme.merge import cut, replace_block, save_checkpoint
@@ -206,6 +206,70 @@ def test_a_text_is_known_however_it_is_spelt(tmp_path, monkeypatch):
         Path(name).write_text(TEXT)
     for spelt, found in (("same.txt", 1), ("./same.txt", 1), (str(tmp_path / "same.txt"), 1), ("d/../same.txt", 1), ("other.txt", 0)):
         assert len(scored_and_fitted(make_config(model_path="m", layers_to_skip=1, dataset="same.txt", eval_dataset=spelt))) == found
+
+
+def scored_on(**keys):
+    return scored_and_fitted(make_config(model_path="m", layers_to_skip=1, **keys))
+
+
+@pytest.fixture
+def kinds(tmp_path, monkeypatch):
+    "One table in a file, in a folder, saved and on the hub; and texts"
+    monkeypatch.chdir(tmp_path)
+    rows = datasets.Dataset.from_list([dict(text=r) for r in ROWS])
+    Path("d").mkdir()
+    rows.to_json("x.jsonl"), rows.to_json("y.jsonl"), rows.to_json("d/train.jsonl"), rows.to_json("d/test.jsonl")
+    rows.save_to_disk("s"), datasets.DatasetDict(train=rows, test=rows).save_to_disk("t")
+    Path("notes").mkdir()
+    for name in ("train.txt", "test.txt"):
+        (Path("notes") / name).write_text(TEXT)
+    return rows
+
+
+@pytest.mark.parametrize("d", ["x.jsonl", "d", "s", "t", "org/texts", "wikitext"])
+@pytest.mark.parametrize("a, b, found", [
+    (None, "train", 1), ("train", None, 1), ("train[:3]", "train", 1), ("train[:3]", None, 1), ("train[:80%]", "train[50%:]", 1), ("train[2:5]", "train[4:9]", 1),
+    ("train[:5%]+train[50%:]", "train[60%:70%]", 1), ("train[:50%]", "train[50%:]", 0), ("train[:6]", "train[6:]", 0), ("train[80%:]", "train[:20%]+train[70%:75%]", 0),
+    ("train[:3]", "train[50%:]", 0), ("train[-3:]", "train[:5]", 0)])
+def test_the_same_rows_are_known_by_any_split(kinds, d, a, b, found):
+    assert len(scored_on(dataset=d, dataset_split=a, eval_dataset=d, eval_split=b)) == found
+    if "/" not in d or exists(d):
+        assert len(scored_on(dataset=dict(path=d, split=a or "train"), eval_dataset=[dict(path=d, split=b or "train"), "python-docs"])) == found
+
+
+def test_slices_of_a_short_table_here_are_counted(kinds):
+    for a, b, found in (("train[:8]", "train[50%:]", 1), ("train[-8:]", "train[:5]", 1), ("train[-7:]", "train[:5]", 0)):
+        assert len(scored_on(dataset="x.jsonl", dataset_split=a, eval_dataset="x.jsonl", eval_split=b)) == found
+
+
+@pytest.mark.parametrize("fitted, judged, found", [
+    (dict(dataset="d"), dict(eval_dataset="d/train.jsonl"), 1), (dict(dataset="d/train.jsonl"), dict(eval_dataset="d", eval_split="train"), 1),
+    (dict(dataset="d"), dict(eval_dataset="d", eval_split="train"), 1), (dict(dataset="d"), dict(eval_dataset="d/test.jsonl"), 0),
+    (dict(dataset="d"), dict(eval_dataset="d", eval_split="test"), 0), (dict(dataset="d", dataset_split="test"), dict(eval_dataset="./d/../d/test.jsonl"), 1),
+    (dict(dataset="x.jsonl"), dict(eval_dataset="y.jsonl"), 0), (dict(dataset="t"), dict(eval_dataset="t/train"), 1),
+    (dict(dataset="t"), dict(eval_dataset="t", eval_split="test"), 0), (dict(dataset="notes"), dict(eval_dataset="notes/train.txt"), 1),
+    (dict(dataset="notes", dataset_split="train"), dict(eval_dataset="notes", eval_split="test"), 0), (dict(dataset="notes"), dict(eval_dataset="notes/test.txt"), 0),
+    (dict(dataset=["self", "x.jsonl", "d"]), dict(eval_dataset=["self", "d/train.jsonl", "d/test.jsonl", "x.jsonl"], eval_split="train"), 2),
+    (dict(dataset="python-docs"), dict(eval_dataset="python-docs"), 1), (dict(dataset="python-docs"), dict(eval_dataset="x.jsonl"), 0),
+    (dict(dataset="org/texts", dataset_subset="a"), dict(eval_dataset="org/texts", eval_subset="b"), 0),
+    (dict(dataset="org/texts", dataset_subset="train"), dict(eval_dataset="org/texts"), 1), (dict(dataset="org/texts"), dict(eval_dataset="Org/Texts"), 1),
+    (dict(dataset="org/texts", dataset_split="val"), dict(eval_dataset="org/texts", eval_split="validation"), 1),
+    (dict(dataset="fineweb_and_orca"), dict(eval_dataset="Open-Orca/SlimOrca"), 1), (dict(dataset="x.jsonl"), dict(eval_dataset="org/texts"), 0)])
+def test_the_same_rows_are_known_in_a_folder_and_by_any_name(kinds, fitted, judged, found):
+    assert len(scored_on(**fitted, **judged)) == found
+
+
+def test_the_same_rows_are_known_in_memory(kinds):
+    both = datasets.DatasetDict(train=kinds, test=kinds.select(range(3)))
+    stream = kinds.to_iterable_dataset()
+    for a, b, found in ((kinds, kinds, 1), (list(kinds), list(kinds), 1), (list(kinds)[:6], list(kinds)[6:], 0), (both, kinds, 1), (stream, stream, 1)):
+        assert len(scored_on(dataset=a, eval_dataset=b)) == found
+    assert len(scored_on(dataset=both, eval_dataset=both, eval_split="test")) == 0
+    assert len(scored_on(dataset=kinds, dataset_split="train[:4]", eval_dataset=kinds, eval_split="train[4:]")) == 0
+
+
+def test_a_split_that_is_not_there_is_said_when_it_is_read(kinds):
+    assert scored_on(dataset="d", eval_dataset="d", eval_split="nowhere") == [] == scored_on(dataset="d", dataset_split="x[:3]", eval_dataset="d")
 
 
 def test_two_models_of_one_name_do_not_share_a_folder(tmp_path, monkeypatch):
