@@ -95,11 +95,12 @@ def _value(name, s, cls):
     kinds = {*kinds_of(f)} - {type(None)}
     # a file that is called 3 makes no text of a number
     if kinds=={str} or str in kinds and int not in kinds and exists(s): return s
-    try: v = yaml.safe_load(s)
-    except yaml.YAMLError:
-        if str in kinds and not s.startswith(('[', '{')): return s
-        raise ReplaceMeError(f"--{name} {s!r} cannot be read: in a list, put quotes around names with signs "
-                             "in them.")
+    try: v = yaml_value(s)
+    except ReplaceMeError as e:
+        if not s.startswith(('[', '{')): return s # `typed` says what the key takes
+        why = "in a list, put quotes around names with signs in them."
+        raise ReplaceMeError(f"--{name} {s[:60]!r} cannot be read: "
+                             f"{why if isinstance(e.__cause__, yaml.YAMLError) else e}") from None
     if str not in kinds or isinstance(v, tuple(kinds-{str})): return v
     if is_part(v) and f.metadata.get('read'): return v # a data set that says how it is read
     if isinstance(v, str) and s.startswith(('"', "'")): return v

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BASES', 'RELEASE', 'WORDS', 'method_of', 'keys_of', 'Config', 'MapConfig', 'AnalyseConfig', 'PruneConfig',
-           'read_yaml', 'idle', 'read_by', 'field_of', 'in_our_words', 'given_way', 'not_streamed', 'check_streamed',
-           'check_together', 'settled', 'make_config', 'read_as', 'need', 'read_config', 'means']
+           'yaml_value', 'read_yaml', 'idle', 'read_by', 'field_of', 'in_our_words', 'given_way', 'not_streamed',
+           'check_streamed', 'check_together', 'settled', 'make_config', 'read_as', 'need', 'read_config', 'means']
 
 # %% ../nbs/22_config.ipynb #a79a268f
 import warnings
@@ -126,7 +126,20 @@ class PruneConfig(Config):
         return f"{name} means nothing for a model in memory: {why}."
 
 # %% ../nbs/22_config.ipynb #6a7af09b
-class _Loader(yaml.SafeLoader): "YAML that refuses a repeated key, and one that is no word"
+class _Loader(yaml.SafeLoader):
+    "YAML that refuses a repeated key, one that is no word, and values that are not what they are said to be"
+    def construct_object(self, node, deep=False):
+        try: return super().construct_object(node, deep)
+        except (ReplaceMeError, RecursionError): raise
+        except (ValueError, LookupError, AttributeError) as e: # of `int`, of a table of words, of no match
+            kind, line = node.tag.rsplit(':', 1)[-1], node.start_mark.line+1
+            raise ReplaceMeError(f"{node.value[:60]!r} in line {line} is read as YAML's {kind}, and it is "
+                                 "none: put quotes around a text, or correct it.") from e
+
+# %% ../nbs/22_config.ipynb #6a7af091
+_DATE = 'tag:yaml.org,2002:timestamp' # no key takes one, and a split may be called 2024-02-30
+_Loader.yaml_implicit_resolvers = {first: [r for r in rs if r[0]!=_DATE]
+                                   for first,rs in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 
 # %% ../nbs/22_config.ipynb #14fbaddc
 def _mapping(loader, node, deep=False):
@@ -147,11 +160,18 @@ _MAPPING = yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG
 _Loader.add_constructor(_MAPPING, lambda l,n: _mapping(l, n, deep=True))
 
 # %% ../nbs/22_config.ipynb #2de0aebf
-def read_yaml(text)->dict:
-    "The mapping in a YAML text, or what is wrong with it"
-    try: d = yaml.load(text, _Loader)
+def yaml_value(text): # -> None, a bool, a number, text, a list or a dict
+    "What a YAML text says, or what is wrong with it"
+    try: return yaml.load(text, _Loader)
     except yaml.YAMLError as e:
         raise ReplaceMeError(f"not readable as YAML: {' '.join(str(e).split())}") from e
+    except RecursionError: # its traceback would be a thousand lines
+        raise ReplaceMeError("not readable as YAML: lists or mappings are nested too deep in it.") from None
+
+# %% ../nbs/22_config.ipynb #2de0aeb1
+def read_yaml(text)->dict:
+    "The mapping in a YAML text, or what is wrong with it"
+    d = yaml_value(text)
     if d is None: return {}
     if not isinstance(d, dict):
         raise ReplaceMeError(f"it holds a {type(d).__name__}, not `key: value` lines.")

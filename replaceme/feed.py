@@ -91,12 +91,28 @@ def text_name(dataset)->str|None: # `eval_dataset`
 # %% ../nbs/15_feed.ipynb #907e1d9b
 def _source(d): return os.path.realpath(local_path(d)) if d and exists(d) else d # however it is spelt
 
+def _may_meet(a, b): # data sets; folders are looked into only where one holds the other
+    if not (exists(a) and exists(b)): return exists(a)==exists(b)
+    p, q = Path(_source(a)), Path(_source(b))
+    return p==q or p in q.parents or q in p.parents
+
+def _meet(a, b)->bool: # (data set, subset, split)
+    "Do two data sets share rows? What cannot be read is the same by its name, and refused when it is read"
+    if not _may_meet(a[0], b[0]): return False
+    try:
+        with warnings.catch_warnings(): # they are said when it is read
+            warnings.simplefilter('ignore')
+            return share_rows(a, b)
+    except (ValueError, LookupError, OSError): return (_source(a[0]), *a[1:])==(_source(b[0]), *b[1:])
+
+# %% ../nbs/15_feed.ipynb #907e1d91
 def scored_and_fitted(k)->list: # keys of `Texts` and `Judged` -> names
-    "Data sets that a model is both fitted to and scored on, but for its own texts, which are written anew"
-    judged = k.eval_dataset if isinstance(k.eval_dataset, list) else [k.eval_dataset]
-    fitted = [(_source(d), *how_of(d, None, k.dataset_subset, k.dataset_split)[1:]) for d in parts_named(k)]
-    return [str(d) for d in judged if d!='self'
-            and (_source(d), *how_of(d, None, k.eval_subset, k.eval_split)[1:]) in fitted]
+    "Data sets that a model is scored on and fitted to some rows of, but for its own texts, written anew"
+    def read(d, subset, split): return [(p, *how_of(p, None, subset, split)[1:]) for p in in_full(d)]
+    fitted = [r for d in parts_named(k) for r in read(d, k.dataset_subset, k.dataset_split)]
+    judged = [d for d in parts_of(k.eval_dataset) if d not in (None, 'self')]
+    return [str(d) for d in judged
+            if any(_meet(r, f) for r in read(d, k.eval_subset, k.eval_split) for f in fitted)]
 
 # %% ../nbs/15_feed.ipynb #a647d473
 def _no_text(k):

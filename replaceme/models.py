@@ -8,7 +8,7 @@ __all__ = ['package_gguf', 'left_out', 'untied', 'check_weights', 'fill_tables',
            'tiny_tokenizer', 'as_dtype', 'read_model_config', 'text_class', 'as_device_map', 'offload_folder',
            'placement', 'as_memory', 'check_places', 'spread_places', 'quantised_by', 'embedding_of', 'check_tokenizer',
            'load_inputs', 'adapter_config', 'merge_adapter', 'checked_source', 'load_model', 'check_unwrapped',
-           'causal_types', 'tiny_model', 'tiny_vision', 'header', 'weight_files', 'file_bytes', 'Loading',
+           'causal_types', 'tiny_model', 'tiny_vision', 'header', 'weight_files', 'file_bytes', 'torch_word', 'Loading',
            'only_measures', 'Bits', 'fingerprint']
 
 # %% ../nbs/01_models.ipynb #e5c7ec28
@@ -1155,6 +1155,12 @@ def file_bytes(path, revision=None, token=None)->int|None: # folder or hub id
     except Exception: return None # out of reach
     return sum(n*_SIZES.get(k, 4) for k,n in counts.items())
 
+# %% ../nbs/01_models.ipynb #4d02b6c1
+def torch_word(v):
+    "The name of a dtype or a device of torch, also of devices in a mapping; anything else as it is"
+    if isinstance(v, dict): return {k: torch_word(x) for k,x in v.items()}
+    return str(v).removeprefix('torch.') if isinstance(v, (torch.dtype, torch.device)) else v
+
 # %% ../nbs/01_models.ipynb #30b3360d
 def _not_streamed(k):
     if not k.stream_weights: return "no weights are streamed: that takes stream_weights"
@@ -1166,9 +1172,9 @@ class Loading:
         path='read', missing="a hub id, a checkpoint folder, a .gguf file or package:NAME")
     revision:str|None = key(None, "branch, tag or commit of model_path on the hub; not of data sets", LOAD)
     dtype:str|None = key(None, "dtype of the weights: float32, bfloat16, float16; null keeps the saved one",
-        LOAD, check=as_dtype)
+        LOAD, check=as_dtype, read=torch_word)
     device_map:str|int|dict|None = key(None, "auto, a device or {module: device}; null: an accelerator", LOAD,
-        check=as_device_map)
+        check=as_device_map, read=torch_word)
     max_memory:dict|None = key(None, "of each device, with device_map auto: {0: 10GiB, cpu: 60GiB}", LOAD)
     trust_remote_code:bool = key(False, "run code that comes with the model's repository", LOAD)
     stream_weights:bool|None = key(None, "leave the layers on the disk and read one at a time, each once for "

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from replaceme import cli
-from replaceme.config import PruneConfig
+from replaceme.config import PruneConfig, read_config
 from replaceme.core import help_page
 from replaceme.export import export_model
 from replaceme.models import tiny_model, tiny_tokenizer
@@ -323,3 +323,43 @@ def test_as_a_user_sees_it(place):
     assert (p.returncode, p.stdout) == (2, "")
     assert p.stderr == ("run_replaceme: error: config c.yaml: unknown key 'layers_to_skp'. Did you mean 'layers_to_skip'? "
                         f"The known keys are listed by --help.\nhelp: {help_page('config')}\n")
+
+
+# what YAML takes for a number or a date, and cannot make into one
+
+@pytest.mark.parametrize("text, parts", [
+    ("seed: 0b_", ["'0b_' in line 1 is read as YAML's int", "quotes"]),
+    ("alpha: 1\nseed: !!int abc", ["'abc' in line 2 is read as YAML's int", "quotes"]),
+    ("seed: !!int ''", ["'' in line 1 is read as YAML's int"]),
+    ("use_4bit: !!bool si", ["'si' in line 1 is read as YAML's bool"]),
+    ("alpha: !!float six", ["'six' in line 1 is read as YAML's float"]),
+    ("eval_split: !!timestamp soon", ["'soon' in line 1 is read as YAML's timestamp"]),
+    ("seed: " + "1" * 5000, ["in line 1 is read as YAML's int"]),
+    ("seed: 2024-02-30", ["seed is '2024-02-30'", "whole number"]),
+    ("2024-02-30: 1", ["unknown key '2024-02-30'"]),
+    ("blocks: " + "[" * 3000 + "]" * 3000, ["c.yaml", "nested too deep"])])
+def test_a_value_that_yaml_cannot_build_is_one_line(place, capsys, text, parts):
+    fails(capsys, place, write(place, text), "config c.yaml", *parts)
+
+
+@pytest.mark.parametrize("flag, value, parts", [
+    ("--ridge", "2024-02-30", ["ridge is 2024-02-30", "zero or positive, or auto"]),
+    ("--layers", "2024-13-01", ["layers_to_skip is '2024-13-01'"]),
+    ("--seed", "0b_", ["seed is '0b_'", "whole number"]),
+    ("--seed", "!!int abc", ["seed is '!!int abc'", "whole number"]),
+    ("--blocks", "[0b_, 3]", ["--blocks '[0b_, 3]' cannot be read", "'0b_' in line 1 is read as YAML's int"]),
+    ("--blocks", "[" * 3000, ["--blocks", "cannot be read", "nested too deep"]),
+    ("--tasks", "{a: 1, a: 2}", ["--tasks '{a: 1, a: 2}' cannot be read", "the key 'a' stands twice"]),
+    ("--dataset", "2024-02-30", ["dataset 2024-02-30", "no such data set"])])
+def test_a_flag_that_yaml_cannot_build_is_one_line(place, checkpoint, capsys, flag, value, parts):
+    fails(capsys, place, [*write(place, config(checkpoint)), flag, value], *parts)
+
+
+def test_a_date_is_the_text_that_it_is(place):
+    (place / "c.yaml").write_text("eval_split: 2024-13-45\ndataset_split: 2024-02-03\ndataset: [2024-02-03, 2024-02-30]\n")
+    cfg, _ = cli.parse("x", "", ["--config", "c.yaml", "--dataset_subset", "2024-02-03"], {})
+    assert (cfg.eval_split, cfg.dataset_split, cfg.dataset_subset) == ("2024-13-45", "2024-02-03", "2024-02-03")
+    assert cfg.dataset == ["2024-02-03", "2024-02-30"]
+    again = yaml.safe_dump(dataclasses.asdict(cfg))
+    (place / "again.yaml").write_text(again)
+    assert read_config("again.yaml") == cfg

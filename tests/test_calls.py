@@ -1,5 +1,7 @@
 """What people call in a notebook with what they have at hand: it is read as it was meant, or refused, and never measured as something else."""
 import contextlib
+import re
+from fractions import Fraction
 from pathlib import Path
 
 import datasets
@@ -7,15 +9,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 from replaceme.blocks import Block
-from replaceme.core import ReplaceMeError
+from replaceme.compare import CompareConfig
+from replaceme.config import read_config
+from replaceme.core import ReplaceMeError, exists
 from replaceme.data import batches, load_texts
 from replaceme.evaluate import continuation, perplexity, prompt_ids
 from replaceme.merge import cut, replace_block, save_checkpoint
 from replaceme.models import load_model, tiny_model, tiny_tokenizer
-from replaceme.pipeline import make_config, prune
+from replaceme.pipeline import EvaluateConfig, _told, make_config, prune
 from replaceme.feed import scored_and_fitted
 from replaceme.save import check_own
 from replaceme.sidebyside import kept_perplexity, side_by_side
@@ -203,6 +208,70 @@ def test_a_text_is_known_however_it_is_spelt(tmp_path, monkeypatch):
         assert len(scored_and_fitted(make_config(model_path="m", layers_to_skip=1, dataset="same.txt", eval_dataset=spelt))) == found
 
 
+def scored_on(**keys):
+    return scored_and_fitted(make_config(model_path="m", layers_to_skip=1, **keys))
+
+
+@pytest.fixture
+def kinds(tmp_path, monkeypatch):
+    "One table in a file, in a folder, saved and on the hub; and texts"
+    monkeypatch.chdir(tmp_path)
+    rows = datasets.Dataset.from_list([dict(text=r) for r in ROWS])
+    Path("d").mkdir()
+    rows.to_json("x.jsonl"), rows.to_json("y.jsonl"), rows.to_json("d/train.jsonl"), rows.to_json("d/test.jsonl")
+    rows.save_to_disk("s"), datasets.DatasetDict(train=rows, test=rows).save_to_disk("t")
+    Path("notes").mkdir()
+    for name in ("train.txt", "test.txt"):
+        (Path("notes") / name).write_text(TEXT)
+    return rows
+
+
+@pytest.mark.parametrize("d", ["x.jsonl", "d", "s", "t", "org/texts", "wikitext"])
+@pytest.mark.parametrize("a, b, found", [
+    (None, "train", 1), ("train", None, 1), ("train[:3]", "train", 1), ("train[:3]", None, 1), ("train[:80%]", "train[50%:]", 1), ("train[2:5]", "train[4:9]", 1),
+    ("train[:5%]+train[50%:]", "train[60%:70%]", 1), ("train[:50%]", "train[50%:]", 0), ("train[:6]", "train[6:]", 0), ("train[80%:]", "train[:20%]+train[70%:75%]", 0),
+    ("train[:3]", "train[50%:]", 0), ("train[-3:]", "train[:5]", 0)])
+def test_the_same_rows_are_known_by_any_split(kinds, d, a, b, found):
+    assert len(scored_on(dataset=d, dataset_split=a, eval_dataset=d, eval_split=b)) == found
+    if "/" not in d or exists(d):
+        assert len(scored_on(dataset=dict(path=d, split=a or "train"), eval_dataset=[dict(path=d, split=b or "train"), "python-docs"])) == found
+
+
+def test_slices_of_a_short_table_here_are_counted(kinds):
+    for a, b, found in (("train[:8]", "train[50%:]", 1), ("train[-8:]", "train[:5]", 1), ("train[-7:]", "train[:5]", 0)):
+        assert len(scored_on(dataset="x.jsonl", dataset_split=a, eval_dataset="x.jsonl", eval_split=b)) == found
+
+
+@pytest.mark.parametrize("fitted, judged, found", [
+    (dict(dataset="d"), dict(eval_dataset="d/train.jsonl"), 1), (dict(dataset="d/train.jsonl"), dict(eval_dataset="d", eval_split="train"), 1),
+    (dict(dataset="d"), dict(eval_dataset="d", eval_split="train"), 1), (dict(dataset="d"), dict(eval_dataset="d/test.jsonl"), 0),
+    (dict(dataset="d"), dict(eval_dataset="d", eval_split="test"), 0), (dict(dataset="d", dataset_split="test"), dict(eval_dataset="./d/../d/test.jsonl"), 1),
+    (dict(dataset="x.jsonl"), dict(eval_dataset="y.jsonl"), 0), (dict(dataset="t"), dict(eval_dataset="t/train"), 1),
+    (dict(dataset="t"), dict(eval_dataset="t", eval_split="test"), 0), (dict(dataset="notes"), dict(eval_dataset="notes/train.txt"), 1),
+    (dict(dataset="notes", dataset_split="train"), dict(eval_dataset="notes", eval_split="test"), 0), (dict(dataset="notes"), dict(eval_dataset="notes/test.txt"), 0),
+    (dict(dataset=["self", "x.jsonl", "d"]), dict(eval_dataset=["self", "d/train.jsonl", "d/test.jsonl", "x.jsonl"], eval_split="train"), 2),
+    (dict(dataset="python-docs"), dict(eval_dataset="python-docs"), 1), (dict(dataset="python-docs"), dict(eval_dataset="x.jsonl"), 0),
+    (dict(dataset="org/texts", dataset_subset="a"), dict(eval_dataset="org/texts", eval_subset="b"), 0),
+    (dict(dataset="org/texts", dataset_subset="train"), dict(eval_dataset="org/texts"), 1), (dict(dataset="org/texts"), dict(eval_dataset="Org/Texts"), 1),
+    (dict(dataset="org/texts", dataset_split="val"), dict(eval_dataset="org/texts", eval_split="validation"), 1),
+    (dict(dataset="fineweb_and_orca"), dict(eval_dataset="Open-Orca/SlimOrca"), 1), (dict(dataset="x.jsonl"), dict(eval_dataset="org/texts"), 0)])
+def test_the_same_rows_are_known_in_a_folder_and_by_any_name(kinds, fitted, judged, found):
+    assert len(scored_on(**fitted, **judged)) == found
+
+
+def test_the_same_rows_are_known_in_memory(kinds):
+    both = datasets.DatasetDict(train=kinds, test=kinds.select(range(3)))
+    stream = kinds.to_iterable_dataset()
+    for a, b, found in ((kinds, kinds, 1), (list(kinds), list(kinds), 1), (list(kinds)[:6], list(kinds)[6:], 0), (both, kinds, 1), (stream, stream, 1)):
+        assert len(scored_on(dataset=a, eval_dataset=b)) == found
+    assert len(scored_on(dataset=both, eval_dataset=both, eval_split="test")) == 0
+    assert len(scored_on(dataset=kinds, dataset_split="train[:4]", eval_dataset=kinds, eval_split="train[4:]")) == 0
+
+
+def test_a_split_that_is_not_there_is_said_when_it_is_read(kinds):
+    assert scored_on(dataset="d", eval_dataset="d", eval_split="nowhere") == [] == scored_on(dataset="d", dataset_split="x[:3]", eval_dataset="d")
+
+
 def test_two_models_of_one_name_do_not_share_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("m1", "y/m1"):
@@ -217,3 +286,46 @@ def test_two_models_of_one_name_do_not_share_a_folder(tmp_path, monkeypatch):
 def test_a_language_model_wants_its_tokenizer(inputs):
     with pytest.raises(ReplaceMeError, match=f"a {type(inputs).__name__} is no tokenizer"):
         prune(tiny_model("llama", layers=4), inputs, 1, dataset="python-docs")
+
+
+# the library's own values, and those of Python, numpy and torch
+
+def test_a_result_s_own_blocks_are_given_to_the_next_prune(tmp_path):
+    model, small = tiny_model("llama", layers=6), dict(method="remove", dataset="python-docs", dataset_size=4, max_length=32)
+    pruned, result = prune(model, TOK, np.int64(2), **small)
+    assert result.config["layers_to_skip"] == 2
+    ways = [result.block], result.block, result.blocks, tuple(result.blocks), [tuple(result.block)], [range(*result.block)], np.array([[*result.block]])
+    for blocks in ways:
+        again = prune(tiny_model("llama", layers=6), TOK, blocks=blocks, **small)[1]
+        assert again.block == result.block and again.config["blocks"] == [[*result.block]]
+        assert yaml.safe_load(yaml.safe_dump(again.config)) == again.config
+
+
+def test_values_of_python_are_written_as_plain_yaml(tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    given = dict(model_path=tmp_path / "m", save_path=tmp_path / "out", distances_path=tmp_path / "d.json", layers_to_skip=np.int32(2),
+                 ridge=np.float32(.5), max_length=np.uint8(64), mask=Fraction(1, 4), dtype=torch.bfloat16, device_map={"": torch.device("cpu")},
+                 trust_remote_code=np.bool_(False), dataset_size=torch.tensor(8), dataset=["self", tmp_path / "a.txt"], dataset_shares=(1, np.float64(.5)),
+                 eval_dataset=dict(path=tmp_path / "b.csv", column="x"), tasks=("a", "b"))
+    cfg = make_config(**given)
+    assert (cfg.model_path, cfg.save_path, cfg.distances_path) == tuple(str(tmp_path / n) for n in ("m", "out", "d.json"))
+    assert (cfg.layers_to_skip, cfg.ridge, cfg.max_length, cfg.mask, cfg.dataset_size, cfg.dataset_shares) == (2, .5, 64, .25, 8, [1, .5])
+    assert (cfg.dtype, cfg.device_map, cfg.tasks) == ("bfloat16", {"": "cpu"}, ["a", "b"]) and cfg.trust_remote_code is False
+    said = {k: v for k, v in _told(cfg).items() if v != cfg.__dataclass_fields__[k].default}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(said))
+    assert read_config(tmp_path / "c.yaml") == cfg and yaml.safe_load(yaml.safe_dump(said)) == said
+    mixed = make_config(dataset=[dict(path="self", share=np.float64(.25)), dict(path=tmp_path / "a.txt", share=np.int64(3))])
+    assert yaml.safe_load(yaml.safe_dump(_told(mixed)))["dataset"][1] == dict(path=str(tmp_path / "a.txt"), share=3)
+    compared = make_config(CompareConfig, model_path=tmp_path, methods=["lstsq"], layers=range(1, 3), seeds=np.arange(2))
+    assert (compared.layers, compared.seeds) == ([1, 2], [0, 1])
+    assert make_config(EvaluateConfig, compare=[tmp_path / "a", tmp_path / "b"]).compare == [str(tmp_path / "a"), str(tmp_path / "b")]
+
+
+@pytest.mark.parametrize("keys, why", [
+    (dict(layers_to_skip=np.bool_(True)), "layers_to_skip is True: it must be a whole number"), (dict(layers_to_skip=np.float64(2)), "layers_to_skip is 2.0"),
+    (dict(seed=Fraction(1, 2)), "seed is 0.5: it must be a whole number"), (dict(dtype=torch.int8), "dtype 'int8' is not a floating point type"),
+    (dict(dtype=np.float32), "it must be text or null"), (dict(layers_to_skip=np.arange(2)), "must be a whole number"),
+    (dict(blocks=[(True, 3)]), "give pairs of layers"), (dict(blocks=range(1, 7, 2)), "give two layer numbers"), (dict(model_path=3), "model_path is 3: it must be text")])
+def test_what_is_no_such_value_is_still_refused(keys, why):
+    with pytest.raises(ReplaceMeError, match=re.escape(why)):
+        make_config(**keys)

@@ -715,6 +715,56 @@ def test_lists_of_columns_and_of_names_as_flags(tmp_path, monkeypatch):
         parse("x", "", ["--dataset_column", "[1]"], {})
 
 
+# chats that were had with tools
+
+LOOK_UP = dict(type="function", function=dict(name="look_up", description="Looks a word up.", parameters=dict(type="object", properties=dict(
+    word=dict(type="string")), required=["word"])))
+ASKS = "{% if tools %}[tools] {{ tools | tojson }}\n{% endif %}" + TOK.chat_template
+ALONE = LOOK_UP["function"]
+
+
+def with_tools(dataset, tok=None, **kw):
+    return texts(dataset, tokenizer=tok or template(ASKS), **kw)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("tools", [LOOK_UP]), ("tools", json.dumps([LOOK_UP])), ("tools", [json.dumps(LOOK_UP)]), ("tools", json.dumps([json.dumps(LOOK_UP)])),
+    ("tools", repr([LOOK_UP])), ("functions", [ALONE]), ("functions", json.dumps([ALONE])), ("tools", [ALONE])])
+def test_tools_beside_a_chat_reach_the_template(tmp_path, name, value):
+    rows, tok = [dict(id=3, messages=HI, **{name: value}), dict(id=4, messages=HI, **{name: None})], template(ASKS)
+    wanted = [tok.apply_chat_template(HI, tools=[LOOK_UP], tokenize=False), HELLO]
+    assert "look_up" in wanted[0]
+    file, table = lines(tmp_path / "a.jsonl", rows), tmp_path / "a.parquet"
+    pd.DataFrame(rows).to_parquet(table)
+    for given in rows, Dataset.from_list(rows), Dataset.from_list(rows).to_iterable_dataset(), file, table, pd.DataFrame(rows):
+        assert with_tools(given) == with_tools(given, column="messages") == wanted
+        assert texts(given) == [HELLO, HELLO] # this template makes no use of them
+    assert with_tools([dict(text=json.dumps({"messages": HI, name: value}))]) == wanted[:1]
+    assert with_tools([dict(prompt=HI[:1], completion=HI[1:], **{name: value})]) == wanted[:1]
+
+
+@pytest.mark.parametrize("value", [None, [], "[]", "", "null", "a hammer", ["hammer"], 3, float("nan")])
+def test_what_is_no_tool_changes_nothing(value):
+    assert with_tools([dict(messages=HI, tools=value)]) == [HELLO]
+    assert with_tools([dict(messages=HI, tools=value, functions=[ALONE])])[0].startswith("[tools] ")
+
+
+def test_tools_choose_the_template_that_is_for_them():
+    tok = template(dict(default=TOK.chat_template, tool_use=ASKS))
+    assert with_tools([dict(messages=HI, tools=[LOOK_UP]), dict(messages=HI)], tok)[0].startswith("[tools] ")
+
+
+def test_a_template_that_refuses_tools_says_so():
+    refuses = template("{% if tools %}{{ raise_exception('no tools here') }}{% endif %}" + TOK.chat_template)
+    with pytest.raises(ReplaceMeError, match="refuses a chat of the roles user, assistant with 1 tools: no tools here"):
+        with_tools([dict(messages=HI, tools=[LOOK_UP])], refuses)
+
+
+def test_a_column_of_tools_is_no_matter_to_plain_text(tmp_path):
+    rows = [dict(text=f"This is text {i}.", tools=[LOOK_UP]) for i in range(3)]
+    assert with_tools(rows) == with_tools(lines(tmp_path / "a.jsonl", rows)) == [r["text"] for r in rows]
+
+
 # Fuzz
 
 
