@@ -102,12 +102,17 @@ def _lists(model):
     return [(n,m) for n,m in mods.items() if isinstance(m, nn.ModuleList) and not within(n)]
 
 # %% ../nbs/02_arch.ipynb #4f4779fe
+def _decoder(model): # the model itself, where it has no such part
+    "The part of a model that writes text, as transformers knows it"
+    try: return model.get_decoder() or model
+    except (AttributeError, NotImplementedError): return model
+
 def layers_of(model)->nn.ModuleList: # in order
-    "The layers of a model: the list as long as its config says"
-    counts = layer_counts(stack_config(model))
+    "The layers of a model: the list as long as its config says, in its decoder if there is one"
+    counts, within = layer_counts(stack_config(model)), {id(m) for m in _decoder(model).modules()}
     for n in filter(None, dict.fromkeys(counts.values())):
         found = [o for o in _lists(model) if len(o[1])==n]
-        if found: return min(found, key=lambda o: o[0].count('.'))[1]
+        if found: return min(found, key=lambda o: (id(o[1]) not in within, o[0].count('.')))[1]
     raise ReplaceMeError(f"{type(model).__name__} has no list of layers that is as long as its config says "
                          f"({counts}): is it a decoder?")
 

@@ -9,7 +9,6 @@ __all__ = ['drawn_means', 'middle', 'stretched', 'percent', 'missed', 'nearest_e
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import betaincinv, ndtri, stdtrit
 
 from .core import *
 
@@ -35,6 +34,7 @@ def stretched(draws, # of what comes of `n` values
               dof=None, # degrees of freedom, where others than `n-1`
              ):
     "Draws as far from the middle as Student's t says"
+    from scipy.special import ndtri, stdtrit # importing it changes the filters of warnings
     if n<2: return draws
     return m+(draws-m)*(n/(n-1))**.5*stdtrit(dof or n-1, .975)/ndtri(.975)
 
@@ -47,6 +47,7 @@ def percent(a, b)->float|None: # 100 a/b
 def missed(n, level=.05,
            found=0)->float: # of the items
     "The largest share of items of which `n` items hold as few with probability `level`"
+    from scipy.special import betaincinv # importing it changes the filters of warnings
     return 1. if found>=n else float(betaincinv(found+1, n-found, 1-level))
 
 def nearest_ends(diff, # (N,) differences of scores from 0 to 1

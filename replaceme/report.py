@@ -784,7 +784,8 @@ def _how_to_load(result, name):
     what = dict(state='map', network='network', widths='sizes of the layers').get(result.fit.map)
     trust = ', trust_remote_code=True' if what else ''
     if result.kind=='images': return _load_images(name, trust)
-    return _load_text(name, trust, result.loads or 'AutoModelForCausalLM') + '\n\n' + (_CARRIES.format(what=what) if what else _ORDINARY)
+    text = _load_text(name, trust, result.loads or 'AutoModelForCausalLM')
+    return text + '\n\n' + (_CARRIES.format(what=what) if what else _ORDINARY)
 
 # %% ../nbs/20_report.ipynb #13c89b33
 _LOST = "- Nothing was trained afterwards: what the removed layers knew{but} is lost."

@@ -18,7 +18,8 @@ EYE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attent
 PATCHES = dict(depth=4, hidden_size=32, intermediate_size=64, num_heads=4, patch_size=14, spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=32,
                num_position_embeddings=16)
 LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8)
-DATA = dict(dataset="python-docs", dataset_size=8, max_length=48, eval_dataset=None, prompt=None, speed=False)
+FIT = dict(dataset="python-docs", dataset_size=8, max_length=48)
+DATA = FIT | dict(eval_dataset=None, prompt=None, speed=False)
 
 
 def llava():
@@ -73,7 +74,7 @@ def test_pictures_go_through_what_stays():
     "Nothing of a picture enters a layer by its number: without two layers Llava says what it says when they hand on what they get"
     torch.manual_seed(0)
     model = llava().eval()
-    small, _ = prune(model, tiny_tokenizer(), blocks=[[2, 4]], method="remove", **{k: v for k, v in DATA.items() if "eval" not in k and k not in ("prompt", "speed")})
+    small, _ = prune(model, tiny_tokenizer(), blocks=[[2, 4]], method="remove", **FIT)
     ids = torch.cat([torch.tensor([[7, *[5] * 4]]), torch.randint(8, 300, (1, 9))], 1)
     batch = dict(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=torch.randn(1, 3, 28, 28), use_cache=False)
     with torch.no_grad(), skipping(model, [(2, 4)]):
@@ -86,3 +87,25 @@ def test_encoder_decoders_are_refused(tmp_path):
     tf.T5ForConditionalGeneration(tf.T5Config(vocab_size=400, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)).save_pretrained(tmp_path)
     with pytest.raises(ReplaceMeError, match="neither a causal language model nor an image encoder"):
         load_model(tmp_path)
+
+
+def deep(family):
+    if family == "qwen3_vl":
+        eye = tf.Qwen3VLVisionConfig(**PATCHES, deepstack_visual_indexes=[0, 1, 2])
+        return tf.Qwen3VLForConditionalGeneration(tf.Qwen3VLConfig(text_config=TEXT, vision_config=eye.to_dict(), image_token_id=5))
+    eye = EYE | dict(hidden_size=64)
+    return tf.Granite4VisionForConditionalGeneration(tf.Granite4VisionConfig(text_config=TEXT, vision_config=eye, image_token_index=5, image_token_id=5,
+                                                                            deepstack_layer_map=[[-2, 0], [-1, 2]], downsample_rate="1/2"))
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "granite4_vision"])
+def test_layers_that_pictures_enter_stay(family):
+    "Their features are added by the number of the layer, which nothing but tokens would not show"
+    _draw(model := deep(family).eval(), 32)
+    for keys in (dict(blocks=[[1, 3]]), dict(blocks=[[2, 3], [4, 5]])):
+        with pytest.raises(ReplaceMeError, match="pictures enter layers 0 to 2"):
+            prune(model, tiny_tokenizer(), method="remove", **keys, **FIT)
+    for n in (1, 2, 3):
+        assert prune(model, tiny_tokenizer(), n, method="lstsq", **FIT)[1].block.start >= 3
+    with pytest.raises(ReplaceMeError, match="pictures enter layers 0 to 2"):
+        prune(model, tiny_tokenizer(), 4, method="lstsq", **FIT)

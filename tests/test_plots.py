@@ -103,7 +103,7 @@ INNER = """About Acts AnalyseConfig Answer Asked Asking Bench Bits Block Borrowe
          Group Headers HeldOut InMemory Iterating Job Journal Judged Kept Keys Known LaCoKeys Layer Layerwise Line
          LinearConfig LinearMap LinearModel LLMPrunerKeys Loading LogLine Loss MapConfig Mapping Meter Method
          Mix Nearest Network Neurons Norm NormBehind Part Parted Pass Patched Piece Place Plan Point Probed
-         PruneConfig Pupil Race Recipe Refit Removed Reread Reserved Resuming Row Rows Saving Shape Share Shares SizedConfig
+         PruneConfig Pupil Race Recipe Refit Removed Reread Reserved Resuming Rounds Row Rows Saving Shape Share Shares SizedConfig
          SizedModel Speed Stages States Step Stream Streamed StreamlineKeys SwiGLU Takes Targets Taught Text
          TextRows Texts Traced Training UIDLKeys Unmerged Ways Widths Work Writer Writes Writing Written""".split()
 
