@@ -327,9 +327,9 @@ def image_layers(model)->int:
 def _looked_at(model, blocks):
     "Why layers that pictures enter stay"
     first = image_layers(model)
-    return ReplaceMeError(f"{type(model).__name__}: pictures enter layers 0 to {first-1} by their numbers, so "
-                          f"that without {', '.join(map(str, blocks))} they would enter others: choose blocks "
-                          f"from layer {first} on.")
+    return ReplaceMeError(f"{type(model).__name__}: pictures enter layers 0 to {first-1} by their numbers, "
+                          f"so that without {', '.join(map(str, blocks))} they would enter others: choose "
+                          f"blocks from layer {first} on.")
 
 # %% ../nbs/11_merge.ipynb #d57e1d93
 def lasting(model,

@@ -746,7 +746,7 @@ def _load_images(name, trust):
                    f'model = AutoModel.from_pretrained({name!r}{trust})',
                    f'processor = AutoImageProcessor.from_pretrained({name!r})')
 
-def _load_text(name, trust, auto):
+def _load_text(name, trust, auto='AutoModelForCausalLM'):
     return _python(f'from transformers import {auto}, AutoTokenizer',
                    f'model = {auto}.from_pretrained({name!r}{trust})',
                    f'tokenizer = AutoTokenizer.from_pretrained({name!r})')
