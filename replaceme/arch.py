@@ -107,6 +107,7 @@ def _decoder(model): # the model itself, where it has no such part
     try: return model.get_decoder() or model
     except (AttributeError, NotImplementedError): return model
 
+# %% ../nbs/02_arch.ipynb #48c4995c
 def layers_of(model)->nn.ModuleList: # in order
     "The layers of a model: the list as long as its config says, in its decoder if there is one"
     counts, within = layer_counts(stack_config(model)), {id(m) for m in _decoder(model).modules()}
@@ -169,6 +170,7 @@ def _pixels(config):
     size = 1, getattr(config, 'num_channels', 3), *pair(config.image_size)
     return torch.randn(size, generator=torch.Generator().manual_seed(0))
 
+# %% ../nbs/02_arch.ipynb #ac57ebf3
 def dummy(model, n=16)->dict: # a batch
     "A short input that any model of its kind takes"
     if sees(model): return dict(pixel_values=_pixels(stack_config(model)))

@@ -78,6 +78,7 @@ def _spelt(path):
     try: return Path(path).expanduser()
     except RuntimeError: return Path(path)
 
+# %% ../nbs/00_core.ipynb #9fc2dbcc
 def local_path(path)->Path: # relative ones stay so
     "A path with its `~` written out; where there is no such user, the path as it is"
     found = _spelt(path)

@@ -301,6 +301,7 @@ def packed_ids(texts, # texts or open files, or `Piece`s
     ids = chain.from_iterable(_begun_once(bare_ids(t, tokenizer), before) for t in texts)
     while row := list(islice(ids, max_length-len(before))): yield row
 
+# %% ../nbs/03_data.ipynb #e1f53843
 def pack(texts, tokenizer, max_length=512): # as of `packed_ids`; yields `Piece`s
     "Texts strung together and cut into pieces"
     return (Piece(decoded(row, tokenizer), row) for row in packed_ids(texts, tokenizer, max_length))
@@ -498,6 +499,7 @@ def _explain(e, dataset, offline='a local file or folder, python-docs, or self')
 _UNREADABLE = (DatasetsError, OSError, ValueError, RuntimeError, EOFError, ImportError, StopIteration,
                zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 
+# %% ../nbs/03_data.ipynb #ba934743
 @contextmanager
 def one_voice(dataset, **kw): # as in `_explain`
     "Turn the exceptions of `datasets` into a `ReplaceMeError`, and what it logs about them into nothing"
@@ -538,6 +540,7 @@ PACKED = {'.gz': (b'\x1f\x8b', gzip.open), '.bz2': (b'BZh', bz2.open), '.xz': (b
           '.lz4': (b'\x04\x22\x4d\x18', partial(pa.CompressedInputStream, compression='lz4')),
           '.zip': (b'PK\x03\x04', _only_member)}
 
+# %% ../nbs/03_data.ipynb #290db475
 @contextmanager
 def opened(path, # of a file here, or an address on the hub
            token=None):
@@ -764,6 +767,7 @@ def column_rows(file, columns=None, path=None, kind='parquet'):
             rows = batch.slice(i, 64).to_pylist()
             yield from ({} for _ in rows) if there==[] else rows
 
+# %% ../nbs/03_data.ipynb #073dbd86
 READERS = dict(json=json_rows, csv=csv_rows,
                **{k: partial(column_rows, kind=k) for k in ('parquet', 'arrow', 'orc')})
 
@@ -1232,6 +1236,7 @@ def parts_of(dataset)->list: # of names, and of data sets in memory
 # %% ../nbs/03_data.ipynb #8ec02b54
 HOW = ('column', 'subset', 'split', 'share', 'pack')
 
+# %% ../nbs/03_data.ipynb #d2591425
 class Part(str):
     "The name of a data set, with `how` it is read"
     def __new__(cls, path, **how):
@@ -1666,6 +1671,7 @@ def short_data_name(d)->str: # one data set
     name = Path(d).name or str(d) if is_file else _called(d)
     return f'{name} (packed)' if piece_length(d, 1) else name
 
+# %% ../nbs/03_data.ipynb #84fcece6
 def data_name(dataset, # as in `load_texts`
               shares=None)->str:
     "A short name, such as `self + notes.txt (1:1)`, without folders"

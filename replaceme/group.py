@@ -165,6 +165,7 @@ def everybody(o)->list: # one for each process
     with _talking(): dist.all_gather_object(found, o)
     return found
 
+# %% ../nbs/00_group.ipynb #f9997327
 def gathered(mine:dict, # {number: what was found for it}
             )->list: # in the order of the numbers
     "What the processes found for their shares"
@@ -206,6 +207,7 @@ def add_up(sums): # objects with `totals`, the names of tensors and of whole num
         counts = [k for k,v in held.items() if not isinstance(v, Tensor)]
         for k,v in zip(counts, summed(*(held[k] for k in counts))): setattr(s, k, round(v))
 
+# %% ../nbs/00_group.ipynb #d8c5867c
 def count_once(sums):
     "What sums hold by now is known to all processes, and is to be added up once"
     if is_first(): return

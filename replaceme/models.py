@@ -228,6 +228,7 @@ def gguf_read_once():
 _LLAMA3 = dict(rope_type='llama3', low_freq_factor=1., high_freq_factor=4.,
                original_max_position_embeddings=8192) # of Llama 3.1 to 3.3
 
+# %% ../nbs/01_models.ipynb #1860de37
 def _set_rotation(config, by): # numbers that a file divides the rotation's frequencies by, as a tensor
     "Have the config divide them by Llama 3's rule, where that gives these numbers"
     plain = config.rope_parameters
@@ -304,6 +305,7 @@ def gguf_place(gguf)->Path: # path of a `.gguf` file -> a folder in the cache, w
     key = digest_of([file_digest(gguf), transformers.__version__, _READING]) # whose reading of the file it is
     return cache_dir()/'gguf'/key/gguf.stem
 
+# %% ../nbs/01_models.ipynb #fd06b202
 def gguf_folder(gguf)->Path: # path of a `.gguf` file -> a checkpoint folder in the cache
     "The dequantised checkpoint of a GGUF file, converted on first use"
     return kept_folder(gguf_place(gguf), lambda folder: _convert_gguf(Path(gguf), folder))
@@ -414,6 +416,7 @@ def _class_of(config, auto): # of transformers: its name, or None
     known = getattr(getattr(transformers, auto, None), '_model_mapping', {})
     return known[type(config)].__name__ if type(config) in known else None
 
+# %% ../nbs/01_models.ipynb #060d8265
 def text_class(config)->str|None:
     "Name of the auto class that loads a model that writes text, whatever else it takes; None: there is none"
     own, named = getattr(config, 'auto_map', None) or {}, config.architectures or []
