@@ -454,7 +454,7 @@ def _is_language_model(config, name): # a class, as in `architectures`
     whole = name.endswith('ForConditionalGeneration') and not config.is_encoder_decoder
     if hasattr(transformers, name): return whole and _has_parts(config)
     if name.endswith(('ForCausalLM', 'LMHeadModel')): return True
-    return 'AutoModelForCausalLM' in _own(config) and (whole or not re.search('Reward|For[A-Z]', name))
+    return any(c in _own(config) for c in _WRITE) and (whole or not re.search('Reward|For[A-Z]', name))
 
 # %% ../nbs/01_models.ipynb #883982e3
 def _is_whole_encoder(config, name):

@@ -8,7 +8,7 @@ import transformers as tf
 from replaceme.arch import layers_of
 from replaceme.config import make_config
 from replaceme.core import ReplaceMeError
-from replaceme.merge import relative_error, skipping
+from replaceme.merge import relative_error, save_checkpoint, skipping
 from replaceme.models import _draw, load_model, tiny_tokenizer
 from replaceme.pipeline import prune, run
 
@@ -68,6 +68,19 @@ def test_the_saved_folder_loads_whole(one, tmp_path):
     assert rest and all(torch.equal(theirs[k], ours[k]) for k in rest)
     assert auto in (out / "README.md").read_text() and json.loads((out / "replaceme.json").read_text()).get("loads", "AutoModelForCausalLM") == auto
     assert result.parameters.before == sum(p.numel() for p in dense.parameters())
+
+
+def test_a_map_of_its_own_loads_at_our_door_and_at_that_of_transformers(tmp_path):
+    "The code that comes with it is named for the auto class that loads the whole"
+    torch.manual_seed(0)
+    _draw(model := llava().eval(), 32)
+    small, _ = prune(model, tiny_tokenizer(), 2, method="lstsq", merge=False, **FIT)
+    save_checkpoint(small, tmp_path, inputs=tiny_tokenizer())
+    ids = torch.randint(8, 300, (1, 12))
+    for again in (load_model(tmp_path, trust_remote_code=True)[0],
+                  tf.AutoModelForImageTextToText.from_pretrained(tmp_path, trust_remote_code=True).eval()):
+        with torch.no_grad():
+            assert relative_error(again(input_ids=ids).logits, small(input_ids=ids).logits) < 1e-5
 
 
 def test_pictures_go_through_what_stays():
