@@ -91,13 +91,6 @@ def _chosen_rows(batches, keep): # `keep`: is a text wanted?
         at += _size(b)
     return out
 
-# %% ../nbs/14_search.ipynb #5380e195
-def _one_in(batches, step):
-    "One text in `step` over all processes, by their content: neither order nor batches decide"
-    mine = text_digests(batches)
-    chosen = {*sorted({d for theirs in everybody(mine) for d in theirs})[::step]}
-    return _chosen_rows(batches, [d in chosen for d in mine])
-
 # %% ../nbs/14_search.ipynb #5d34a310
 def hold_out(batches, # texts in batches
              share=1/8,
@@ -529,7 +522,9 @@ def choose(model, found, # Measured
 def prune_one(model, batches, held, found, # Measured, with the features of `r.trial`
               r:Recipe)->Pruned:
     "Choose one block, fit it and fold it"
-    block, rows = choose(model, found, held, r, _one_in(batches, 4))
+    said = text_digests(batches)
+    few = one_in(said, 4)
+    block, rows = choose(model, found, held, r, _chosen_rows(batches, [d in few for d in said]))
     known = r.solver=='closed' and r.map=='narrow' and not norm_at(model, block.start-1)
     first = _solve_both(found.sums[block], found.held.get(block), r) if known else None
     done = fit_blocks(model, batches, held, [block], r, first)
