@@ -64,10 +64,11 @@ def more_than(hits, other):
     "How much larger the share of guessed tokens is than another draft's on the same texts, with its interval"
     import numpy as np
 
-    from replaceme.intervals import drawn_means, middle
+    from replaceme.intervals import drawn_means, middle, stretched
     x = np.array([[sum(a), sum(b), len(a)] for a, b in zip(hits, other)], float)
     one, r = x.sum(0), drawn_means(x, np.random.default_rng(0)).T
-    return [(one[0] - one[1]) / one[2], *middle((r[0] - r[1]) / r[2])]
+    m = (one[0] - one[1]) / one[2]
+    return [m, *middle(stretched((r[0] - r[1]) / r[2], m, len(x)))]
 
 
 def drafts(model, tokenizer, methods):

@@ -119,6 +119,7 @@ def _facts(hits, ks): # of all texts -> (N, 2+4*len(ks))
         rows.append([sum(h), len(h), *(v for a,e in runs for v in (sum(a), len(a), sum(e), len(e)))])
     return np.array(rows, np.float64)
 
+# %% ../nbs/20_draft.ipynb #d0f020a0
 def drafting(hits, # from `guesses`
              cost=None, # from `draft_cost`
              seed=0, ks=KS)->Drafting:
@@ -126,16 +127,18 @@ def drafting(hits, # from `guesses`
     ks = [k for k in ks if any(len(h)>k for h in hits)]
     x = _facts(hits, ks)
     one, draws = x.sum(0), drawn_means(x, np.random.default_rng(seed)).T
-    def mean(i, f=lambda v: v): # of column i by the next, with its interval
-        with np.errstate(invalid='ignore'): r = draws[i]/draws[i+1]
-        return [float(f(one[i]/one[i+1])), *(middle(f(r)) if len(x)>1 else (None, None))]
+    def mean(i, least, most, f=lambda v: v): # of column i by the next, which is between these; its interval
+        m = one[i]/one[i+1]
+        with np.errstate(invalid='ignore'): r = stretched(draws[i]/draws[i+1], m, len(x)).clip(least, most)
+        return [float(f(m)), *(middle(f(r)) if len(x)>1 else (None, None))]
     runs = []
     for j,k in enumerate(ks):
-        i, step = 2+4*j, mean(4+4*j)
-        gain = cost and mean(i+2, lambda v, k=k: speed_up(v, k, cost[0]))
-        runs.append(DraftRun(k, mean(i), mean(i, lambda v, k=k: v/k), step, gain, pays_below(step[0], k)))
+        i, step = 2+4*j, mean(4+4*j, 1, k+1)
+        gain = cost and mean(i+2, 1, k+1, lambda v, k=k: speed_up(v, k, cost[0]))
+        stands, share = mean(i, 0, k), mean(i, 0, k, lambda v, k=k: v/k)
+        runs.append(DraftRun(k, stands, share, step, gain, pays_below(step[0], k)))
     best = max(runs, key=lambda r: r.gain[0]).k if cost and runs else None
-    return Drafting(len(x), int(one[1]), mean(0), runs, cost, best)
+    return Drafting(len(x), int(one[1]), mean(0, 0, 1), runs, cost, best)
 
 # %% ../nbs/20_draft.ipynb #20d0f022
 def _plain(d): return d if isinstance(d, dict) else dataclasses.asdict(d)

@@ -28,7 +28,6 @@ from .stats import *
 from .solve import *
 from .optimize import *
 from .merge import *
-from .merge import _hybrid
 from .unmerged import *
 from .borrow import *
 from .search import *
@@ -518,7 +517,8 @@ def _lasts(model, blocks):
     "Can these blocks together go, so that what is saved is the pruned model, and still writes text?"
     small = cut(model, blocks)
     if differs_when_rebuilt(small): return False
-    return not (_hybrid(model, blocks) and loses_cache(model, blocks, small)) # a pass for the suspects alone
+    # a pass with a cache for the suspects alone
+    return not (loses_attention(model, blocks) and loses_cache(model, blocks, small))
 
 # %% ../nbs/16_ours.ipynb #d415ad9b
 def ways_out(model, batches, k:Choosing, n, # layers a window, or in all
