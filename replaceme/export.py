@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['CONVERTED', 'QUANTISED', 'SCRIPTS', 'TARGETS', 'weight_shapes', 'layers_in', 'check_folder', 'in_own_order',
-           'converter', 'converter_knows', 'check_converter', 'quantiser', 'check_type', 'quantise', 'convert',
-           'source_gguf', 'tokenizer_keys', 'rewritten', 'keep_keys', 'read_gguf', 'check_gguf', 'weight_errors',
-           'divergence_of', 'logits_of', 'read_back', 'read_model', 'own_words', 'in_llama_cpp', 'said_of', 'verify',
-           'assembled', 'chat_pieces', 'adds_bos', 'ollama_template', 'modelfile', 'in_ollama', 'hub_name',
-           'config_lines', 'script_for', 'Exported', 'export', 'export_model']
+           'order_numbers', 'converter', 'converter_knows', 'check_converter', 'quantiser', 'check_type', 'quantise',
+           'convert', 'source_gguf', 'tokenizer_keys', 'rewritten', 'keep_keys', 'read_gguf', 'check_gguf',
+           'weight_errors', 'divergence_of', 'logits_of', 'read_back', 'read_model', 'own_words', 'in_llama_cpp',
+           'said_of', 'verify', 'assembled', 'chat_pieces', 'adds_bos', 'ollama_template', 'modelfile', 'in_ollama',
+           'hub_name', 'config_lines', 'script_for', 'Exported', 'export', 'export_model']
 
 # %% ../nbs/25_export.ipynb #e7a00004
 import argparse, ast, contextlib, io, json, math, os, re, shlex, shutil, subprocess, sys, warnings
@@ -28,6 +28,7 @@ from .core import _flush
 from .kept import *
 from .plots import and_words
 from .models import *
+from .checkpoint import files_beside, reading
 from .merge import _per_layer
 from .data import worded
 from .evaluate import *
@@ -71,16 +72,24 @@ def _read_json(path):
 def weight_shapes(folder)->dict: # {name: shape}
     "The tensors of a checkpoint, from the heads of its files"
     found = {}
-    for f in sorted(Path(folder).glob('model*.safetensors')):
+    for f in weight_files(folder):
         with safe_open(f, 'pt') as t: found |= {k: tuple(t.get_slice(k).get_shape()) for k in t.keys()}
     return found
 
 # %% ../nbs/25_export.ipynb #059488ef
-def layers_in(shapes)->int:
-    "How many layers the names of a checkpoint's tensors count, vision towers aside"
-    layer = re.compile(r'^(?:.*\.)?(?:layers|h|blocks|block)\.(\d+)\.')
-    found = [layer.search(k) for k in shapes if 'vision' not in k]
-    return len({m[1] for m in found if m})
+def layers_in(names)->list: # of tensors -> a number for each stack of layers, sorted
+    "How many layers the stacks of a model have, by the names of the tensors"
+    layer, stacks = re.compile(r'(.*?)\b(?:layers|h|blocks|block)\.(\d+)\.'), {}
+    for m in filter(None, map(layer.match, names)): stacks.setdefault(m[1], set()).add(m[2])
+    return sorted(map(len, stacks.values()))
+
+def _check_layers(folder, config, name, shapes): # name of the class
+    "Raise unless each stack of layers that the config builds is among the weights, no shorter and no longer"
+    with torch.device('meta'): model = getattr(transformers, name)._from_config(config)
+    built, has = layers_in(model.state_dict()), layers_in(shapes)
+    if has and Counter(built)-Counter(has):
+        said = [and_words([*map(str, ns)]) for ns in (built, has)]
+        raise _no(folder, "says that it has {} layers, and its weights are of {}".format(*said))
 
 # %% ../nbs/25_export.ipynb #e7a0000e
 def check_folder(folder)->SimpleNamespace: # path, name, conf, config, shapes
@@ -95,8 +104,10 @@ def check_folder(folder)->SimpleNamespace: # path, name, conf, config, shapes
         raise _no(folder, f"is a model of the class {name}, which transformers does not have: other programs "
                           "go by that name, so it cannot be exported")
     config, shapes = AutoConfig.from_pretrained(folder), weight_shapes(folder)
-    n, has = config.get_text_config(decoder=True).num_hidden_layers, layers_in(shapes)
-    if has not in (0, n): raise _no(folder, f"says that it has {n} layers, and its weights are of {has}")
+    if text_class(config) is None:
+        raise _no(folder, f"is a {name}, which writes no text: only language models are exported")
+    _check_layers(folder, config, name, shapes)
+    n = config.get_text_config(decoder=True).num_hidden_layers
     return SimpleNamespace(path=folder, name=Path(os.path.abspath(folder)).name, conf=conf, config=config,
                            layers=n, shapes=shapes, arch=name)
 
@@ -107,6 +118,24 @@ def in_own_order(config)->bool: # of transformers
     lists = [k for k in _per_layer(text, text.num_hidden_layers) if k!='architectures']
     own = type(text).from_dict({k: v for k,v in text.to_dict().items() if k not in lists})
     return all(list(getattr(own, k, None) or [])==list(getattr(text, k)) for k in lists)
+
+# %% ../nbs/25_export.ipynb #e7a00070
+def order_numbers(config)->list: # of keys
+    "Numbers, other than the family's own, that decide on a list of one entry a layer"
+    text = config.get_text_config(decoder=True)
+    d, family = text.to_dict(), type(text)().to_dict()
+    lists = [k for k in _per_layer(text, text.num_hidden_layers) if k!='architectures']
+    bare = {k: v for k,v in d.items() if k not in lists}
+    def made(**kw): return [reading(text, {**bare, **kw}).get(k) or [] for k in lists]
+    def decides(k):
+        other, ours = made(**{k: family[k]}), made()
+        return other!=ours and [*map(len, other)]==[*map(len, ours)] # not the number of layers itself
+    return [k for k,v in bare.items() if type(v) in (int, str) and family.get(k, v)!=v and decides(k)]
+
+def _order_is_said(path, config, by_layer)->bool: # a GGUF file; does it have a list of its own?
+    "Will who reads a file give its layers the kinds that they have?"
+    said = {k.rpartition('.')[2] for k in gguf.GGUFReader(path).fields}
+    return bool(by_layer) or in_own_order(config) and {k.strip('_') for k in order_numbers(config)}<=said
 
 # %% ../nbs/25_export.ipynb #e7a00014
 def converter()->Path:
@@ -284,9 +313,9 @@ def check_gguf(path, source)->tuple: # (what was found, in words)
         raise bad(f"it has {seen['layers']} layers in its head and {seen['numbered']} among its tensors, not "
                   f"{source.layers}")
     if wrong: raise bad("{} has {} numbers in the folder and {} in the file".format(*wrong[0]))
-    if not in_own_order(source.config) and not seen['by_layer']:
+    if not _order_is_said(path, source.config, seen['by_layer']):
         raise ReplaceMeError(f"{source.path} cannot become a GGUF file: its layers are not of the kinds that "
-                             "this family has by their numbers, and the format has no list of them. Cut "
+                             "this family has by their numbers, and the file does not say otherwise. Cut "
                              "blocks of a length that keeps the order (layers_to_skip, blocks).")
     types = ', '.join(f'{k} {v}' for k,v in seen['types'].items())
     return seen, (f"{seen['tensors']} tensors ({types}), {seen['layers']} layers; {n} of "
@@ -644,15 +673,19 @@ def _names(to, name, type):
     return [*files, 'Modelfile'] if to=='ollama' else files
 
 # %% ../nbs/25_export.ipynb #2026d30a
-def _weights_of(source):
-    "What tells the weights of a folder from others"
-    files = sorted(source.path.glob('model*.safetensors'))
-    return digest_of([[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files])
+def _source_files(source):
+    "The files of a folder that a GGUF file follows from"
+    configs = [f for f in (source.path/'config.json', source.path/'generation_config.json') if f.exists()]
+    return [*weight_files(source.path), *configs, *files_beside(source.path)]
+
+def _made_of(source):
+    "What tells a folder from another, and from itself when it was changed"
+    return digest_of([[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in _source_files(source)])
 
 def _made_before(out, name, source):
-    "Is a GGUF file there that was made of these very weights?"
+    "Is a GGUF file there that was made of this very folder?"
     old = ((_read_json(out/_RECORD) or {}).get('files') or {}).get(name) or {}
-    same = old.get('weights')==_weights_of(source) and (out/name).is_file()
+    same = old.get('made_of')==_made_of(source) and (out/name).is_file()
     return old if same and (out/name).stat().st_size==old.get('bytes') else None
 
 # %% ../nbs/25_export.ipynb #e7a00052
@@ -670,7 +703,7 @@ def _check_place(out, names, overwrite):
 # %% ../nbs/25_export.ipynb #2ea8d231
 def _check_room(source, out, type):
     "Raise where the disk is too small for a GGUF file and the copy that it is made of"
-    has = sum(f.stat().st_size for f in source.path.glob('model*.safetensors'))
+    has = sum(f.stat().st_size for f in weight_files(source.path))
     need = has*(2 if type in QUANTISED else 1 if type!='f32' else max(1, 4//source.config.dtype.itemsize))
     free = shutil.disk_usage(there(real_path(out, 'save_path'))).free
     if free<need: raise ReplaceMeError(f"save_path {out} needs {need/1e9:.2f} GB and {free/1e9:.2f} GB are "
@@ -690,7 +723,7 @@ def _gguf(source, tmp, name, type, said):
     keys = keep_keys(source, tmp/name)
     seen, lines = verify(tmp/name, type, source, said)
     if keys: lines.append(_line('source', keys))
-    return dict(type=type, weights=_weights_of(source), **seen, lines=lines)
+    return dict(type=type, made_of=_made_of(source), **seen, lines=lines)
 
 def _ollama(source, tmp, out, name, made, said):
     "Write the Modelfile, and have Ollama try it where it is here"

@@ -12,15 +12,17 @@ import gguf
 import pytest
 import torch
 import warm
+from safetensors.torch import save_file
 
 from replaceme import export as room
 from replaceme.blocks import Block
 from replaceme.core import ReplaceMeError
 from replaceme.export import chat_pieces, converter, export, logits_of, quantiser, read_gguf, read_model, tokenizer_keys
-from replaceme.merge import cut, replace_block
-from replaceme.models import load_model, package_gguf, tiny_model
+from replaceme.merge import cut, replace_block, save_checkpoint
+from replaceme.models import load_model, package_gguf, tiny_model, tiny_vision
 from replaceme.save import RECORD
 from replaceme.unmerged import replace_linear
+from test_multimodal import qwen2_audio
 from test_runtimes import byte_tokenizer, runtimes
 
 needs_converter = pytest.mark.skipif(not converter().is_file(), reason="no converter to GGUF: `make converter`")
@@ -389,6 +391,74 @@ def test_layers_out_of_order_become_no_file(tmp_path, monkeypatch):
     with pytest.raises(ReplaceMeError, match="cannot become a GGUF file"):
         export(folder, **SAY)
     assert os.listdir(tmp_path) == ["m"]
+
+
+@needs_converter
+def test_a_number_that_orders_the_layers_must_be_in_the_file(tmp_path):
+    "SmolLM3 leaves out positions in every 4th layer, and so does who reads its file: every 3rd, as the config says after a cut, is in no key"
+    dense = tiny_model("smollm3", layers=5, d=D, vocab=len(byte_tokenizer()), no_rope_layers=[1, 1, 1, 0, 1])
+    for blocks, fine in (([], True), ([Block(2, 3)], False)):
+        model, folder = cut(dense, blocks), tmp_path / f"m{len(blocks)}"
+        save_checkpoint(model, folder, inputs=byte_tokenizer())
+        assert room.in_own_order(room.check_folder(folder).config)
+        if fine:
+            export(folder, check=False)
+            continue
+        with pytest.raises(ReplaceMeError, match="not of the kinds that this family has by their numbers"):
+            export(folder, check=False)
+    assert sorted(os.listdir(tmp_path)) == ["m0", "m0-export", "m1"]
+
+
+@needs_converter
+@pytest.mark.parametrize("file, change", [("config.json", dict(rope_theta=100., rope_parameters=dict(rope_theta=100., rope_type="default"))),
+                                          ("tokenizer_config.json", dict(eos_token="a")), (None, None)])
+def test_a_file_of_the_folder_as_it_was_is_not_taken_for_it(tmp_path, file, change):
+    folder = save(pruned(), tmp_path / "m")
+    export(folder, type="f32", check=False)
+    if file is None:
+        assert [*export(folder, to="ollama", type="f32", check=False)["files"]] == ["Modelfile"]
+        return
+    conf = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(conf | change))
+    with pytest.raises(ReplaceMeError, match="m-f32.gguf is there already"):
+        export(folder, to="ollama", type="f32", check=False)
+    export(folder, to="ollama", type="f32", check=False, overwrite=True)
+    if file == "config.json":
+        assert gguf.GGUFReader(tmp_path / "m-export/m-f32.gguf").fields["llama.rope.freq_base"].contents() == 100
+
+
+def test_a_tower_beside_the_decoder_does_not_count(tmp_path):
+    "Six layers that hear and four that write; two that are missing are missed although as many hear"
+    folder = tmp_path / "m"
+    save(cut(qwen2_audio(), [Block(2, 4)]), folder)
+    made = export(folder, to="vllm")
+    assert "4 layers in the config and in the weights" in made["files"]["serve.sh"]["lines"][0]["says"]
+    conf = json.loads((folder / "config.json").read_text())
+    conf["text_config"] |= dict(num_hidden_layers=6, layer_types=["full_attention"] * 6)
+    (folder / "config.json").write_text(json.dumps(conf))
+    with pytest.raises(ReplaceMeError, match="says that it has 6 and 6 layers, and its weights are of 4 and 6"):
+        export(folder, to="vllm", overwrite=True)
+
+
+def test_what_writes_no_text_is_refused(tmp_path):
+    tiny_vision("vit").save_pretrained(tmp_path / "m")
+    for to in room.TARGETS:
+        with pytest.raises(ReplaceMeError, match="is a ViTModel, which writes no text"):
+            export(tmp_path / "m", to=to)
+    assert os.listdir(tmp_path) == ["m"]
+
+
+def test_weights_are_those_that_the_index_names(tmp_path):
+    "By whatever name, and no others"
+    folder = tmp_path / "m"
+    pruned().save_pretrained(folder, max_shard_size="100KB"), byte_tokenizer().save_pretrained(folder)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-0000", "part-0000"))
+    for f in folder.glob("model-0*"):
+        f.rename(folder / f.name.replace("model-0000", "part-0000"))
+    save_file({"model.layers.9.weight": torch.zeros(2)}, folder / "model-of-another.safetensors")
+    source = room.check_folder(folder)
+    assert len(source.shapes) == 39 and source.layers == 4
 
 
 @needs_converter
