@@ -720,11 +720,17 @@ def _resize(model, state): # for tokens that came with an adapter
     if rows and rows!=len(emb.weight): model.resize_token_embeddings(rows, mean_resizing=False)
 
 # %% ../nbs/01_models.ipynb #5e1d0c0b
+def _innermost(m): # the layer of the base that peft has wrapped, once or more often
+    while (inner := getattr(m, 'base_layer', getattr(m, 'original_module', None))) is not None: m = inner
+    return m
+
 def _untie(model, state): # where an adapter changes one of two weights that are one
-    ends = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if hasattr(m, 'weight')]
-    names = [f'.{n}.' for n,m in model.named_modules() if any(m is e for e in ends)]
+    outer = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
+    ends = [m for m in map(_innermost, outer) if hasattr(m, 'weight')]
+    names = [f'.{n}.' for n,m in model.named_modules() if any(m is e for e in outer)]
     if len(ends)<2 or ends[0].weight is not ends[1].weight: return
-    if not any(n in k for k in state for n in names): return
+    changed = [k for k in state if any(n in k for n in names)]
+    if all('trainable_tokens' in k for k in changed): return # peft changes single tokens in both
     ends[1].weight = nn.Parameter(ends[1].weight.detach().clone())
     for c in model.config, model.config.get_text_config(decoder=True): c.tie_word_embeddings = False
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
@@ -758,10 +764,10 @@ def merge_adapter(model, path, model_path, **kw): # `kw`: token, revision
     state = _adapter_weights(path, model_path, **kw)
     names = set(model.state_dict())
     _resize(model, state)
-    if not getattr(conf, 'ensure_weight_tying', False): _untie(model, state)
     with warnings.catch_warnings(action='ignore'), _explained(model_path):
         wrapped = _wrapped(model, conf, state, model_path)
-        before = _says(wrapped)
+        before = _says(wrapped) # as it was trained, with weights that are one
+        if not getattr(conf, 'ensure_weight_tying', False): _untie(model, state)
         merged = wrapped.merge_and_unload(safe_merge=True).eval().requires_grad_(True)
     off, close = (_says(merged)-before).norm()/before.norm(), 1e-3 if merged.dtype==torch.float32 else .1
     if set(merged.state_dict())!=names or not off<=close:

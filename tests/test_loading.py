@@ -588,6 +588,28 @@ def test_an_adapter_is_pruned_to_a_plain_checkpoint():
     assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("conf", [dict(trainable_token_indices=[3, 4, 5]), dict(trainable_token_indices={"embed_tokens": [3, 4], "lm_head": [3, 4]}), None], ids=str)
+def test_single_tokens_of_tied_weights_are_changed_in_both(conf):
+    "What peft has in the embedding and in the head is in both when it is merged"
+    from peft import LoraConfig, TrainableTokensConfig
+    alone = TrainableTokensConfig(token_indices=[3, 4, 5], target_modules=["embed_tokens"])
+    folder_of(tiny_model(layers=4, tie_word_embeddings=True))
+    folder, ref = adapter(tiny_model(layers=4, tie_word_embeddings=True), conf=LoraConfig(r=4, target_modules=["q_proj"], **conf) if conf else alone)
+    model, _ = load_model(folder)
+    with torch.no_grad():
+        assert (model(input_ids=IDS).logits - ref).norm() < 1e-4 * ref.norm()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_what_is_merged_is_held_to_weights_that_are_tied():
+    "As the adapter was trained: single tokens of the one and a matrix beside the other are not what comes out of both alone"
+    from peft import LoraConfig
+    folder_of(tiny_model(layers=4, tie_word_embeddings=True))
+    conf = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], trainable_token_indices=[3, 4])
+    folder, _ = adapter(tiny_model(layers=4, tie_word_embeddings=True), conf=conf)
+    refused(folder, "is not the same when it is merged")
+
+
 def test_adapters_of_other_types():
     from peft import IA3Config, PromptTuningConfig
     folder_of(tiny_model(layers=4))
