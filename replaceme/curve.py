@@ -110,11 +110,12 @@ class Shares:
     total:float
     layers:list
     more:float = 0. # what stands in the place of a block costs, as a part of a layer
+    dense:float|None = None # the cost of the dense model, where the others are of one with biases
 
     def left(self, block)->float: # of 1
         "The share that stays without a block"
         gone, mean = sum(self.layers[block.start:block.end]), fmean(self.layers)
-        return (self.total-gone+self.more*mean)/self.total
+        return (self.total-gone+self.more*mean)/(self.dense or self.total)
 
 # %% ../nbs/17_curve.ipynb #7c0e0013
 def _saved(p, like)->int:
@@ -466,10 +467,12 @@ def _point(n, ranked, judged, r, dense, shares)->Point:
 
 # %% ../nbs/17_curve.ipynb #7c0e0039
 def shares_of(model, r)->dict:
-    "Bytes and seconds, with the matrix that stands alone where the map is of the state"
+    "Bytes and seconds with what a map brings: a matrix that stands alone where it is of the state, or biases"
     d, one = width(model), sum(p.numel() for p in layers_of(model)[0].parameters())
-    more = d*d/one if r.map=='state' and one else 0. # as a part of a layer
-    return dict(bytes=byte_shares(model, more), speed=time_shares(model, more))
+    more = d*(d+r.affine)/one if r.map=='state' and one else 0. # as a part of a layer
+    stored = byte_shares(model, more)
+    if r.affine and not more: stored = replace(byte_shares(with_bias(model)), dense=stored.total)
+    return dict(bytes=stored, speed=time_shares(model, more))
 
 # %% ../nbs/17_curve.ipynb #7c0e005a
 def _asked_of(method, model, job, budget,

@@ -138,6 +138,18 @@ def test_the_matrix_that_stands_alone_is_counted():
     assert result["curve"]["points"][n - 1]["bytes"] == pytest.approx(size(small) / size(model), rel=1e-3)
 
 
+@pytest.mark.parametrize("kw", [dict(), dict(merge=False)], ids=str)
+def test_the_biases_of_an_affine_map_are_counted(kw):
+    "All layers that stay have them where the family has one switch; a share that holds without them alone takes one layer more"
+    size = lambda m: sum(p.numel() * p.element_size() for p in m.parameters())
+    dense = tiny_model("llama", layers=10)
+    share = room.byte_shares(dense).left(Block(1, 4))
+    model, small, result = pruned(f"bytes {100 * share + 1e-6:.8f}%", method="lstsq", affine=True, ridge=.1, **kw)
+    n = result["curve"]["chosen"]
+    assert size(small) / size(model) <= share and n == 4
+    assert result["curve"]["points"][n - 1]["bytes"] == pytest.approx(size(small) / size(model))
+
+
 def test_the_curve_is_in_the_record_and_on_the_page(tmp_path, save_tiny, monkeypatch, capsys):
     monkeypatch.chdir(save_tiny(tmp_path))
     (tmp_path / "texts.txt").write_text("\n\n".join(TEXTS))
