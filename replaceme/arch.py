@@ -40,7 +40,8 @@ def auto_class(model)->str:
     "Name of the class in transformers that loads a checkpoint of this model"
     name = type(model).__name__
     if not sees(model): return text_class(model.config) or 'AutoModelForCausalLM'
-    if name.endswith('WithProjection'): return name # AutoModel would drop the projection
+    if name.endswith('WithProjection') and type(model).__module__.startswith('transformers.'):
+        return name # AutoModel would drop the projection, but not where the class comes with the checkpoint
     return 'AutoModelForImageClassification' if 'ForImageClassification' in name else 'AutoModel'
 
 # %% ../nbs/02_arch.ipynb #eb4f79a9

@@ -139,7 +139,6 @@ def make_result(model, cfg, done)->Result:
                  n_layers=dict(before=n, after=n-sum(map(len, done.blocks))),
                  distance=_distance_facts(done), fit=done.stands, refits=done.refits, choice=done.choice,
                  calibration=calibration)
-    if (auto := auto_class(model))!='AutoModelForCausalLM': res['loads'] = auto # of transformers
     if done.facts is not None: res['peer'] = done.facts
     if done.training: res['training'] = done.training
     for f in done.fits[:1]: res.update({k: v for k,v in dict(ridge=f.curve, history=f.history).items() if v})
@@ -192,6 +191,7 @@ def _finish(result, cfg, stages, loaded, model, pruned):
     result.update(parameters=dict(before=n_parameters(model), after=n_parameters(pruned)),
                   seconds=dict(stages.seconds), peak_memory=peak_memory(), loaded_memory=loaded,
                   config=_told(cfg), versions=versions(), seed=cfg.seed, base=base_of(cfg, model))
+    if (auto := auto_class(pruned))!='AutoModelForCausalLM': result['loads'] = auto # of transformers
     return result
 
 # %% ../nbs/22_pipeline.ipynb #86ec6727

@@ -580,7 +580,8 @@ def _card_name(result, found):
 def _card_kind(result, base):
     "The library that loads it, and what for"
     if result.config.get('save_transform_only'): return dict(library_name='replaceme', pipeline_tag=None)
-    kind = 'image-feature-extraction' if result.kind=='images' else 'text-generation'
+    kinds = dict(images='image-feature-extraction', AutoModelForImageTextToText='image-text-to-text')
+    kind = kinds.get(result.kind) or kinds.get(result.loads, 'text-generation')
     return dict(library_name='transformers', pipeline_tag=base.task or kind)
 
 # %% ../nbs/20_report.ipynb #0083bb48
@@ -741,9 +742,9 @@ def story(result)->str: # Markdown
 # %% ../nbs/20_report.ipynb #8a43f2c5
 def _python(*lines): return '\n'.join(['```python', *lines, '```'])
 
-def _load_images(name, trust):
-    return _python('from transformers import AutoImageProcessor, AutoModel',
-                   f'model = AutoModel.from_pretrained({name!r}{trust})',
+def _load_images(name, trust, auto='AutoModel'):
+    return _python(f'from transformers import AutoImageProcessor, {auto}',
+                   f'model = {auto}.from_pretrained({name!r}{trust})',
                    f'processor = AutoImageProcessor.from_pretrained({name!r})')
 
 def _load_text(name, trust, auto='AutoModelForCausalLM'):
@@ -783,7 +784,7 @@ def _how_to_load(result, name):
     if result.config.get('save_transform_only'): return _load_map(result, name)
     what = dict(state='map', network='network', widths='sizes of the layers').get(result.fit.map)
     trust = ', trust_remote_code=True' if what else ''
-    if result.kind=='images': return _load_images(name, trust)
+    if result.kind=='images': return _load_images(name, trust, result.loads or 'AutoModel')
     text = _load_text(name, trust, result.loads or 'AutoModelForCausalLM')
     return text + '\n\n' + (_CARRIES.format(what=what) if what else _ORDINARY)
 

@@ -321,6 +321,32 @@ def test_an_image_encoder_keeps_its_processor(tmp_path):
     assert (tmp_path / "out/preprocessor_config.json").read_bytes() == path.read_bytes()
 
 
+@pytest.mark.parametrize("kw", [dict(), dict(merge=False)], ids=str)
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "CLIPVisionModelWithProjection", "ViTModel"])
+def test_the_card_of_an_image_encoder_loads_the_whole_of_it(tmp_path, monkeypatch, name, kw):
+    "With its classifier or projection: what the lines of the card load has every number of the files"
+    import numpy as np
+    import transformers
+    from PIL import Image
+    from safetensors.torch import load_file
+    from replaceme.pipeline import make_config, run
+    monkeypatch.chdir(tmp_path)
+    config = (transformers.CLIPVisionConfig if "CLIP" in name else transformers.ViTConfig)(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4, image_size=32, patch_size=8)
+    getattr(transformers, name)(config).save_pretrained("dense")
+    transformers.ViTImageProcessor(size=dict(height=32, width=32)).save_pretrained("dense")
+    (tmp_path / "pictures").mkdir()
+    for i in range(8):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(f"pictures/{i}.png")
+    _, path = run(make_config(model_path="dense", layers_to_skip=2, method="lstsq", dataset="pictures", dataset_size=8, speed=False, save_path="out", **kw))
+    lines = (path / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    space = {}
+    exec(lines.replace("path/to/this/folder", str(path)), space)
+    state, files = space["model"].state_dict(), load_file(path / "model.safetensors")
+    assert sum(v.numel() for v in files.values()) == sum(v.numel() for k, v in state.items() if "position_ids" not in k)
+    assert type(space["model"]).__name__.removeprefix("ReplaceMe") == name
+
+
 # Layers that are counted but not saved
 
 HEADS = {  # families that count layers of multi-token prediction, by the names they use
