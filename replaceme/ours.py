@@ -10,6 +10,7 @@ __all__ = ['as_pairs', 'Choosing', 'given_blocks', 'Comparing', 'map_alone', 'Ma
 # %% ../nbs/16_ours.ipynb #2aaef594
 import warnings
 from dataclasses import dataclass, replace
+from itertools import islice
 from statistics import fmean
 
 import torch
@@ -521,6 +522,8 @@ def _lasts(model, blocks):
     return not (loses_attention(model, blocks) and loses_cache(model, blocks, small))
 
 # %% ../nbs/16_ours.ipynb #d415ad9b
+_MOST = 300 # ways that are looked at, should none before them last
+
 def ways_out(model, batches, k:Choosing, n, # layers a window, or in all
              blocks, known, top_k=0,
              each=False)->Ways: # does something else than the sum decide? Then numbers of blocks take turns
@@ -534,9 +537,8 @@ def ways_out(model, batches, k:Choosing, n, # layers a window, or in all
         check_blocks(model, way[1]) # before anything is fitted
         return Ways([way], rows, sinks, avoided if len(kept)<len(blocks) else [])
     def D(s, e): return rows[e-s][s-1]
-    ways = partitions(D, len(layers_of(model)), n, k.max_blocks, k.min_distance_layer or 1, max(10, top_k),
-                      avoid, each)
-    ways = [w for w in ways if _lasts(model, w[1])]
+    ways = partitions(D, len(layers_of(model)), n, k.max_blocks, k.min_distance_layer or 1, _MOST, avoid, each)
+    ways = list(islice((w for w in ways if _lasts(model, w[1])), max(10, top_k)))
     if ways: return Ways(ways, rows, sinks, [])
     raise ReplaceMeError(f"no way to remove {n} layers in {k.max_blocks} blocks survives saving and loading "
                          "and runs with a cache: use max_blocks: 1.")

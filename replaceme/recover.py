@@ -14,6 +14,7 @@ import torch, transformers
 from torch import nn
 
 from .core import *
+from .group import *
 from .plots import *
 from .arch import *
 from .models import only_measures, from_checkpoint, placement, _quantization
@@ -128,7 +129,8 @@ def train_adapters(model, texts, held, tokens, targets, quantise, rank=16, seed=
             wrapped.load_state_dict(learned, strict=False)
         new = merged(wrapped, model)
     if not quantise: return new, done
-    before, after = [held_loss(m, 'kd', held, targets) for m in (model, new)]
+    # one verdict for all processes: on unlike devices the last bits differ
+    before, after = from_first(lambda: [held_loss(m, 'kd', held, targets) for m in (model, new)])
     if after<before: return new, replace(done, before=before, after=after)
     warnings.warn(f"qlora did not lower the loss on the held-out texts ({before:.4g} before, "
                   f"{after:.4g} after): the weights stay as they were.", ReplaceMeWarning, stacklevel=3)

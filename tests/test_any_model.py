@@ -317,6 +317,20 @@ def test_a_way_that_takes_every_attention_layer_is_left_out_or_refused(more, lef
     assert model.generate(IDS, max_new_tokens=4, do_sample=False).shape[1] > IDS.shape[1]
 
 
+@pytest.mark.parametrize("most, found", [(300, True), (10, False)])
+def test_ways_are_looked_for_behind_those_that_do_not_last(most, found, text_model, monkeypatch):
+    "More ways than are wanted take every attention layer, and are nearer than all others; only a search without end is given up"
+    nearest_first(monkeypatch, (1, 3))
+    monkeypatch.setattr("replaceme.ours._MOST", most)
+    keys = text_model("qwen3_next", layers=9, **only("linear_attention", [1, 3], 9))
+    conf = make_config(**{**keys, "method": "remove", "max_blocks": 3, "layers_to_skip": 4, "sinks": "allow"})
+    if found:
+        assert "full_attention" in AutoModelForCausalLM.from_pretrained(run(conf)[1]).config.layer_types
+        return
+    with pytest.raises(ReplaceMeError, match="no way to remove 4 layers in 3 blocks"):
+        run(conf)
+
+
 @pytest.mark.parametrize("layers, blocks", [(6, [[1, 2], [4, 5]]), (5, [[1, 2]]), (5, [[1, 2], [3, 4]])], ids=str)
 @torch.no_grad()
 def test_a_list_that_is_as_long_as_the_layers_by_chance_is_left_whole(layers, blocks, tmp_path, text_model):
