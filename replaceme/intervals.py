@@ -60,7 +60,7 @@ def nearest_ends(diff, # (N,) differences of scores from 0 to 1
 
 def share_ends(x, # (N,) scores from 0 to 1 of one model
                level)->tuple: # of each end; (low, high)
-    "The nearest ends that an interval of the mean score may have: Clopper's and Pearson's, a share themselves"
+    "The nearest ends that an interval of the mean score may have: Clopper's and Pearson's, shares both"
     n, got = len(x), float(np.sum(x))
     return 1-missed(n, level, n-got), missed(n, level, got)
 
