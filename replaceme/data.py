@@ -159,9 +159,10 @@ def token_ids(text, # or a `Piece`
               tokenizer,
               max_length=512, # tokens; what is longer is cut
              )->list: # of int
-    "The tokens of a text, with the special tokens that its tokenizer adds, BOS at most once"
+    "The tokens of a text, with the special tokens that its tokenizer adds, BOS and EOS at most once"
     ids, (before, after) = list(islice(bare_ids(text, tokenizer), max_length)), special_ids(tokenizer)
-    return ids if begun(ids, before, tokenizer) else [*before, *ids, *after][:max_length]
+    if begun(ids, before, tokenizer): return ids
+    return [*before, *ids, *(after if ids[len(ids)-len(after):]!=after else [])][:max_length]
 
 # %% ../nbs/03_data.ipynb #50160ff9
 def pad_rows(rows, # lists of token ids
