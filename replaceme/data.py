@@ -641,7 +641,7 @@ def _records(x):
 def json_table(value):
     "The rows in one JSON value: a list, the only list of objects in an object, columns, or a single row"
     if isinstance(value, list): return value
-    if not isinstance(value, dict) or is_chat(value): return [value]
+    if not isinstance(value, dict) or is_chat(value) or isinstance(value.get('text'), str): return [value]
     lists = [v for v in value.values() if _records(v)]
     if len(lists)==1: return lists[0]
     cols = [list(v.values()) if isinstance(v, dict) else v for v in value.values()]
