@@ -46,26 +46,29 @@ from .pipeline import *
 
 # %% ../nbs/23_compare.ipynb #9c0a0162
 from .group import *
-from .intervals import nearest_ends
+from .intervals import nearest_ends, share_ends
 from .draft import RUN, draft_cost, drafting, guesses
 from .scores import generation_key, tasks_key
 
 # %% ../nbs/23_compare.ipynb #7bc1905c
-def paired(a, b, # (N,) losses of two models on the same pieces, or rights and wrongs on the same questions
+def paired(a, # (N,) losses of a model on pieces, or rights and wrongs on questions
+           b=None, # (N,) those of another on the same; None: of the one alone
            seed=0, # of the draws
            kinds=1, # of text that the pieces are of, one behind the other, each drawn from by itself
            scores=False, # are they from 0 to 1? Then what is lost or won nowhere may still be somewhere
           )->tuple: # (difference, low, high)
     "Mean of `a-b` with its 95% interval by a paired bootstrap"
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    alone, a = b is None, np.asarray(a, np.float64)
+    b = np.zeros_like(a) if alone else np.asarray(b, np.float64)
     if a.shape!=b.shape:
         raise ReplaceMeError(f"one has {len(a)} pieces, the other {len(b)}: only what was measured on the "
                              "same pieces is a pair.")
     if len(a)<2: raise ReplaceMeError(f"{len(a)} piece has no spread: give two or more (eval_size).")
     low, high = np.quantile(drawn_differences(a, b, range(kinds), seed)[1], [.025, .975])
-    if scores: # nowhere is the difference of two larger than 1
-        low, high = [f(*e) for f,*e in zip((min, max), (low, high), nearest_ends(a-b, .025))]
-        low, high = max(low, -1.), min(high, 1.)
+    if scores: # a share is from 0 to 1, and the difference of two nowhere larger than 1
+        near = share_ends(a, .025) if alone else nearest_ends(a-b, .025)
+        low, high = [f(*e) for f,*e in zip((min, max), (low, high), near)]
+        low, high = max(low, 0. if alone else -1.), min(high, 1.)
     return float((a-b).mean()), float(low), float(high)
 
 # %% ../nbs/23_compare.ipynb #20be644b
@@ -544,8 +547,7 @@ def ahead_text(rows)->str:
 def task_differences(r, best)->dict: # {task: {metric: {'value', 'to_best'}}}
     "The accuracy on each task with its interval, and what it is above or below the best row's"
     r, best = Row.of(r), Row.of(best)
-    one = lambda v, w: dict(value=list(paired(v, np.zeros(len(v)), scores=True)),
-                              to_best=list(paired(v, w, scores=True)))
+    one = lambda v, w: dict(value=list(paired(v, scores=True)), to_best=list(paired(v, w, scores=True)))
     return {t: {m: one(v, best.right[t][m]) for m,v in ms.items()} for t,ms in r.right.items()}
 
 # %% ../nbs/23_compare.ipynb #e9f90cea
@@ -558,7 +560,7 @@ def with_differences(rows)->list:
         peers = [x for x in rows if (x.n, x.seed)==(r.n, r.seed) and not x.error]
         best = min(peers, key=lambda x: np.mean(x.losses))
         K = len(r.kinds) or 1
-        loss = paired(r.losses, np.zeros(len(r.losses)), kinds=K)
+        loss = paired(r.losses, kinds=K)
         gap, above = [paired(r.losses, x.losses, kinds=K) for x in (best, dense)]
         near = Nearest(method=best.method, nats=list(gap), differs=gap[1]>0 or gap[2]<0)
         out.append(Row(r, loss=[*loss], perplexity=[ppl(x) for x in loss], above_dense=[*above],
@@ -601,10 +603,9 @@ def _acc(x): return np.mean(x.get('acc', x.get('acc_norm'))) if x else None
 def _columns(tasks, seeds, wrote)->dict: # {header: function of (Line, dense Line)}
     "The columns of the table"
     def over(l, other): return paired(l.losses, other, kinds=len(l.kinds))
-    zeros = lambda l: np.zeros(len(l.losses))
     return {'method': lambda l,d: l.name, 'n': lambda l,d: str(l.n), 'layers gone': lambda l,d: l.blocks
             or '-',
-            'perplexity [95%]': lambda l,d: _between([ppl(x) for x in over(l, zeros(l))]),
+            'perplexity [95%]': lambda l,d: _between([ppl(x) for x in over(l, None)]),
             **({'over seeds': lambda l,d: f'{min(l.perplexities):.2f} to {max(l.perplexities):.2f}'
                 if len(l.rows)>1 else '-'} if seeds else {}),
             'loss above dense (nats)': lambda l,d: _between(over(l, d.losses), '.3f') if l.n else '-',

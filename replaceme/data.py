@@ -159,9 +159,10 @@ def token_ids(text, # or a `Piece`
               tokenizer,
               max_length=512, # tokens; what is longer is cut
              )->list: # of int
-    "The tokens of a text, with the special tokens that its tokenizer adds, BOS at most once"
+    "The tokens of a text, with the special tokens that its tokenizer adds, BOS and EOS at most once"
     ids, (before, after) = list(islice(bare_ids(text, tokenizer), max_length)), special_ids(tokenizer)
-    return ids if begun(ids, before, tokenizer) else [*before, *ids, *after][:max_length]
+    if begun(ids, before, tokenizer): return ids
+    return [*before, *ids, *(after if ids[len(ids)-len(after):]!=after else [])][:max_length]
 
 # %% ../nbs/03_data.ipynb #50160ff9
 def pad_rows(rows, # lists of token ids
@@ -640,7 +641,7 @@ def _records(x):
 def json_table(value):
     "The rows in one JSON value: a list, the only list of objects in an object, columns, or a single row"
     if isinstance(value, list): return value
-    if not isinstance(value, dict) or is_chat(value): return [value]
+    if not isinstance(value, dict) or is_chat(value) or isinstance(value.get('text'), str): return [value]
     lists = [v for v in value.values() if _records(v)]
     if len(lists)==1: return lists[0]
     cols = [list(v.values()) if isinstance(v, dict) else v for v in value.values()]
@@ -960,13 +961,18 @@ class InMemory(str):
 def _count(rows): return len(rows) if hasattr(rows, '__len__') else sum(1 for _ in rows)
 
 # %% ../nbs/03_data.ipynb #bbf2d2ba
+def _splits_in(spec): return {part.split('[')[0].strip() for part in spec.split('+')}
+
 def sliced(splits, # split -> rows
            spec): # such as `train[:10%]`
     "The rows of a slice"
-    sizes = {k: _count(r) if k in spec else 0 for k,r in splits.items()}
+    named = _splits_in(spec)
+    splits = {**splits, **{s: splits[pick_split(splits, s)] for s in named if s in HELD_OUT}}
+    sizes = {k: _count(r) if k in named else 0 for k,r in splits.items()}
     def part(s):
         rows, span = splits[s.splitname], (s.from_ or 0, sizes[s.splitname] if s.to is None else s.to)
-        return rows.part(*span) if hasattr(rows, 'part') else rows.select(range(*span))
+        if hasattr(rows, 'part'): return rows.part(*span)
+        return rows.select(range(*span)) if hasattr(rows, 'select') else list(islice(rows, *span))
     parts = [part(s) for s in datasets.ReadInstruction.from_spec(spec).to_absolute(sizes)]
     return parts[0] if len(parts)==1 else list(chain(*parts))
 
@@ -1303,7 +1309,7 @@ def read_table(dataset, # what `open_rows` takes, or a name in `SOURCES`
     def again(rows, columns): # a stream is opened anew, so that the columns left out are not even fetched
         stream = isinstance(rows, datasets.IterableDataset) and isinstance(source.path, str)
         return only(open_rows(source.path, subset, split, token, columns) if stream else rows, columns)
-    with one_voice(dataset):
+    with one_voice(_called(dataset)):
         rows = open_rows(source.path, subset, split, token)
         if source.prepare: rows = map(source.prepare, rows)
         return table_texts(rows, tokenizer, column, size, _called(dataset), again,
@@ -1767,7 +1773,7 @@ def stretches(split, # such as `train`, or `train[:10%]+test[5:]`
              )->list: # of (split or None, the first row, the one behind the last)
     "The rows that a split names"
     if '[' not in (split or ''): return [(split, 0, _ALL)]
-    sizes = sizes or {part.split('[')[0].strip(): _ALL for part in split.split('+')}
+    sizes = sizes or dict.fromkeys(_splits_in(split), _ALL)
     found = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
     return [(s.splitname, s.from_ or 0, _ALL if s.to is None else s.to) for s in found]
 
@@ -1807,7 +1813,7 @@ def read_from(d, subset=None, split=None, sizes=None)->list: # of (files or othe
     if kind=='text': return [((f.resolve(),), 0, _ALL) for f in _of_split(d, split)]
     places = places_of(d, subset)
     def of(s):
-        if places is not None: return places[s if '[' in (split or '') else pick_split(places, s)]
+        if places is not None: return places[pick_split(places, s)]
         s = HELD_OUT[0] if s in HELD_OUT else s or 'train'
         return (source.path.lower(), subset or source.subset or 'default', s),
     return [(of(s), a, b) for s,a,b in stretches(split, sizes)]
@@ -1817,8 +1823,7 @@ def _sizes(d, subset, splits)->dict|None:
     "Rows of the splits, counted only where slices in percent, in rows or from the end are compared, and here"
     if not all(s and '[' in s for s in splits) or not (isinstance(d, InMemory) or exists(d)): return None
     if len({'%' in s for s in splits})==1 and not any(re.search(r'[\[:]\s*-', s) for s in splits): return None
-    names = {part.split('[')[0].strip() for s in splits for part in s.split('+')}
-    return {s: _count(open_rows(d, subset, s)) for s in names}
+    return {n: _count(open_rows(d, subset, n)) for s in splits for n in _splits_in(s)}
 
 # %% ../nbs/03_data.ipynb #5a4ed010
 def share_rows(a, b)->bool: # each `(data set, subset, split)`

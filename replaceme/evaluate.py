@@ -25,7 +25,8 @@ from .group import *
 from .plots import *
 from .arch import judging, stack_config, run, input_device, sees
 from .layerwise import ends
-from .data import as_chat, check_ids, n_embedded, only_texts, packed_ids, special_ids, worded
+from .data import as_chat, bare_ids, begun, check_ids, n_embedded, only_texts, packed_ids
+from .data import special_ids, worded
 from .keys import *
 
 # %% ../nbs/13_evaluate.ipynb #c3dbecad
@@ -653,17 +654,18 @@ def stability(dense, # what `task_samples` returns for the dense model
 def prompt_ids(tokenizer, prompt, # a text, or the messages of a chat
                chat=True, # through the chat template, where there is one
               )->dict: # input_ids and attention_mask, one row
-    "A prompt as tokens, BOS once"
-    text, own, asks = prompt, {}, chat and tokenizer.chat_template
+    "A prompt as tokens, BOS once, and no EOS behind it"
+    text, asks = prompt, chat and tokenizer.chat_template
     talk = [dict(role='user', content=prompt)] if isinstance(prompt, str) else asks and as_chat(prompt)
     if not isinstance(prompt, str) and not talk:
         raise ReplaceMeError("a prompt is one text, or one chat for a tokenizer with a chat template, and no "
                              f"{type(prompt).__name__}: {str(prompt)[:60]!r}.")
     if asks:
-        said, own = worded(talk, tokenizer), dict(add_special_tokens=False)
+        said = worded(talk, tokenizer)
         text = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
-    found = tokenizer(text, return_tensors='pt', **own)
-    if found['input_ids'].numel(): return found
+    ids, (before, _) = [*bare_ids(text, tokenizer)], special_ids(tokenizer)
+    if not (asks or begun(ids, before, tokenizer)): ids = [*before, *ids]
+    if ids: return _whole(torch.tensor([ids]))
     raise ReplaceMeError(f"no token is made of the prompt {prompt!r}, and there is nothing to go on from.")
 
 # %% ../nbs/13_evaluate.ipynb #f1b9e8f8

@@ -320,11 +320,14 @@ def _fill(texts, tokenizer, k)->bool:
 # %% ../nbs/15_feed.ipynb #0cc5c4f7
 def one_text(d, k, tokenizer, model=None,
              how=None)->Tensor: # a data set, see `given_to` -> (pieces, length) token ids
-    "Its pieces: of a stream as they were cut, of rows with blank lines between"
+    "Its pieces: of a stream as they were cut, of rows with blank lines between, and BOS before pieces alone"
     column, subset, split = how or (k.eval_column, k.eval_subset, k.eval_split)
     kw = dict(column=column, subset=subset, split=split, token=k.token, max_length=k.eval_length,
               batch_size=texts_at_once(model, k), seed=judged_seed(k.seed))
-    def read(n): return load_texts(d, tokenizer=tokenizer, model=model, size=n, most=True, **kw)
+    bos = decoded(special_ids(tokenizer)[0], tokenizer) # that of each chat would be predicted
+    def read(n):
+        texts = load_texts(d, tokenizer=tokenizer, model=model, size=n, most=True, **kw)
+        return [t if isinstance(t, Piece) else t.removeprefix(bos) for t in texts]
     texts = read(k.eval_size)
     if len(texts)==k.eval_size and not _fill(texts, tokenizer, k):
         texts = read(50*k.eval_size) # they may be short

@@ -537,7 +537,8 @@ def ways_out(model, batches, k:Choosing, n, # layers a window, or in all
         check_blocks(model, way[1]) # before anything is fitted
         return Ways([way], rows, sinks, avoided if len(kept)<len(blocks) else [])
     def D(s, e): return rows[e-s][s-1]
-    ways = partitions(D, len(layers_of(model)), n, k.max_blocks, k.min_distance_layer or 1, _MOST, avoid, each)
+    ways = partitions(D, len(layers_of(model)), n, k.max_blocks, k.min_distance_layer or 1, _MOST, avoid,
+                      each)
     ways = list(islice((w for w in ways if _lasts(model, w[1])), max(10, top_k)))
     if ways: return Ways(ways, rows, sinks, [])
     raise ReplaceMeError(f"no way to remove {n} layers in {k.max_blocks} blocks survives saving and loading "

@@ -81,7 +81,7 @@ def markdown_table(rows, # lists of strings
                    headers)->str:
     "An aligned table in Markdown"
     clean = lambda c: ' '.join(str(c).split()).replace('|', r'\|')
-    rows = [[clean(c) for c in r] for r in rows]
+    headers, *rows = [[clean(c) for c in r] for r in [headers, *rows]]
     w = [max(x, 3) for x in _widths(rows, headers)]
     rule = ['-'*x if i==0 else '-'*(x-1)+':' for i,x in enumerate(w)]
     return '\n'.join(f"| {_line(r, w, ' | ')} |" for r in [headers, rule, *rows])
@@ -337,10 +337,18 @@ def _what_went(result):
     "The blocks that went, or what else became of the layers"
     return f'{_block_text(result)} removed' if blocks_of(result) else 'all layers narrower'
 
+def _no_map(result): return result.fit.map=='none'
+
+def _of(result):
+    "What an error is the share of: without a map, or with one of the state, that is all of the state"
+    return 'B' if result.fit.map in ('state', 'none') else 'B − A'
+
 def _fit_text(result):
     "How good the fit is, and what kind of fit"
-    e, r = result.fit.error, result.fit.removal_error
-    error = '' if e is None else f'fit error {e:.3f}' + (f' (plain removal {r:.3f})' if r is not None else '')
+    e, r, on = result.fit.error, result.fit.removal_error, ' of the state'*(_of(result)=='B')
+    plain = f' (plain removal {r:.3f})' if r is not None else ''
+    said = '{:.3f}{} missing' if _no_map(result) else 'fit error {:.3f}{}{}'
+    error = '' if e is None else said.format(e, on, plain)
     if error and (each := result.fit.each): error += f', the mean of {len(each)} blocks'
     return ', '.join(filter(None, [*_kind_words(result), error]))
 
@@ -398,10 +406,6 @@ def _data_text(result):
     if None in (c.texts, c.tokens): return what
     units = ('images', 'patches') if result.kind=='images' else ('texts', 'tokens')
     return what + f" ({c.texts} {units[0]}, {c.tokens:,} {units[1]})"
-
-# %% ../nbs/20_report.ipynb #08bd47b8
-def _no_map(result): return result.fit.map=='none'
-
 
 # %% ../nbs/20_report.ipynb #7e5ae55b
 @of_result
@@ -1054,19 +1058,20 @@ _TRIED = 'The error on tokens that the fit did not see, for each strength of the
 
 def _fit_section(result):
     "The formula, and how well it did"
-    e, r, ridge = result.fit.error, result.fit.removal_error, result.ridge
+    e, r, ridge, bare = result.fit.error, result.fit.removal_error, result.ridge, _no_map(result)
     if e is None: return
-    plain = f'; plain removal leaves {r:.1%}' if r is not None else ''
-    fitted = 'what was fitted' if result.fit.map=='normed' else 'the map'
+    plain = f'; plain removal leaves {r:.1%}' if r is not None and not bare else ''
+    fitted = dict(normed='what was fitted', none='plain removal').get(result.fit.map, 'the map')
     each = ', '.join(f'{one:.1%}' for one,_ in result.fit.each or [])
-    of = 'B' if result.fit.map=='state' else 'B − A'
-    left = (f'Of the squared length of {of}, {fitted} leaves {e:.1%} unexplained'
+    left = (f'Of the squared length of {_of(result)}, {fitted} leaves {e:.1%} unexplained'
             + (f' (the mean of {each})' if each else '') + f'{plain}.')
-    parts = [_html_formula(result), _html_lambda(result), P(f'{left} Fitted on {_data_text(result)}.')]
+    done = f"{'Measured' if bare else 'Fitted'} on {_data_text(result)}."
+    parts = [_html_formula(result), _html_lambda(result), P(f'{left} {done}')]
     if (kinds := _kind_words(result)): parts.append(P(f"The fit: {', '.join(kinds)}."))
     if ridge_rows(ridge):
         parts.append(_picture(_Plot(plot_ridge, ridge), (4.8,2.6), 'Held-out error by ridge', _TRIED))
-    return _section('The map that stands in for them', *parts)
+    title = 'Without anything in their place' if bare else 'The map that stands in for them'
+    return _section(title, *parts)
 
 # %% ../nbs/20_report.ipynb #a20759fa
 def _words(errors):

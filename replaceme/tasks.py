@@ -103,9 +103,10 @@ class Share(Change):
 
 # %% ../nbs/20_tasks.ipynb #4de1f6b7
 def _near(x): # (N,3) as from `question_pairs`
-    "The nearest ends of the difference between after and before"
-    diff = x[:,0]-x[:,1]
-    return nearest_ends(diff, .025) if ((x[:,:2]>=0)&(x[:,:2]<=1)).all() else (diff.mean(),)*2
+    "The nearest ends of the difference between after and before, both of which stay scores"
+    diff, b = x[:,0]-x[:,1], x[:,1].mean()
+    if not ((x[:,:2]>=0)&(x[:,:2]<=1)).all(): return (diff.mean(),)*2
+    return tuple(np.clip(nearest_ends(diff, .025), -b, 1-b))
 
 def _share(a, b, chance, draws=None, # of (after, before, chance)
            near=None)->Share: # the nearest ends of the difference

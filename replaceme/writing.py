@@ -213,16 +213,16 @@ def compare_writing(dense, other, # `Written` of both
     x = _facts(dense, other, at)
     one = x.mean(0)
     draws = drawn_means(x, np.random.default_rng(seed))
-    def mean(f, scores=False): # of the columns, with its interval; are they from 0 to 1?
+    def mean(f, near=None, least=-np.inf, most=np.inf): # of the columns, between these, with its interval
         m = float(f(one))
         if len(x)<2: return [m, None, None]
-        if not scores: return [m, *middle(stretched(f(draws.T), m, len(x)))]
-        ends = zip(middle(f(draws.T)), nearest_ends(f(x.T), .025))
+        if near is None: return [m, *middle(stretched(f(draws.T), m, len(x)).clip(least, most))]
+        ends = zip(middle(f(draws.T)), near(f(x.T), .025)) # of scores from 0 to 1
         return [m, *[e(pair) for e,pair in zip((min, max), ends)]]
     return Writing(dense.kind, len(x), dense.tokens,
-                   repeats=one[:2].tolist(), more=mean(lambda c: c[1]-c[0], True),
-                   same=[[n, *mean(lambda c, i=i: c[2+i], True)] for i,n in enumerate(at)],
-                   until=mean(lambda c: c[-4]), loss=(one[-3:-1]/one[-1]).tolist(),
+                   repeats=one[:2].tolist(), more=mean(lambda c: c[1]-c[0], nearest_ends),
+                   same=[[n, *mean(lambda c, i=i: c[2+i], share_ends)] for i,n in enumerate(at)],
+                   until=mean(lambda c: c[-4], None, 0, dense.tokens), loss=(one[-3:-1]/one[-1]).tolist(),
                    above=mean(lambda c: (c[-2]-c[-3])/c[-1]))
 
 # %% ../nbs/20_writing.ipynb #3c5d0a27

@@ -75,6 +75,15 @@ def test_scores_that_are_all_alike_have_an_interval():
     assert paired(a, b, scores=True) == pytest.approx(paired(a, b), abs=.03)  # many are as they were
 
 
+@pytest.mark.parametrize("k, n", [(0, 4), (1, 4), (2, 4), (4, 4), (1, 16), (15, 16)])
+def test_a_share_has_an_interval_of_shares(k, n):
+    "No wider than Clopper's and Pearson's, by scipy, and the draws together; none right is no less than none"
+    share, low, high = paired([1]*k+[0]*(n-k), scores=True)
+    near = scipy.stats.binomtest(k, n).proportion_ci(.95, "exact")
+    drawn = paired([1]*k+[0]*(n-k), [0]*n)[1:]
+    assert (low, high) == pytest.approx((max(0, min(near.low, drawn[0])), min(1, max(near.high, drawn[1]))), abs=1e-9)
+
+
 def test_interval_is_paired_and_seeded():
     rng = np.random.default_rng(0)
     a = rng.normal(3, 1, 50)

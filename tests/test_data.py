@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 import warm
@@ -309,6 +311,26 @@ def test_data_sets_in_memory():
     ds = Dataset.from_list(ROWS)
     for d in ds, DatasetDict(train=ds, test=ds), ds.to_iterable_dataset():
         assert load_texts(d, tokenizer=TOK, size=2) == TEXTS[:2]
+
+
+@pytest.mark.parametrize("name", ["val", "dev", "valid"])
+def test_a_slice_of_the_held_out_split_by_any_name(name, tmp_path):
+    "And it is known to be rows of that split"
+    path = str(tmp_path / "both")
+    DatasetDict(train=Dataset.from_list(ROWS[:5]), validation=Dataset.from_list(ROWS[5:])).save_to_disk(path)
+    assert load_texts(path, tokenizer=TOK, split=f"{name}[:2]", size=None) == TEXTS[5:7]
+    meet = [data.share_rows((path, None, f"{name}[:2]"), (path, None, s)) for s in ("validation", "eval[1:]", "validation[2:]", "train")]
+    assert meet == [True, True, False, False]
+
+
+@pytest.mark.parametrize("kind", [list, Dataset.from_list, pd.DataFrame, pa.Table.from_pylist, lambda rows: Dataset.from_list(rows).to_iterable_dataset(),
+                                  lambda rows: IterableDataset.from_generator(lambda: iter(rows)), lambda rows: dict(train=rows, test=rows[:1])])
+def test_slices_of_what_is_in_memory(kind):
+    for split, want in ("train[2:4]", TEXTS[2:4]), ("train[:34%]", TEXTS[:3]), ("train[-1:]+train[:1]", [TEXTS[-1], TEXTS[0]]):
+        assert load_texts(kind(ROWS), tokenizer=TOK, split=split, size=None) == want
+    with pytest.raises(ReplaceMeError, match="cannot be read: Unknown split") as e:
+        load_texts(kind(ROWS), tokenizer=TOK, split="trian[:2]")
+    assert "\n" not in str(e.value)
 
 
 def test_only_as_many_rows_are_read_as_needed():

@@ -17,7 +17,7 @@ from replaceme.models import tiny_model, tiny_tokenizer
 from replaceme.pipeline import make_config, run
 from replaceme.result import Facts, Record, Result
 from replaceme.save import for_others
-from replaceme.report import (choice_rows, front_matter, model_card, passed_over, report_html, result_rows, results_table, save_plots, sink_notes, story,
+from replaceme.report import (choice_rows, front_matter, markdown_table, model_card, passed_over, report_html, result_rows, results_table, save_plots, sink_notes, story,
                               suggestions, text_table, training_rows, write_report)
 
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)>&lt;'
@@ -213,6 +213,22 @@ def test_the_formula_has_the_ridge_and_the_bias_that_were_fitted():
     assert "no new parameters" in story(make())
     affine = story(make(fit=dict(fit, affine=True)))
     assert "no new parameters" not in affine and "the bias of the map" in affine
+
+
+@pytest.mark.parametrize("kind, of, said", [("none", "Of the squared length of B, plain removal leaves 31.0% unexplained", "0.310 of the state missing"),
+                                            ("state", "Of the squared length of B, the map leaves 31.0%", "fit error 0.310 of the state (plain removal 0.500)"),
+                                            ("narrow", "Of the squared length of B − A, the map leaves 31.0%", "fit error 0.310 (plain removal 0.500)")])
+def test_an_error_says_what_it_is_the_share_of(kind, of, said):
+    "Where nothing is fitted it is a share of the whole state, and no map is spoken of"
+    result = make(method="remove" if kind == "none" else "lstsq", fit=dict(error=.31, removal_error=.5, alpha=0., map=kind))
+    page, table = report_html(result), results_table(result)
+    assert of in page and said in table
+    assert ("The map that stands in for them" in page and "Fitted on" in page) == (kind != "none")
+
+
+def test_headers_divide_no_columns():
+    table = markdown_table([["1", "2"]], ["a|b", "two\nlines"]).splitlines()
+    assert table[0].replace(r"\|", "").count("|") == 3 and len(table) == 3
 
 
 def test_the_loss_of_an_image_encoder_has_its_own_unit():

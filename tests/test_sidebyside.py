@@ -243,7 +243,7 @@ def counted_out(b, a, c=0):
     low, high = [None if (v := ratios[int(k)]) == math.inf else v for k in (.025*len(ratios), .975*len(ratios))]
     t, (lost, won) = sum(b)-len(b)*c, [sum(max(s*(x-y), 0) for x, y in zip(b, a)) for s in (1, -1)]
     most = [scipy.stats.beta.ppf(.975, k+1, len(b)-k) for k in (lost, won)]  # Clopper and Pearson
-    near = [100*(t+won-len(b)*most[0])/t, 100*(t-lost+len(b)*most[1])/t]
+    near = [100*max(t+won-len(b)*most[0], -len(b)*c)/t, 100*min(t-lost+len(b)*most[1], len(b)*(1-c))/t]  # scores stay from 0 to 1
     return [min(low, near[0]), None if high is None else max(high, near[1])]
 
 
@@ -256,6 +256,13 @@ def test_intervals_counted_out(b, a, options):
     c = 1/options if options else 0
     assert got["above"] == pytest.approx(100*(sum(a)-len(a)*c)/(sum(b)-len(b)*c))
     assert [got["above_low"], got["above_high"]] == pytest.approx(counted_out(b, a, c), abs=1e-9)
+
+
+@pytest.mark.parametrize("b, a", [([1, 0, 0, 0], [0, 0, 0, 0]), ([1, 0, 0, 0], [1, 0, 0, 0])])
+def test_what_is_left_of_a_score_is_no_less_than_nothing(b, a):
+    found = s.retained(dict(x=record(b), y=record(b)), dict(x=record(a), y=record(a)))
+    for share in (found["tasks"]["x"]["acc"], found["mean"]):
+        assert share["low"] > -1e-9
 
 
 def test_retained_edges():
@@ -502,7 +509,7 @@ def test_state_errors_are_those_of_the_hidden_states(tmp_path, keys, blocks):
 
 # names of these rooms that are younger than the rooms, and were never found elsewhere
 SINCE = dict(speed="""CONTEXTS DOSES Meter Takes both_taken caches_at card_meter depth_bytes energy_meter image_ms image_pace pairs_within
-                      processor_meter untimed writing_pace""".split(), scores=["generation_key"], intervals=["nearest_ends", "stretched"])
+                      processor_meter untimed writing_pace""".split(), scores=["generation_key"], intervals=["nearest_ends", "share_ends", "stretched"])
 
 
 @pytest.mark.parametrize("name", ["divergence", "intervals", "speed", "tasks", "scores"])

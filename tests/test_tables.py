@@ -157,6 +157,14 @@ def test_one_json_value_holds_the_table(tmp_path, content, indent):
     assert texts(tmp_path / "a.json") == TEXTS
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("more", [dict(names=[dict(name="Ann"), dict(name="Bo")]), dict(parts=[dict(title="One", page=1)])])
+def test_a_single_row_is_one_of_many(tmp_path, rows, more):
+    "What a row lists beside its text is no table, however many rows there are"
+    (tmp_path / "a.jsonl").write_text("\n".join([json.dumps(dict(text="A whole book.", **more))] * rows))
+    assert texts(tmp_path / "a.jsonl") == ["A whole book."] * rows
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a", "a.md", "a.data", "a.jsonl.bak"])
 @pytest.mark.parametrize("write", [lambda: LINES, lambda: json.dumps(ROWS, indent=1).encode(), lambda: json.dumps(ROWS).encode(),
                                    lambda: b"\xef\xbb\xbf" + LINES, lambda: gzip.compress(LINES), lambda: table("a.parquet"),

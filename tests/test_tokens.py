@@ -22,7 +22,7 @@ from replaceme.feed import judged_seed
 from replaceme.compare import eval_pieces, text_losses
 from replaceme.core import ReplaceMeError
 from replaceme.data import batches, check_ids, cut_stream, first_id, first_tokens, load_texts, own_texts, token_ids
-from replaceme.evaluate import continuation, cut_pieces, eval_tasks, perplexity
+from replaceme.evaluate import continuation, cut_pieces, eval_tasks, perplexity, prompt_ids
 from replaceme.models import check_tokenizer, tiny_model, tiny_tokenizer
 from replaceme.pipeline import (calibration_batches, eval_text, evaluate, make_config, prune, run, training_batches)
 from replaceme.sidebyside import divergence, kept_perplexity, token_times
@@ -300,6 +300,44 @@ def test_bos_is_context_and_not_predicted():
 
 def test_a_text_that_begins_with_bos_has_one():
     assert cut_pieces(BOS, "<s>abcdef", 4, 2).tolist() == cut_pieces(BOS, "abcdef", 4, 2).tolist()
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_bos_of_a_chat_is_not_predicted(tmp_path, pack):
+    "Chats that a model is judged on follow each other in a piece, and each begins with the template's BOS"
+    chats = [[dict(role="user", content=f"Question {i}?"), dict(role="assistant", content=f"Answer {i}.")] for i in range(40)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps(dict(messages=c)) for c in chats))
+    keys = dict(eval_dataset=dict(path=str(tmp_path / "chats.jsonl"), pack=pack), eval_size=4, eval_length=64)
+    ids = eval_text(make_config(model_path="a", layers_to_skip=1, **keys), BOS)
+    assert ids.shape == (4, 64) and (ids[:, 0] == 1).all() and not (ids[:, 1:] == 1).any()
+    said = BOS.decode(ids[:, 1:].flatten())
+    assert said.startswith("[user] Question 0?\n[assistant] Answer 0.\n" + "\n\n" * (not pack) + "[user] Question 1?")
+
+
+@pytest.fixture
+def ending():
+    "A tokenizer that puts BOS before a text and EOS behind it"
+    tok = tiny_tokenizer()
+    tok._tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    return tok
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_a_prompt_is_begun_once_and_not_ended(ending, template):
+    "What goes on behind EOS is another text"
+    model, written = tiny_model("llama"), "[user] Hi\n" if template else "Hi"
+    ids = prompt_ids(ending, "Hi", chat=template)["input_ids"]
+    assert ending.decode(ids[0]) == "<s>" + written
+    assert torch.equal(prompt_ids(ending, "<s>Hi", chat=False)["input_ids"], prompt_ids(ending, "Hi", chat=False)["input_ids"])
+    assert continuation(model, ending, "Hi", 6, chat=template) == continuation(model, BOS, "Hi", 6, chat=template)
+
+
+def test_a_text_that_ends_with_eos_has_one(ending):
+    ending.chat_template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}</s>"
+    chats = [[dict(role="user", content="Hi")], [dict(role="user", content="Ho")]]
+    text = load_texts(chats, tokenizer=ending, size=1)[0]
+    assert token_ids(text, ending) == ending("[user] Hi")["input_ids"]
+    assert token_ids("Hi", ending) == ending("Hi")["input_ids"]
 
 
 def test_a_model_that_needs_bos(tmp_path):

@@ -162,6 +162,19 @@ def test_a_model_that_repeats_itself_is_seen():
     assert w.repeats == [0., pytest.approx((16 / 17) / 2)] and w.same[0][:2] == [8, .5] and w.until[0] == 10 and w.above == [1., 1., 1.]
 
 
+@pytest.mark.parametrize("alike", [0, 1, 16])
+def test_intervals_of_shares_and_of_tokens_are_possible(alike):
+    "Of 16 texts none, one or all begin as the dense model's: that is a share, with a share's interval, and no difference"
+    dense = Written([[i] for i in range(16)], [[*range(40)]] * 16, [1.] * 16)
+    other = Written(dense.prompts, [[*range(40)]] * alike + [[99] * 40] * (16 - alike), [1.] * 16)
+    w = compare_writing(dense, other)
+    for _, share, low, high in w.same:
+        exact = scipy.stats.binomtest(alike, 16).proportion_ci(.95, "exact")
+        assert 0 <= low <= exact.low+1e-9 and exact.high-1e-9 <= high <= 1 and low <= share <= high
+    assert 0 <= w.until[1] <= w.until[0] <= w.until[2] <= 128
+    assert not any(span[0] in "+-" for label, *_, span in writing_rows(w) if label.startswith(("first", "tokens")))
+
+
 def test_prompts(pair):
     tok, plain = pair[2], tiny_tokenizer()
     plain.chat_template = None
