@@ -830,7 +830,10 @@ def by_split(builder): # -> dict, split -> rows
 def files_in(folder)->list: # of paths, sorted
     "The files in a folder and the folders within it, but for hidden ones"
     def hidden(f): return any(n.startswith('.') for n in f.relative_to(folder).parts)
-    return sorted(f for f in Path(folder).rglob('*') if f.is_file() and not hidden(f))
+    try: return sorted(f for f in Path(folder).rglob('*') if f.is_file() and not hidden(f))
+    except OSError as e:
+        raise ReplaceMeError(f"{folder} holds {e.filename}, which cannot be read ({e.strerror}): give a folder "
+                             "of texts alone.") from e
 
 # %% ../nbs/03_data.ipynb #acf2379e
 def _tables_in(folder):

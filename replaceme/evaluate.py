@@ -172,6 +172,7 @@ def perplexity(model, tokenizer,
                batch_size=1, # pieces in a forward pass; changes the speed alone
               )->Perplexity:
     "Perplexity of `model` on the first pieces of a text"
+    if batch_size<1: raise ReplaceMeError(f"batch_size is {batch_size}: it must be at least 1.")
     ids = cut_pieces(tokenizer, text, length, pieces)
     check_length(model, ids.shape[1])
     check_ids(model, ids)

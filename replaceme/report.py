@@ -358,7 +358,7 @@ def _cost_lines(result):
     sec, peak, base = result.seconds, result.peak_memory, result.loaded_memory
     each = ', '.join(f'{k} {v:.1f}' for k,v in sec.items())
     lines = [f'seconds: {each}; total {sum(sec.values()):.1f}'] if sec else []
-    above = f' ({(peak-base)/1e9:.2f} GB above the loaded model)' if peak and base else ''
+    above = f' ({max(0, peak-base)/1e9:.2f} GB above the loaded model)' if peak and base else ''
     return lines + ([f'peak memory: {peak/1e9:.2f} GB{above}'] if peak else [])
 
 # %% ../nbs/20_report.ipynb #2d7be004
@@ -1090,7 +1090,7 @@ def _first_row(result):
     "What the first row of the errors is the error of"
     if was_trained(result) or collapses(result): return 'of all that was changed before it'
     gone = 'first block' if len(blocks_of(result))>1 else 'removed layers'
-    return f'of what stands in for the {gone}'
+    return f"of {'going without' if _no_map(result) else 'what stands in for'} the {gone}"
 
 _PLACES = 'By layer and place in the text. The first token often carries the attention sink.'
 

@@ -313,6 +313,22 @@ def test_data_sets_in_memory():
         assert load_texts(d, tokenizer=TOK, size=2) == TEXTS[:2]
 
 
+def test_a_folder_with_a_file_that_cannot_be_looked_at(tmp_path, monkeypatch):
+    "As / is, by the files of other processes"
+    (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / "b.txt").write_text("other text")
+    plain = Path.is_file
+
+    def is_file(self):
+        if self.name == "b.txt":
+            raise PermissionError(13, "Permission denied", str(self))
+        return plain(self)
+    monkeypatch.setattr(Path, "is_file", is_file)
+    with pytest.raises(ReplaceMeError, match=r"b\.txt, which cannot be read \(Permission denied\): give") as e:
+        load_texts(tmp_path, tokenizer=TOK)
+    assert "\n" not in str(e.value)
+
+
 @pytest.mark.parametrize("name", ["val", "dev", "valid"])
 def test_a_slice_of_the_held_out_split_by_any_name(name, tmp_path):
     "And it is known to be rows of that split"

@@ -120,6 +120,8 @@ def test_short_texts(tok):
             perplexity(model, tok, bad)
     with pytest.raises(ReplaceMeError, match="two tokens or more"):
         perplexity(model, tok, TEXT, length=1)
+    with pytest.raises(ReplaceMeError, match="batch_size is 0: it must be at least 1"):
+        perplexity(model, tok, TEXT, batch_size=0)
 
 
 def test_a_worse_model_does_not_overflow(tok):

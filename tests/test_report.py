@@ -17,7 +17,7 @@ from replaceme.models import tiny_model, tiny_tokenizer
 from replaceme.pipeline import make_config, run
 from replaceme.result import Facts, Record, Result
 from replaceme.save import for_others
-from replaceme.report import (choice_rows, front_matter, markdown_table, model_card, passed_over, report_html, result_rows, results_table, save_plots, sink_notes, story,
+from replaceme.report import (_first_row, choice_rows, front_matter, markdown_table, model_card, passed_over, report_html, result_rows, results_table, save_plots, sink_notes, story,
                               suggestions, text_table, training_rows, write_report)
 
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)>&lt;'
@@ -224,6 +224,18 @@ def test_an_error_says_what_it_is_the_share_of(kind, of, said):
     page, table = report_html(result), results_table(result)
     assert of in page and said in table
     assert ("The map that stands in for them" in page and "Fitted on" in page) == (kind != "none")
+
+
+@pytest.mark.parametrize("peak, said", [(1_019_999_000, "(0.00 GB above"), (1_410_000_000, "(0.39 GB above")])
+def test_memory_above_the_model_is_no_less_than_none(peak, said):
+    "Garbage that was collected meanwhile may leave the peak below what was loaded"
+    assert said in report_html(make(peak_memory=peak))
+
+
+@pytest.mark.parametrize("result, said", [(make_peer("uidl"), "of going without the removed layers"), (make_rich(), "of what stands in for the first block"),
+                                          (make_peer("laco"), "of all that was changed before it")])
+def test_the_first_error_is_of_what_was_done(result, said):
+    assert _first_row(Result.of(result)) == said
 
 
 def test_headers_divide_no_columns():
