@@ -832,8 +832,8 @@ def files_in(folder)->list: # of paths, sorted
     def hidden(f): return any(n.startswith('.') for n in f.relative_to(folder).parts)
     try: return sorted(f for f in Path(folder).rglob('*') if f.is_file() and not hidden(f))
     except OSError as e:
-        raise ReplaceMeError(f"{folder} holds {e.filename}, which cannot be read ({e.strerror}): give a folder "
-                             "of texts alone.") from e
+        raise ReplaceMeError(f"{folder} holds {e.filename}, which cannot be read ({e.strerror}): give a "
+                             "folder of texts alone.") from e
 
 # %% ../nbs/03_data.ipynb #acf2379e
 def _tables_in(folder):
