@@ -421,6 +421,16 @@ def test_norms_do_not_decay():
     assert decays and not any("norm" in n for n in decays) and len(decays) < len(names)
 
 
+def test_all_processes_take_the_first_ones_verdict_of_qlora(monkeypatch):
+    "It measured that nothing was gained; what this one measures is not asked"
+    dense = tiny_model("llama", layers=5, d=64)
+    small, held = with_linear(cut(dense, [Block(2, 4)]), 1, torch.eye(64)), texts(2, seed=5)
+    monkeypatch.setattr("replaceme.recover.from_first", lambda f: [1., 2.])
+    with pytest.warns(ReplaceMeWarning, match="qlora did not lower the loss"):
+        model, (r,) = recover(dense, small, [Block(2, 4)], texts(24), ["qlora"], tokens=1500, held=held, learning_rate=5e-3)
+    assert model is small and (r.loss_before, r.loss_after) == (1., 1.)
+
+
 @pytest.mark.filterwarnings("error:.*autograd kernel was not registered")  # 4 bit weights packed for inference have no gradients
 def test_qlora_speaks_of_the_model_it_returns():
     dense = tiny_model("llama", layers=5, d=64)
