@@ -259,6 +259,14 @@ def widths_of(model, stream)->list:
     return [k for k in range(2, stream.d) if takes(k)] + [stream.d]
 
 # %% ../nbs/16_slicegpt.ipynb #7a5214e3
+def _slimmer(model, stream, k, plain):
+    "The width `k`, if less is left in it"
+    left, dense = count_at(model, stream, k, plain), n_parameters(model)
+    if k<stream.d and left<dense: return k
+    raise ReplaceMeError(f"{type(model).__name__}: of the widths that its config takes, {k} of {stream.d} is "
+                         f"nearest to what was asked, with {left:,} parameters of {dense:,}: nothing would "
+                         f"be saved{'' if plain else ' (plain: true needs no shortcut matrices)'}.")
+
 def width_for(model, stream, n, # layers' worth of parameters that go
               plain=True)->int:
     "The width whose parameter count is nearest to that of the model without `n` average layers"
@@ -266,7 +274,8 @@ def width_for(model, stream, n, # layers' worth of parameters that go
     if type(n) not in (int, float) or not 0<n<L:
         raise ReplaceMeError(f"n is {n}: give a number of layers between 0 and {L}.")
     goal = n_parameters(model) - n*n_parameters(layers_of(model))/L
-    return min(widths_of(model, stream), key=lambda k: abs(count_at(model, stream, k, plain)-goal))
+    return _slimmer(model, stream, min(widths_of(model, stream),
+                                       key=lambda k: abs(count_at(model, stream, k, plain)-goal)), plain)
 
 # %% ../nbs/16_slicegpt.ipynb #11bd942a
 @dataclass
@@ -303,7 +312,9 @@ def _width(model, stream, n, fraction, plain):
     if not 0<fraction<=1 or round(fraction*stream.d)<2:
         raise ReplaceMeError(f"fraction is {fraction}: it is the part of the {stream.d} channels that stays, "
                              "above 0 and at most 1.")
-    return min(widths_of(model, stream), key=lambda k: abs(k-fraction*stream.d)) # the nearest
+    k = min(widths_of(model, stream), key=lambda k: abs(k-fraction*stream.d)) # the nearest
+    if k==stream.d and fraction<1: _slimmer(model, stream, k, plain)
+    return k
 
 # %% ../nbs/16_slicegpt.ipynb #b0b3a297
 def slicegpt(model, batches,
