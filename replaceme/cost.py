@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['UNKNOWN', 'PROBES', 'ANSWER', 'Headers', 'empty_model', 'read_headers', 'routed', 'attention_width', 'held_bytes',
-           'Layer', 'attends', 'layer_of', 'Shape', 'fold_shape', 'shape_of', 'Text', 'text_of', 'expected',
-           'positions_of', 'calibration_of', 'judged_of', 'Work', 'Speed', 'walk', 'sums', 'solve', 'written_by',
-           'Step', 'Case', 'solver_work', 'rate', 'measure_speed', 'Cost', 'large', 'span', 'case_of', 'changes',
-           'cost_of', 'dry_run']
+           'Layer', 'attends', 'layer_of', 'Shape', 'fold_point', 'fold_shape', 'shape_of', 'Text', 'text_of',
+           'expected', 'positions_of', 'calibration_of', 'judged_of', 'Work', 'Speed', 'walk', 'sums', 'solve',
+           'written_by', 'Step', 'Case', 'solver_work', 'rate', 'measure_speed', 'Cost', 'large', 'span', 'case_of',
+           'changes', 'cost_of', 'dry_run']
 
 # %% ../nbs/23_cost.ipynb #23c05704
 import json, math, time
@@ -38,6 +38,7 @@ from .search import *
 from .feed import *
 from .methods import *
 from .ours import *
+from .curve import *
 from .train import main_process
 from .save import versions
 from .report import text_table
@@ -196,15 +197,18 @@ class Shape:
     def bytes(self): return self.embedding + self.head_bytes + sum(l.bytes for l in self.layers)
 
 # %% ../nbs/23_cost.ipynb #23c05721
+def fold_point(model)->FoldPoint|str|None: # of a tiny model of the family, or why there is none
+    "Where a family takes a map; not known of one that comes with its own code"
+    build = tiny_vision if sees(model) else tiny_model
+    for kind in dict.fromkeys((model.config.model_type, stack_config(model).model_type)):
+        try: return find_points(build(kind), [2])[2]
+        except Exception: continue # a family that comes with its own code
+
 def fold_shape(model)->tuple: # (columns of a wide map or None, does a norm follow?)
     "What the weights of the family can take"
-    config, like = stack_config(model), layers_of(model)[len(layers_of(model))//2]
-    build = tiny_vision if sees(model) else tiny_model
-    types = (model.config.model_type, config.model_type)
-    for kind in dict.fromkeys(types):
-        try: point = find_points(build(kind), [2])[2]
-        except Exception: continue # a family that comes with its own code
-        if isinstance(point, str): return None, False
+    like, point = layers_of(model)[len(layers_of(model))//2], fold_point(model)
+    if isinstance(point, str): return None, False
+    if point is not None:
         mods = dict(like.named_modules())
         m = point.linear and mods.get(point.linear.name) # a layer of another kind may stand there
         return reads(m) if m is not None and is_linear(m) else None, point.norm is not None
@@ -1044,12 +1048,20 @@ def _blocks(cfg, n): # layers of the model
     return candidates(n, want, cfg.min_distance_layer) if method_of(cfg).drops else []
 
 # %% ../nbs/23_cost.ipynb #4d070072
+def _check_norm(cfg, model, r): # a Recipe
+    "What a run refuses where a norm follows the MLP"
+    point = None if r.map in ('state', 'none') else fold_point(model)
+    if not isinstance(point, FoldPoint): return
+    through_norm([point], keys_of(cfg), r, cfg.alone)
+    if cfg.layers_to_skip=='auto' and not r.trial.features.state: check_no_norm([point])
+
 def case_of(cfg, h:Headers, free=None)->Case:
     "What the steps of a run follow from"
     bits = (4 if cfg.use_4bit else 8 if cfg.use_8bit else None) if cfg.quantised else None
     shape, m = shape_of(h.model, bits), method_of(cfg)
     prunes = cfg.door not in ('analyse', 'evaluate')
     r = recipe_of(cfg) if prunes and isinstance(m, Mapped) else None
+    if r is not None and shape.norm: _check_norm(cfg, h.model, r)
     fit, held = Text(), Text()
     if cfg.door!='evaluate' and m.reads(keys_of(cfg)):
         fit, held = calibration_of(h, cfg, r is not None and r.needs_held)

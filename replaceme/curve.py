@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Budget', 'read_budget', 'Budgeted', 'Shares', 'byte_shares', 'time_shares', 'least_that_meets', 'most_left',
            'numbers', 'entered', 'pieces_of', 'worth', 'candidate_losses', 'check_tail', 'Point', 'knee', 'Curve',
-           'Calibration', 'Reread', 'blocks_of_all', 'take_maps', 'shares_of', 'find_number']
+           'Calibration', 'Reread', 'blocks_of_all', 'take_maps', 'shares_of', 'check_no_norm', 'find_number']
 
 # %% ../nbs/17_curve.ipynb #7c0e0004
 import contextlib, math, time, warnings
@@ -475,6 +475,12 @@ def shares_of(model, r)->dict:
     return dict(bytes=stored, speed=time_shares(model, more))
 
 # %% ../nbs/17_curve.ipynb #7c0e005a
+def check_no_norm(points):
+    "Raise where a fit through a norm would have to be judged"
+    if name := next((p.name for p in points if p.norm), None):
+        raise ReplaceMeError("layers_to_skip auto judges maps as they will be folded, and a norm follows "
+                             f"{name}: give a number of layers, or take method: remove or merge: false.")
+
 def _asked_of(method, model, job, budget,
               prove)->tuple: # (Recipe, shares, {layers: [Block]}, {layer: FoldPoint})
     "What is known before any text is read"
@@ -484,9 +490,7 @@ def _asked_of(method, model, job, budget,
     blocks, points = blocks_of_all(model, ns, job.keys.min_distance_layer), {}
     _, r = prove(replace(job, n=min(blocks)))
     if not r.trial.features.state: blocks, points = take_maps(model, blocks)
-    if name := next((p.name for p in points.values() if p.norm), None):
-        raise ReplaceMeError("layers_to_skip auto judges maps as they will be folded, and a norm follows "
-                             f"{name}: give a number of layers, or take method: remove or merge: false.")
+    check_no_norm(points.values())
     check_tail(model, blocks[max(blocks)][0], points, r.trial.features)
     return r, shares, blocks, points
 

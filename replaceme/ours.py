@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['as_pairs', 'Choosing', 'given_blocks', 'Comparing', 'map_alone', 'Mapping', 'Closed', 'Unmerged', 'Iterating',
-           'Mapped', 'Auto', 'LeastSquares', 'Cosine', 'Remove', 'measured_at', 'profile_facts', 'Known',
-           'known_profile', 'Ways', 'ways_out', 'sums_kept', 'fit_words', 'fit_and_held']
+           'Mapped', 'Auto', 'LeastSquares', 'Cosine', 'Remove', 'measured_at', 'through_norm', 'profile_facts',
+           'Known', 'known_profile', 'Ways', 'ways_out', 'sums_kept', 'fit_words', 'fit_and_held']
 
 # %% ../nbs/16_ours.ipynb #2aaef594
 import warnings
@@ -426,15 +426,15 @@ def _fitting(model, points, k, r, writable):
     return replace(r, map='narrow')
 
 # %% ../nbs/16_ours.ipynb #2c8e51fa
-def _through(points, k, r, job):
+def through_norm(points, k, r, alone=False, writable=True): # the map alone; are weights written?
     "The recipe where a norm follows the MLP: weights are written, and no token is out of a norm's reach"
     name = next((p.name for p in points if p.norm), None)
     if name is None: return r
     why = f"a norm follows {name}, and both are fitted together"
     if r.affine: raise ReplaceMeError(f"affine: {why}; a norm has no place for a bias: leave affine out.")
-    if job.alone: raise ReplaceMeError(f"save_transform_only: {why}, so that no map is left to save alone: "
+    if alone: raise ReplaceMeError(f"save_transform_only: {why}, so that no map is left to save alone: "
                                        "save the model, or keep the map apart (merge: false).")
-    if not job.writable: raise ReplaceMeError(f"{why}, in weights that must not be quantised: load the "
+    if not writable: raise ReplaceMeError(f"{why}, in weights that must not be quantised: load the "
                                               "model in its original precision.")
     asked = r.solver!='closed' or r.weights!='none' or k.get('weights') is not None
     return r if asked else replace(r, weights='inv_norm')
@@ -467,7 +467,7 @@ def prove(self:Mapped, model, job)->tuple: # (candidate blocks, or the given one
     if r.map in ('state', 'none'): return blocks, r
     blocks, points = _foldable(model, blocks, k.blocks is not None)
     if layerwise(model): _in_one_walk(points)
-    r = _through(points, k, r, job)
+    r = through_norm(points, k, r, job.alone, job.writable)
     r = _fitting(model, points, k, r, job.writable)
     if k.get('borrow'): _lendable(model, blocks)
     return blocks, r

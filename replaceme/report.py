@@ -154,13 +154,21 @@ def taken_rows(result)->list: # of [label, before, after, change]
 # %% ../nbs/20_report.ipynb #75f75cb9
 _HEADERS = ['', 'before', 'after', 'change']
 
+def _in_units(counts)->tuple: # (counts in a unit that shows both, the unit)
+    "Numbers of parameters: those of a tiny model are not none"
+    unit, name = next((u for u in ((1e6, 'M'), (1e3, 'k')) if min(c or 0 for c in counts)>=u[0]), (1, ''))
+    return [c and c/unit for c in counts], name
+
+def _parameter_row(result):
+    params, unit = _in_units(result.parameters.both)
+    return _row(f'parameters ({unit})' if unit else 'parameters', *params, '.1f' if unit else '.0f')
+
 @of_result
 def result_rows(result,
                 taken=True, # with what both models take?
                )->list: # of [label, before, after, change]
     "What the pruning changed, one line each"
-    params = [p and p/1e6 for p in result.parameters.both]
-    rows = [_row('layers', *result.n_layers.both, 'd', False), _row('parameters (M)', *params, '.1f')]
+    rows = [_row('layers', *result.n_layers.both, 'd', False), _parameter_row(result)]
     rows += [*_text_rows(result), *_written_rows(result), *_task_rows(result)]
     found = {label: getattr(result.features, k) for k,label in _IMAGES.items()}
     rows += [_row(label, 1., v, '.3f', False) for label,v in found.items() if v is not None]
@@ -695,9 +703,10 @@ def _where_words(result):
 # %% ../nbs/20_report.ipynb #9290b001
 def _peer_story(result):
     "The story of a peer's method, with its paper"
-    m = method_of_result(result)
-    trained = '' if was_trained(result) else ' Nothing was trained'
-    return f'{peer_words(result)}{trained} ([{m.title}, arXiv {m.paper}](https://arxiv.org/abs/{m.paper})).'
+    m, said = method_of_result(result), peer_words(result)
+    # the paper ends the last sentence
+    said = said.removesuffix('.') if was_trained(result) else said + ' Nothing was trained'
+    return f'{said} ([{m.title}, arXiv {m.paper}](https://arxiv.org/abs/{m.paper})).'
 
 def _lambda(result):
     "What λ is, where the formula has it"
@@ -751,10 +760,11 @@ def _load_images(name, trust, auto='AutoModel'):
                    f'model = {auto}.from_pretrained({name!r}{trust})',
                    f'processor = AutoImageProcessor.from_pretrained({name!r})')
 
-def _load_text(name, trust, auto='AutoModelForCausalLM'):
-    return _python(f'from transformers import {auto}, AutoTokenizer',
+def _load_text(name, trust, auto='AutoModelForCausalLM', processor=False): # sees or hears?
+    what, inputs = ('processor', 'AutoProcessor') if processor else ('tokenizer', 'AutoTokenizer')
+    return _python(f'from transformers import {auto}, {inputs}',
                    f'model = {auto}.from_pretrained({name!r}{trust})',
-                   f'tokenizer = AutoTokenizer.from_pretrained({name!r})')
+                   f'{what} = {inputs}.from_pretrained({name!r})')
 
 # %% ../nbs/20_report.ipynb #41529002
 def _applied(kind, affine):
@@ -783,13 +793,13 @@ def _load_map(result, name):
 _CARRIES = 'It carries a small Python file, `modeling_replaceme.py`, which applies the {what}.'
 _ORDINARY = 'It loads like any checkpoint; nothing of `replaceme` is needed.'
 
-def _how_to_load(result, name):
+def _how_to_load(result, name, processor=False):
     "The lines that load a saved model, or apply a saved map"
     if result.config.get('save_transform_only'): return _load_map(result, name)
     what = dict(state='map', network='network', widths='sizes of the layers').get(result.fit.map)
     trust = ', trust_remote_code=True' if what else ''
     if result.kind=='images': return _load_images(name, trust, result.loads or 'AutoModel')
-    text = _load_text(name, trust, result.loads or 'AutoModelForCausalLM')
+    text = _load_text(name, trust, result.loads or 'AutoModelForCausalLM', processor)
     return text + '\n\n' + (_CARRIES.format(what=what) if what else _ORDINARY)
 
 # %% ../nbs/20_report.ipynb #13c89b33
@@ -811,6 +821,7 @@ def _limits(result):
 def model_card(result, # as saved in `replaceme.json`
                name=None, # folder or hub id to load from
                plots=(), # picture files that lie beside the card
+              processor=False, # does a processor lie there, for more than text?
               )->str: # Markdown
     "The README of a saved model: what it is, how to load it, what it cost and what it cannot do"
     n, name = result.n_layers.both, name or 'path/to/this/folder'
@@ -818,7 +829,7 @@ def model_card(result, # as saved in `replaceme.json`
     parts = ['# ' + model_name(result) + (f', {n[1]} of {n[0]} layers' if all(n) else ''), story(result),
              '## Results', results_table(result, markdown=True, notes=False).strip(),
              *(f'![{Path(p).stem}]({p})' for p in plots),
-             '## Load it', _how_to_load(result, name),
+             '## Load it', _how_to_load(result, name, processor),
              '## Limits', _limits(result) + '\n' + _LIMITS,
              '## Where it comes from',
              f"```yaml\n{yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)}```",
@@ -928,13 +939,17 @@ def _section(title, *parts):
     return Section(H2(title), *parts) if parts else None
 
 # %% ../nbs/20_report.ipynb #4293a4a8
+def _sizes_text(params):
+    (a, b), unit = _in_units(params)
+    return f'{a:.0f} → {b:.0f} {unit}'.rstrip()
+
 def _cards(result):
     "The few numbers to see first"
     n, params = result.n_layers.both, result.parameters.both
     ppl, sec, peak = [p.value for p in result.perplexity.both], result.seconds, result.peak_memory
     rates = next((b.rates for b in result.speed.batches if b.rates), None)
     found = dict(layers=f'{n[0]} → {n[1]}' if all(n) else None,
-                 parameters=f'{params[0]/1e6:.0f} → {params[1]/1e6:.0f} M' if all(params) else None,
+                 parameters=_sizes_text(params) if all(params) else None,
                  perplexity=f'{ppl[0]:.1f} → {ppl[1]:.1f}' if all(ppl) else None,
                  **({'tokens/s': f'{rates[0]:.1f} → {rates[1]:.1f}'} if rates else {}),
                  time=f'{sum(sec.values()):.0f} s' if sec else None,

@@ -167,7 +167,8 @@ def write_provenance(folder, result, yaml_text=None, token=None,
     write_record(folder, result, yaml_text, token)
     plots = spared('the plots', save_plots, folder, result, plots) or list(plots)
     card = folder/'README.md'
-    _tell(card, 'the model card', lambda: write_whole(card, model_card(result, name, plots)))
+    sees = any(folder.glob('*processor_config.json')) # or hears
+    _tell(card, 'the model card', lambda: write_whole(card, model_card(result, name, plots, sees)))
     _tell(folder/'report.html', 'the report', lambda: write_report(folder, result))
     return plots
 
