@@ -161,10 +161,12 @@ def _counting_right(config, d):
     less, lists = _worked_out(config, d)
     if reads_as(config, less, lists): return {}
     n, gone = max(map(len, lists.values())), {}
-    said = lambda k, v: [reading(config, {**less, k: v}).get(l) for l in lists]
+    def said(k, v): # None where the family refuses the value, which says nothing about the lists
+        got = reading(config, {**less, k: v})
+        return [got.get(l) for l in lists] if got else None
     for k in [k for k,v in less.items() if type(v) is int and v>=0 or isinstance(v, list)]:
         tries = list(_tries(less[k], n, lists))
-        if all(said(k, v)==said(k, less[k]) for v in tries): continue # it has no say in it
+        if all(said(k, v) in (None, said(k, less[k])) for v in tries): continue # it has no say in it
         right = next((v for v in tries if reads_as(config, {**less, k: v}, lists)), None)
         if right is not None: return {k: right}
         if k not in type(config).__dataclass_fields__: gone[k] = None

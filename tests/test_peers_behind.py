@@ -1,0 +1,33 @@
+"""Behind the peers and the trainings: what is saved, what is handed out, and what is said where nothing came of it."""
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from replaceme.blocks import Block
+from replaceme.llm_pruner import llm_pruner
+from replaceme.merge import cut, save_checkpoint
+from replaceme.models import tiny_model
+from replaceme.slicegpt import slicegpt
+
+IDS = torch.randint(3, 300, (4, 16), generator=torch.Generator().manual_seed(0))
+BATCHES = [dict(input_ids=IDS, attention_mask=torch.ones_like(IDS))]
+# lists of layer kinds that no other key says, in families whose class does not declare `head_dim`
+KINDS = {"qwen2": dict(use_sliding_window=True, sliding_window=4, layer_types=["full_attention", "sliding_attention"] * 3), "smollm3": {}, "cohere2": {}}
+
+
+def rel(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("how", ["cut", "sliced", "sliced plain", "pruned plain"])
+@torch.no_grad()
+def test_a_width_of_heads_is_kept_beside_kinds_of_layers(family, how, tmp_path):
+    "A value that the family's class refuses says nothing about the kinds of layers, so the key that it stands under is not in their way"
+    model = tiny_model(family, layers=6, **KINDS[family], **(dict(head_dim=16) if how == "cut" else {}))
+    small = {"cut": lambda: cut(model, [Block(1, 2)]), "sliced": lambda: slicegpt(model, BATCHES, n=2)[0],
+             "sliced plain": lambda: slicegpt(model, BATCHES, n=2, plain=True)[0],
+             "pruned plain": lambda: llm_pruner(model, BATCHES, n=2, plain=True)[0]}[how]()
+    save_checkpoint(small, tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=how == "sliced").eval()
+    assert rel(again(IDS).logits, small(IDS).logits) < 1e-5
