@@ -243,15 +243,14 @@ def _check_one_name(names): # that were given for one key
     raise ReplaceMeError(f"{' and '.join(names)} all say which structure one map has: keep one.")
 
 # %% ../nbs/22_config.ipynb #5a1e0082
-def _fit_needs_more(cfg): # -> reasons why a method is more than one walk
+def _fit_needs_more(cfg): # -> reasons why a method is more than a few walks
     m, k = method_of(cfg), keys_of(cfg)
     if not isinstance(m, Mapped):
-        yield f"method {m.name} needs the whole model: use lstsq, remove, or auto with refit: 0"; return
+        yield f"method {m.name} needs the whole model: use lstsq, remove or auto"; return
     if m.iterates:
         yield f"the solvers of method {m.name} read the activations in every step: use lstsq"
         return
     r = m.recipe(k, alone=cfg.alone)
-    if r.refit: yield f"{r.refit} layers behind the cut would be refitted: set refit to 0"
     if r.map=='state': yield "merge is false: a map beside the layers is fitted to a model in memory"
     several = k.num_A>1 or k.max_blocks>1 or k.blocks is not None and len(given_blocks(k))>1
     if several: yield "each of several blocks is fitted when those before it are gone: remove one"
@@ -272,7 +271,7 @@ def _asks_more(cfg):
 
 # %% ../nbs/22_config.ipynb #5a1e0083
 def not_streamed(cfg)->str|None:
-    "Why layers cannot be read one by one: more than one at a time, or more than one walk of the texts"
+    "Why layers cannot be read one by one: more than one at a time, or many walks of the texts"
     fits = () if cfg.door=='analyse' or method_of(cfg) is None else _fit_needs_more(cfg)
     return next(iter([*fits, *_asks_more(cfg)]), None)
 

@@ -537,7 +537,8 @@ def solver_work(r, tokens, p, d)->Work: # a `Recipe`
 def borrows(self:Case)->int: # features that are compared at once, or none
     "Does the layer before the cut take neurons of the layers that go?"
     r, s = self.recipe, self.shape
-    return 2*s.wide if r and r.borrow and self.map=='wide' and s.wide and not s.norm else 0
+    if r is None or not r.borrow or self.cfg.stream_weights: return 0 # neurons of layers in memory
+    return 2*s.wide if self.map=='wide' and s.wide and not s.norm else 0
 
 # %% ../nbs/23_cost.ipynb #5ead200a
 @patch

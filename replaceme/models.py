@@ -1187,8 +1187,8 @@ class Loading:
     max_memory:dict|None = key(None, "of each device, with device_map auto: {0: 10GiB, cpu: 60GiB}", LOAD)
     trust_remote_code:bool = key(False, "run code that comes with the model's repository", LOAD)
     stream_weights:bool|None = key(None, "leave the layers on the disk and read one at a time, each once for "
-        "a chunk of texts; for methods lstsq and remove, and auto with refit: 0. null: where they do not fit "
-        "into memory, and all else allows it", 'run map analyse')
+        "a chunk of texts; for methods lstsq, remove and auto. null: where they do not fit into memory, and "
+        "all else allows it", 'run map analyse')
     stream_tokens:int = key(65536, "tokens whose states wait between two layers: more are faster, and take "
         "more memory", 'run map analyse', (_not_streamed,), least=1)
 

@@ -23,7 +23,7 @@ from .arch import *
 from .kept import identity, text_digests
 from .resume import *
 from .activations import *
-from .layerwise import layerwise
+from .layerwise import layerwise, resident
 from .distance import *
 from .blocks import *
 from .stats import *
@@ -302,20 +302,24 @@ def _refit_or_noted(one, cut, point, j, weights)->tuple: # (what is said, new va
     return said, new
 
 # %% ../nbs/14_search.ipynb #39e26199
+def _on_with(one, cut, states): # `ours` or `target` of a Cut
+    "Push the states at a cut through a layer"
+    for k,batch in enumerate(cut.batches): states[k] = through(one, batch, states[k])[1]
+
 def refit_layer(dense, model, i, # layer of `model`
                 j, # the same layer in `dense`
                 cut, # Cut in front of it; on return it is the one behind it
                 weights='inv_norm')->list: # of `Refit`, each moved all the way
     "Refit both output matrices of a layer in place, attention first"
-    done, theirs, one = [], keep_layers(dense, [j]), keep_layers(model, [i])
-    for k,batch in enumerate(cut.batches): cut.target[k] = through(theirs, batch, cut.target[k])[1]
-    points = _output_matrices(model, i)
-    for point in points:
-        said, new = _refit_or_noted(one, cut, _same_point(point, layers_of(one)[0]), j, weights)
-        places = [(m, old, values) for (m,old),values in zip(_values_at(point), new)]
-        done.append(Refit('MLP' if point is points[-1] else 'attention', said, places))
-        done[-1].move(1.)
-    for k,batch in enumerate(cut.batches): cut.ours[k] = through(one, batch, cut.ours[k])[1]
+    done, points = [], _output_matrices(model, i)
+    with resident(keep_layers(dense, [j])) as theirs: _on_with(theirs, cut, cut.target)
+    with resident(keep_layers(model, [i])) as one:
+        for point in points:
+            said, new = _refit_or_noted(one, cut, _same_point(point, layers_of(one)[0]), j, weights)
+            places = [(m, old, values) for (m,old),values in zip(_values_at(point), new)]
+            done.append(Refit('MLP' if point is points[-1] else 'attention', said, places))
+            done[-1].move(1.)
+        _on_with(one, cut, cut.ours)
     return done
 
 # %% ../nbs/14_search.ipynb #13c5b3fc
@@ -416,7 +420,8 @@ def _borrows(r): return r.borrow and r.map=='wide' and r.solver=='closed'
 @contextlib.contextmanager
 def _around(dense, model, batches, held, at, b, n, r): # `n` layers behind will be refitted -> Ends, or None
     "The states around a block, where more than one pair of eyes looks at them"
-    if not (n or _borrows(r)) or layerwise(dense): yield None; return
+    # neurons are borrowed among layers in memory
+    if not (n or _borrows(r) and not layerwise(dense)): yield None; return
     with states_around(dense, model, [batches, *parts_held(held)], at, b.end) as ends:
         if n and ends is None:
             warnings.warn(f"nothing behind {b} is refitted: layer {b.start-1} does not run by itself "

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'SOLVING', 'Gram', 'gram_bytes', 'fit_at_once', 'slow_float64', 'sure', 'exactly', 'reads', 'writes',
            'Features', 'add_chunk', 'add_batch', 'Race', 'n_tokens', 'over_tokens', 'over_mine', 'some_texts',
-           'one_by_one', 'heat_of', 'evenly', 'waiting', 'collect', 'free_memory', 'HeldOut', 'parts_held', 'energy',
-           'equal_say', 'Measured', 'rank', 'look_for_sinks', 'measure', 'between', 'check_finite', 'collect_between']
+           'one_by_one', 'heat_of', 'evenly', 'waiting', 'in_chunks', 'collect', 'free_memory', 'HeldOut', 'parts_held',
+           'energy', 'equal_say', 'Measured', 'rank', 'look_for_sinks', 'measure', 'between', 'check_finite',
+           'collect_between']
 
 # %% ../nbs/07_stats.ipynb #fb979193
 import functools, warnings
@@ -346,13 +347,16 @@ def waiting(sums, share=1.)->float: # {Block: Gram}; width of the features over 
     return 1 + (1+share)*max((begun(b.start) for b in sums), default=0)
 
 # %% ../nbs/07_stats.ipynb #69506334
-def _in_chunks(model, batches, desc, turn, done, until, waits): # -> (chunk, what is told of layers)
-    "This process's share of the batches, but for those that are done, with a progress bar"
+def in_chunks(model,
+              mine, # batches of this process, each with the number of texts before it
+              desc,
+              until, # called for the number of layers that the next chunk goes through
+              waits=lambda: 1.): # as for `chunks` -> (chunk, what is told of layers)
+    "Batches as they go through a model together, with a progress bar"
     if layerwise(model) is None:
-        for o in over_mine(batches, desc, turn, done): yield [o], None
+        for _,o in zip(over_tokens([b for _,b in mine], desc), mine): yield [o], None
         return
-    mine, cut = my_batches(batches, turn)[done:], lambda o: o[1]['attention_mask'].numel()
-    left = n_tokens([b for _,b in mine])
+    cut, left = lambda o: o[1]['attention_mask'].numel(), n_tokens([b for _,b in mine])
     with progress(None, until()*left, desc, ' tokens x layers') as bar:
         for j,chunk in enumerate(chunks(model, mine, cut, waits)):
             tokens, bar.total = n_tokens([b for _,b in chunk]), bar.n+until()*left
@@ -397,7 +401,8 @@ def _stream(model, batches, grams, points, profile, feats, race, desc, turn=0, b
     p, k = next_pass(desc, turn, str([*grams]), str(feats), measures, text_digests(bs)), 0
     if p and (k := p.done): s.put_back(p)
     def until(): return max(b.end for b in s.grams) if profile is None else race and race.until or L
-    for chunk,tell in _in_chunks(model, bs, desc, turn, k, until, lambda: waiting(s.grams, share)):
+    for chunk,tell in in_chunks(model, my_batches(bs, turn)[k:], desc, until,
+                                 lambda: waiting(s.grams, share)):
         chunk = [(n+before, b) for n,b in chunk]
         if tell: add_chunk(model, chunk, s.grams, points, profile, feats, tell, until())
         else: add_batch(model, chunk[0][1], s.grams, points, profile, feats, chunk[0][0], until())

@@ -137,6 +137,37 @@ def test_every_recipe_of_one_walk_is_the_one_in_memory(llama, more):
         assert {**x, "blocks": str(x["blocks"])} == pytest.approx({**y, "blocks": str(y["blocks"])})
 
 
+def test_layers_behind_the_cut_are_refitted_from_the_disk(family):
+    plain, streamed = both(family, 150, method="auto", refit=2, borrow=False)
+    assert streamed["blocks"] == plain["blocks"] and streamed["choice"] == plain["choice"]
+    experts = family.name.startswith(("mixtral", "qwen3_next"))  # which are left as they are
+    assert bool(plain["refits"]) is not experts and streamed["refits"] == plain["refits"]
+    a, b = loaded(family)
+    for (n, p), (m, q) in zip(a.named_parameters(), b.named_parameters(), strict=True):
+        assert n == m and torch.equal(p, q), n
+
+
+@pytest.mark.parametrize("more", [dict(top_k=3, borrow=False), dict(map="narrow"), dict(map="wide", weights="none", borrow=False)],
+                         ids=lambda m: "-".join(m))
+def test_every_recipe_with_refits_is_the_one_in_memory(llama, more):
+    plain, streamed = both(llama, 150, method="auto", refit=2, **more)
+    assert streamed["refits"] == plain["refits"] and streamed["blocks"] == plain["blocks"]
+    a, b = loaded(llama)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_layers_that_are_refitted_are_not_read_for_each_batch(llama, tmp_path, monkeypatch):
+    read, plain = [], layerwise.fetch
+    monkeypatch.setattr(layerwise, "fetch", lambda layer: (read.append(1), plain(layer))[1])
+    def reads(size, refit=2):
+        read.clear()
+        base = keys(llama, method="auto", refit=refit, borrow=False, blocks=[[1, 3]], layers_to_skip=None, batch_size=size)
+        run(make_config(**base, save_path=str(tmp_path / "x"), stream_weights=True))
+        return len(read)
+    one, many = reads(13), reads(1)
+    assert one == many > reads(4, refit=0)
+
+
 def test_both_models_are_scored_in_walks(llama):
     "The held-out loss of whole pieces, before and after, and of padded batches text by text"
     plain, streamed = both(llama, 100, eval_dataset=str(llama / "t.txt"), eval_length=24, eval_size=5)
@@ -243,7 +274,7 @@ def test_nothing_hangs_on_the_model_after_an_interruption(llama):
 
 # what is refused
 
-REFUSED = [(dict(method="auto"), "4 layers behind the cut would be refitted: set refit to 0"), (dict(method="cosine"), "the solvers of method cosine"),
+REFUSED = [(dict(method="cosine"), "the solvers of method cosine"),
            (dict(method="laco"), "method laco needs the whole model"), (dict(method="slicegpt"), "method slicegpt needs the whole model"),
            (dict(merge=False), "merge is false"), (dict(num_A=2, layers_to_skip=1), "each of several blocks"), (dict(max_blocks=2), "each of several blocks"),
            (dict(blocks=[[1, 2], [3, 4]], layers_to_skip=None), "each of several blocks"), (dict(layers_to_skip="auto", budget="loss 9"), "layers_to_skip is auto"),
