@@ -108,7 +108,8 @@ def _walk(dense, model, ends, at, end, p)->bool: # could the layer before the bl
     k = first = len(sums)
     left, last = [*zip(ends.before, ends.batches)][k:], end if dense is model else at+end
     for chunk,tell in in_chunks(dense, left, 'states around the block', lambda: last, lambda: WAITING):
-        for (before,batch),(Z, S, Y) in zip(chunk, _ends_of(dense, model, [b for _,b in chunk], at, end, tell)):
+        found = _ends_of(dense, model, [b for _,b in chunk], at, end, tell)
+        for (before,batch),(Z, S, Y) in zip(chunk, found):
             check_finite(dense, model, batch, S, Y, before)
             if k==first and not _runs_alone(model, at, batch, Z, S): return False
             ends.ours[k], ends.target[k] = Z, Y
