@@ -4,6 +4,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from replaceme.blocks import Block
+from replaceme.core import ReplaceMeError
 from replaceme.llm_pruner import llm_pruner
 from replaceme.merge import cut, save_checkpoint
 from replaceme.models import tiny_model
@@ -31,3 +32,19 @@ def test_a_width_of_heads_is_kept_beside_kinds_of_layers(family, how, tmp_path):
     save_checkpoint(small, tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=how == "sliced").eval()
     assert rel(again(IDS).logits, small(IDS).logits) < 1e-5
+
+
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("family", ["mamba2", "bamba"])
+@pytest.mark.parametrize("much", [dict(n=2), dict(fraction=.5)], ids=str)
+def test_a_config_that_takes_no_other_width_is_said_to(much, family, plain):
+    "What comes out would be as wide as before, with matrices more: it was handed out as if something had gone"
+    with pytest.raises(ReplaceMeError, match="takes no width below 32.*takes layers out"):
+        slicegpt(tiny_model(family, layers=4), BATCHES, plain=plain, **much)
+
+
+def test_less_than_the_shortcuts_cost_is_no_reason_to_grow():
+    "Of the widths that make it smaller the nearest is taken, where the nearest of all would make it larger"
+    model = tiny_model("llama", layers=6, intermediate_size=16)
+    small, res = slicegpt(model, BATCHES, n=.02)
+    assert res.parameters < res.dense_parameters and res.width == 24
