@@ -571,12 +571,12 @@ class Trained:
 
 # %% ../nbs/17_train.ipynb #7140f0fb
 def own(model, names):
-    "Give a model its own copies of parameters that it may share with others, in place"
-    for n in names:
-        mod, _, k = n.rpartition('.')
-        mod = model.get_submodule(mod)
-        p = getattr(mod, k)
-        setattr(mod, k, nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad))
+    "Give a model its own copies of parameters that it may share with others, in place; its ties stay"
+    places = {}
+    for n,p in model.named_parameters(remove_duplicate=False): places.setdefault(p, []).append(n)
+    for p in dict.fromkeys(model.get_parameter(n) for n in names):
+        new = nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
+        for mod,_,k in (n.rpartition('.') for n in places[p]): setattr(model.get_submodule(mod), k, new)
     return model
 
 # %% ../nbs/17_train.ipynb #d6b26346

@@ -3,12 +3,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from replaceme.baselines import uidl
 from replaceme.blocks import Block
 from replaceme.core import ReplaceMeError
 from replaceme.llm_pruner import llm_pruner
 from replaceme.merge import cut, save_checkpoint
 from replaceme.models import tiny_model
+from replaceme.recover import recover
 from replaceme.slicegpt import slicegpt
+from replaceme.widths import n_parameters
 
 IDS = torch.randint(3, 300, (4, 16), generator=torch.Generator().manual_seed(0))
 BATCHES = [dict(input_ids=IDS, attention_mask=torch.ones_like(IDS))]
@@ -48,3 +51,39 @@ def test_less_than_the_shortcuts_cost_is_no_reason_to_grow():
     model = tiny_model("llama", layers=6, intermediate_size=16)
     small, res = slicegpt(model, BATCHES, n=.02)
     assert res.parameters < res.dense_parameters and res.width == 24
+
+
+def ties(model):
+    "Names that stand for one parameter"
+    found = {}
+    for n, p in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(p), []).append(n)
+    return sorted(v for v in found.values() if len(v) > 1)
+
+
+SINGLE = [dict(input_ids=i[None], attention_mask=torch.ones_like(i[None])) for i in IDS]
+
+
+@pytest.mark.parametrize("rung", ["layer", "cut", "lora"])
+@pytest.mark.parametrize("family", ["zamba", "zamba2"])
+def test_layers_that_share_weights_share_them_when_trained(family, rung, tmp_path):
+    "What is trained under one name is trained under all, so that the config, which ties them, builds the trained model again"
+    model = tiny_model(family, layers=6)
+    small, res = uidl(model, BATCHES, 2)
+    trained, _ = recover(model, small, res.blocks, SINGLE, [rung], tokens=600, held=SINGLE, learning_rate=2e-4)
+    assert ties(trained) == ties(small) != [] and n_parameters(trained) == n_parameters(small)
+    assert rel(trained(IDS).logits, small(IDS).logits) > 1e-3
+    save_checkpoint(trained, tmp_path)
+    assert rel(AutoModelForCausalLM.from_pretrained(tmp_path).eval()(IDS).logits, trained(IDS).logits) < 1e-5
+
+
+@pytest.mark.parametrize("rung", ["fold", "lora"])
+def test_a_trained_model_asks_for_gradients_where_it_did_before(rung):
+    "peft freezes what it finds; who trains on finds the model as it was given"
+    model = tiny_model("llama", layers=6)
+    model.model.embed_tokens.weight.requires_grad_(False)
+    small, res = uidl(model, BATCHES, 2)
+    was = {n: p.requires_grad for n, p in small.named_parameters()}
+    trained, _ = recover(model, small, res.blocks, SINGLE * 4, [rung], tokens=100)
+    assert {n: p.requires_grad for n, p in trained.named_parameters()} == was == {n: n != "model.embed_tokens.weight" for n in was}
+    assert {n: p.requires_grad for n, p in model.named_parameters()}["model.layers.5.mlp.up_proj.weight"] and not model.training
