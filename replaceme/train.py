@@ -208,7 +208,7 @@ def kd_loss(model, batch, targets)->Tensor:
     return kd_terms(logits, *[targets[k].to(logits.device)[at] for k in ('logp', 'ids')]).sum()
 
 # %% ../nbs/17_train.ipynb #c94d23ff
-def layers_on(some, # a model of the trained layers alone
+def layers_on(some, # a model of the trained layers alone, or one that says which (`_trained`)
               batch, x, # `(T,d)`, the states that enter the first of them
              )->Tensor: # `(T,d)`, those that leave the last
     "Push states through layers, with gradients"
@@ -221,9 +221,9 @@ def layers_on(some, # a model of the trained layers alone
     def leave(layer, args, y):
         out.append(first(y))
         raise _Stop
-    layers = layers_of(some)
-    with hooks(layers[0].register_forward_pre_hook(swap, with_kwargs=True),
-               layers[-1].register_forward_hook(leave)):
+    layers, (a, e) = layers_of(some), getattr(some, '_trained', (0, -1))
+    with hooks(layers[a].register_forward_pre_hook(swap, with_kwargs=True),
+               layers[e].register_forward_hook(leave)):
         try: run(some, {k: batch[k] for k in ('input_ids', 'attention_mask')})
         except _Stop: pass
     return out[0][mask.to(out[0].device)]

@@ -3,6 +3,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from replaceme.activations import capture
+from replaceme.arch import layers_of, n_hooks
 from replaceme.baselines import uidl
 from replaceme.blocks import Block
 from replaceme.core import ReplaceMeError
@@ -11,6 +13,8 @@ from replaceme.merge import cut, save_checkpoint
 from replaceme.models import tiny_model
 from replaceme.recover import recover
 from replaceme.slicegpt import slicegpt
+from replaceme.streamline import alone, place_network, train_network
+from replaceme.train import layers_on
 from replaceme.widths import n_parameters
 
 IDS = torch.randint(3, 300, (4, 16), generator=torch.Generator().manual_seed(0))
@@ -87,3 +91,21 @@ def test_a_trained_model_asks_for_gradients_where_it_did_before(rung):
     trained, _ = recover(model, small, res.blocks, SINGLE * 4, [rung], tokens=100)
     assert {n: p.requires_grad for n, p in trained.named_parameters()} == was == {n: n != "model.embed_tokens.weight" for n in was}
     assert {n: p.requires_grad for n, p in model.named_parameters()}["model.layers.5.mlp.up_proj.weight"] and not model.training
+
+
+@pytest.mark.parametrize("family, network, block", [("rwkv", "layer", (2, 4)), ("rwkv", "ffn", (2, 4)), ("zamba2", "layer", (3, 6)),
+                                                    ("zamba2", "ffn", (4, 6)), ("llama", "layer", (2, 4)), ("llama", "ffn", (2, 4))])
+def test_a_layer_whose_number_matters_is_trained_where_it_stands(family, network, block):
+    "A block of RWKV that is first has a norm more, a hybrid layer of Zamba2 knows its own number: alone it would be another, or none"
+    dense = tiny_model(family, layers=6)
+    small, where, names = place_network(dense, Block(*block), network)
+    one = alone(small, where)
+    assert (len(layers_of(one)) == 1) == (family == "llama")
+    batch = BATCHES[0]
+    acts = capture(small, batch)
+    with torch.no_grad():
+        assert rel(layers_on(one, batch, acts.S[where]), acts.S[where + 1]) < 1e-5
+    before = {n: p.clone() for n, p in small.named_parameters()}
+    fit = train_network(dense, small, Block(*block), where, names, "mse", SINGLE, SINGLE, 600, learning_rate=3e-4)
+    assert fit.after < fit.before and n_hooks(small) == n_hooks(dense) + (network == "ffn")
+    assert {n for n, p in small.named_parameters() if not torch.equal(p, before[n])} == {*names} and not {*names} & {n for v in ties(small) for n in v}
