@@ -8,6 +8,7 @@ __all__ = ['RUNGS', 'cuts_of', 'rung_names', 'with_adapters', 'check_adapters', 
 
 # %% ../nbs/19_recover.ipynb #2c44557b
 import contextlib, warnings
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import torch, transformers
@@ -63,7 +64,11 @@ def _of_cut(model, cuts):
     n = len(layers_of(model))
     return _names(model, [layers_of(model)[i] for i in sorted({i for c in cuts for i in (c-1, c) if i<n})])
 
-def _of_adapters(model, cuts): return [n for n,m in model.named_modules() if _takes_adapter(model, n, m)]
+def _of_adapters(model, cuts):
+    "Weights that stand in several places take none: each place would learn another, and one is saved"
+    often = Counter(id(p) for _,p in model.named_parameters(remove_duplicate=False))
+    found = [(n, m) for n,m in model.named_modules() if _takes_adapter(model, n, m)]
+    return [n for n,m in found if often[id(m.weight)]==1]
 
 # %% ../nbs/19_recover.ipynb #aafadc9b
 RUNGS = dict(fold=_of_fold, layer=_of_layer, cut=_of_cut, lora=_of_adapters, qlora=_of_adapters) # least first
@@ -74,10 +79,10 @@ def rung_names(model, # a pruned model
     return RUNGS[rung](model, cuts)
 
 # %% ../nbs/19_recover.ipynb #f3884806
-def with_adapters(model, rank, seed): # -> peft's model, around the same modules
-    "Put low-rank adapters on every linear layer of the stack"
+def with_adapters(model, rank, seed, names=None): # -> peft's model, around the same modules
+    "Put low-rank adapters on every linear layer of the stack, or on those with these names"
     from peft import LoraConfig, get_peft_model
-    names = rung_names(model, [], 'lora')
+    names = rung_names(model, [], 'lora') if names is None else names
     if not names:
         raise ReplaceMeError(f"recover: {type(model).__name__} has no plain linear layer for lora: use layer "
                              "or cut.")
@@ -120,14 +125,15 @@ def train_adapters(model, texts, held, tokens, targets, quantise, rank=16, seed=
                    **kw)->tuple: # (model, Trained)
     "Train adapters, beside 4 bit weights if wished, and merge them; the loss is that of the whole weights"
     with common_folder() as d, frozen(model): # peft freezes what it finds, some of it the dense model's
-        base = _in_4_bits(model, d) if quantise else shared_copy(model)
-        wrapped = with_adapters(base, rank, seed)
+        base, which = _in_4_bits(model, d) if quantise else shared_copy(model), rung_names(model, [], 'lora')
+        wrapped = with_adapters(base, rank, seed, which)
         names = [n for n,p in wrapped.named_parameters() if 'lora_' in n]
         done = fit_weights(wrapped, names, 'kd', texts, held, tokens, targets, seed=seed, **kw)
         if quantise:
-            learned, wrapped = _adapters_of(wrapped), with_adapters(shared_copy(model), rank, seed)
+            learned, wrapped = _adapters_of(wrapped), with_adapters(shared_copy(model), rank, seed, which)
             wrapped.load_state_dict(learned, strict=False)
         new = merged(wrapped, model)
+    for n,p in model.named_parameters(): new.get_parameter(n).requires_grad_(p.requires_grad)
     if not quantise: return new, done
     # one verdict for all processes: on unlike devices the last bits differ
     before, after = from_first(lambda: [held_loss(m, 'kd', held, targets) for m in (model, new)])

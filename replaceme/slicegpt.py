@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['helmert', 'components', 'basis', 'kept', 'gain_of', 'stream_sums', 'turned_writer', 'turned_reader', 'turned_norm',
-           'turned', 'projected', 'random_bases', 'check_sliced', 'count_at', 'widths_of', 'width_for', 'Sliced',
-           'slicegpt', 'SliceGPT']
+           'turned', 'projected', 'random_bases', 'check_sliced', 'count_at', 'widths_of', 'narrower', 'width_for',
+           'Sliced', 'slicegpt', 'SliceGPT']
 
 # %% ../nbs/16_slicegpt.ipynb #a6acd2ca
 import copy, math
@@ -258,15 +258,13 @@ def widths_of(model, stream)->list:
         return True
     return [k for k in range(2, stream.d) if takes(k)] + [stream.d]
 
-# %% ../nbs/16_slicegpt.ipynb #7a5214e3
-def _slimmer(model, stream, k, plain):
-    "The width `k`, if less is left in it"
-    left, dense = count_at(model, stream, k, plain), n_parameters(model)
-    if k<stream.d and left<dense: return k
-    raise ReplaceMeError(f"{type(model).__name__}: of the widths that its config takes, {k} of {stream.d} is "
-                         f"nearest to what was asked, with {left:,} parameters of {dense:,}: nothing would "
-                         f"be saved{'' if plain else ' (plain: true needs no shortcut matrices)'}.")
+def narrower(model, stream)->list:
+    "Those below the stream's own, of which there must be one"
+    if found := widths_of(model, stream)[:-1]: return found
+    raise ReplaceMeError(f"{type(model).__name__} cannot be made narrower: its config takes no width below "
+                         f"{stream.d}. Use a method that takes layers out.")
 
+# %% ../nbs/16_slicegpt.ipynb #7a5214e3
 def width_for(model, stream, n, # layers' worth of parameters that go
               plain=True)->int:
     "The width whose parameter count is nearest to that of the model without `n` average layers"
@@ -274,8 +272,12 @@ def width_for(model, stream, n, # layers' worth of parameters that go
     if type(n) not in (int, float) or not 0<n<L:
         raise ReplaceMeError(f"n is {n}: give a number of layers between 0 and {L}.")
     goal = n_parameters(model) - n*n_parameters(layers_of(model))/L
-    return _slimmer(model, stream, min(widths_of(model, stream),
-                                       key=lambda k: abs(count_at(model, stream, k, plain)-goal)), plain)
+    left = {k: count_at(model, stream, k, plain) for k in narrower(model, stream)}
+    left = {k: m for k,m in left.items() if m<n_parameters(model)} # shortcuts cost something, too
+    if not left:
+        raise ReplaceMeError(f"n is {n}: {type(model).__name__} has no width at which matrices on shortcuts "
+                             "cost less than they save: use plain=True, or a method that takes layers out.")
+    return min(left, key=lambda k: abs(left[k]-goal))
 
 # %% ../nbs/16_slicegpt.ipynb #11bd942a
 @dataclass
@@ -312,9 +314,8 @@ def _width(model, stream, n, fraction, plain):
     if not 0<fraction<=1 or round(fraction*stream.d)<2:
         raise ReplaceMeError(f"fraction is {fraction}: it is the part of the {stream.d} channels that stays, "
                              "above 0 and at most 1.")
-    k = min(widths_of(model, stream), key=lambda k: abs(k-fraction*stream.d)) # the nearest
-    if k==stream.d and fraction<1: _slimmer(model, stream, k, plain)
-    return k
+    if fraction==1: return stream.d # turned alone
+    return min(narrower(model, stream), key=lambda k: abs(k-fraction*stream.d)) # the nearest
 
 # %% ../nbs/16_slicegpt.ipynb #b0b3a297
 def slicegpt(model, batches,

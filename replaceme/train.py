@@ -208,7 +208,7 @@ def kd_loss(model, batch, targets)->Tensor:
     return kd_terms(logits, *[targets[k].to(logits.device)[at] for k in ('logp', 'ids')]).sum()
 
 # %% ../nbs/17_train.ipynb #c94d23ff
-def layers_on(some, # a model of the trained layers alone
+def layers_on(some, # a model of the trained layers alone, or one that says which (`_trained`)
               batch, x, # `(T,d)`, the states that enter the first of them
              )->Tensor: # `(T,d)`, those that leave the last
     "Push states through layers, with gradients"
@@ -221,9 +221,9 @@ def layers_on(some, # a model of the trained layers alone
     def leave(layer, args, y):
         out.append(first(y))
         raise _Stop
-    layers = layers_of(some)
-    with hooks(layers[0].register_forward_pre_hook(swap, with_kwargs=True),
-               layers[-1].register_forward_hook(leave)):
+    layers, (a, e) = layers_of(some), getattr(some, '_trained', (0, -1))
+    with hooks(layers[a].register_forward_pre_hook(swap, with_kwargs=True),
+               layers[e].register_forward_hook(leave)):
         try: run(some, {k: batch[k] for k in ('input_ids', 'attention_mask')})
         except _Stop: pass
     return out[0][mask.to(out[0].device)]
@@ -571,12 +571,12 @@ class Trained:
 
 # %% ../nbs/17_train.ipynb #7140f0fb
 def own(model, names):
-    "Give a model its own copies of parameters that it may share with others, in place"
-    for n in names:
-        mod, _, k = n.rpartition('.')
-        mod = model.get_submodule(mod)
-        p = getattr(mod, k)
-        setattr(mod, k, nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad))
+    "Give a model its own copies of parameters that it may share with others, in place; its ties stay"
+    places = {}
+    for n,p in model.named_parameters(remove_duplicate=False): places.setdefault(p, []).append(n)
+    for p in dict.fromkeys(model.get_parameter(n) for n in names):
+        new = nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
+        for mod,_,k in (n.rpartition('.') for n in places[p]): setattr(model.get_submodule(mod), k, new)
     return model
 
 # %% ../nbs/17_train.ipynb #d6b26346

@@ -304,14 +304,3 @@ def test_a_nan_is_blamed_on_its_layer():
     model.model.layers[1].mlp.down_proj.weight.data[3, 3] = math.nan
     with pytest.raises(ReplaceMeError, match="NaN or infinity"):
         slicegpt(model, in_batches(4), fraction=.5)
-
-
-@pytest.mark.parametrize("plain", [True, False])
-@pytest.mark.parametrize("family, asked", [("mamba2", dict(n=2)), ("bamba", dict(n=2)), ("mamba2", dict(fraction=.75)),
-                                           ("gpt2", dict(n=.001)), ("llama", dict(fraction=.99))])
-def test_a_width_that_saves_nothing_is_refused(family, asked, plain):
-    model = tiny_model(family, layers=6)
-    before = n_hooks(model)
-    with pytest.raises(ReplaceMeError, match="nothing would be saved"):
-        slicegpt(model, in_batches(4), plain=plain, **asked)
-    assert n_hooks(model) == before
