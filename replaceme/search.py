@@ -428,9 +428,20 @@ def _around(dense, model, batches, held, at, b, n, r): # `n` layers behind will 
                           "(refit: 0 does not try).", ReplaceMeWarning, stacklevel=5)
         yield ends
 
+# %% ../nbs/14_search.ipynb #5ead201c
+def _behind(dense, batches, b, n): # -> how many layers
+    "Of `n` layers behind a block those that can be refitted, each by itself"
+    few = from_first(run_alone, dense, some_texts(batches[0], 0, 1), b.end, n) if n else 0
+    if few<n:
+        what = f'only {few} of {n} layers behind {b} are' if few else f'nothing behind {b} is'
+        warnings.warn(f"{what} refitted: layer {b.end+few} does not run by itself (refit: {few} does not "
+                      "try).", ReplaceMeWarning, stacklevel=5)
+    return few
+
 # %% ../nbs/14_search.ipynb #57d208e7
 def _fit_block(dense, model, batches, held, b, at, n, r, first): # -> (Fit, model, refits, Borrowed or None)
     "Fit and fold the map of one block, and refit `n` layers behind it"
+    n = _behind(dense, batches, b, n)
     with _around(dense, model, batches, held, at, b, n, r) as ends:
         before, lent = model, None
         if _borrows(r): before, lent = borrow(dense, model, batches, at, b, r.weights, ends)

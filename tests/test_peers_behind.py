@@ -1,4 +1,6 @@
 """Behind the peers and the trainings: what is saved, what is handed out, and what is said where nothing came of it."""
+import warnings
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -12,6 +14,7 @@ from replaceme.llm_pruner import llm_pruner
 from replaceme.merge import cut, save_checkpoint
 from replaceme.models import tiny_model
 from replaceme.recover import recover
+from replaceme.search import Recipe, fit_blocks
 from replaceme.slicegpt import slicegpt
 from replaceme.streamline import alone, place_network, train_network
 from replaceme.train import layers_on
@@ -109,3 +112,21 @@ def test_a_layer_whose_number_matters_is_trained_where_it_stands(family, network
     fit = train_network(dense, small, Block(*block), where, names, "mse", SINGLE, SINGLE, 600, learning_rate=3e-4)
     assert fit.after < fit.before and n_hooks(small) == n_hooks(dense) + (network == "ffn")
     assert {n for n, p in small.named_parameters() if not torch.equal(p, before[n])} == {*names} and not {*names} & {n for v in ties(small) for n in v}
+
+
+def test_a_layer_before_a_cut_that_cannot_run_alone_is_left_as_it_is():
+    "The default method looks at that layer by itself, which in a hybrid that looks itself up by its number ended in a traceback"
+    dense = tiny_model("zamba2", layers=6)
+    done = fit_blocks(dense, BATCHES, BATCHES, [Block(4, 6)], Recipe(map="wide", borrow=True))
+    assert len(layers_of(done.model)) == 4 and done.borrowed == [None]
+
+
+@pytest.mark.parametrize("family, n", [("rwkv", 0), ("llama", 2)])
+def test_layers_behind_a_cut_are_refitted_as_far_as_they_run_alone(family, n):
+    "Layer 0 runs alone, a later block of RWKV does not: nothing behind is refitted, and it is said"
+    dense = tiny_model(family, layers=6)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        done = fit_blocks(dense, BATCHES, BATCHES, [Block(1, 3)], Recipe(map="state", refit=2))
+    assert {o["layer"] for o in done.refits} == {*range(3, 3 + n)}
+    assert (n == 0) == any("nothing behind [1,3) is refitted: layer 3 does not run by itself" in str(w.message) for w in said)
