@@ -15,10 +15,10 @@ from fastcore.basics import patch
 
 from .core import *
 from .arch import *
-from .activations import *
 from .blocks import *
 from .stats import *
 from .merge import *
+from .states import run_alone
 from .unmerged import *
 from .baselines import *
 from .train import *
@@ -54,16 +54,9 @@ def _layer_name(model, i): # 'model.layers.3.'
     return next(n for n,m in model.named_modules() if m is layer)+'.'
 
 # %% ../nbs/18_streamline.ipynb #4696362c
-@torch.no_grad()
 def alone(small, at): # -> a model for `layers_on` that shares its tensors with `small`
     "Layer `at` as a model of its own; all of them where it does something else there, by its number"
-    one, batch, got = keep_layers(small, [at]), dummy(small), {}
-    with judging(small):
-        tap(small, batch, lambda i,x: got.update({i: masked(x, batch['attention_mask']).clone()}), until=at+1)
-    try:
-        with judging(one): off = relative_error(layers_on(one, batch, got[at]), got[at+1])
-        if off<=max(1e-4, 4*torch.finfo(small.dtype).eps): return one
-    except Exception: pass # it lacks something that only a layer of that number has
+    if run_alone(small, dummy(small), at, 1): return keep_layers(small, [at])
     one = shared_copy(small)
     one._trained = at, at
     return one
