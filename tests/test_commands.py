@@ -72,7 +72,7 @@ def test_a_log_gets_lines_and_no_bars(place):
 
 def test_run_replaceme(place):
     p = call(place, "run_replaceme", "--config", "c.yaml")
-    for word in ("layers", "parameters (M)", "perplexity (python-docs)", "seconds:", "peak memory:", "report   out/report.html",
+    for word in ("layers", "parameters (k)", "perplexity (python-docs)", "seconds:", "peak memory:", "report   out/report.html",
                  "model    out", "profile  out/profile.png"):
         assert word in p.stdout
     names = set(os.listdir(place / "out"))
