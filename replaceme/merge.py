@@ -10,6 +10,7 @@ __all__ = ['parameter_over', 'shared_copy', 'keep_layers', 'differs_when_rebuilt
 
 # %% ../nbs/11_merge.ipynb #09c0b18a
 import copy, functools, math, re, shutil, warnings
+from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import chain
@@ -52,12 +53,17 @@ def _check_forward(model):
                          "call on this model: take it off (del model.forward).")
 
 # %% ../nbs/11_merge.ipynb #24b06f81
+def _empty(model):
+    "Every empty container of its modules (most are for hooks) -> another, which spares most of a deep copy"
+    held = (v for m in model.modules() for v in vars(m).values())
+    return {id(v): type(v)() for v in held if type(v) in (dict, OrderedDict, set) and not v}
+
 def shared_copy(model,
                 but=(), # modules in whose places empty ones stand
                ): # -> a model of the same class
     "A copy of the modules and config of `model` that shares all its numbers; its `half()` leaves them alone"
     _check_forward(model)
-    memo = {id(t): t for t in chain(model.buffers(), _stores(model))}
+    memo = _empty(model) | {id(t): t for t in chain(model.buffers(), _stores(model))}
     memo |= {id(p): parameter_over(p) for p in model.parameters()}
     memo |= {id(m): nn.Module() for m in but}
     new = copy.deepcopy(model, memo)
@@ -245,11 +251,11 @@ def differs_when_rebuilt(model): # a cut model
     "What would be different in the model that the config builds, or None"
     try:
         new = _rebuilt(model)
-        if len(layers_of(new))!=len(layers_of(model)):
-            return f'{len(layers_of(new))} layers instead of {len(layers_of(model))}'
+        there, here = layers_of(new), layers_of(model)
+        if len(there)!=len(here): return f'{len(there)} layers instead of {len(here)}'
     except Exception as e: return f"nothing ({type(e).__name__}: {' '.join(str(e).split())[:150]})"
     if lost := _lost(model, new): return lost
-    for i,(a,b) in enumerate(zip(layers_of(model), layers_of(new))):
+    for i,(a,b) in enumerate(zip(here, there)):
         if type(a) is not type(b): return f'layer {i} as a {type(b).__name__}'
         if found := _changed(a, b): return '{} of layer {} ({} instead of {})'.format(found[0], i, *found[1:])
 
