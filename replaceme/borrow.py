@@ -20,8 +20,10 @@ from .plots import *
 from .arch import *
 from .stream import *
 from .activations import *
+from .layerwise import *
 from .stats import *
 from .merge import *
+from .merge import _assign, _stores
 from .states import *
 
 # %% ../nbs/13_borrow.ipynb #b0220007
@@ -48,9 +50,8 @@ def _step_of(model, i, writer): # -> Step, or None
     return next((s for s in steps if [mods[w] for w in s.writers]==[writer]), None)
 
 # %% ../nbs/13_borrow.ipynb #b0220009
-@torch.no_grad()
-def mlp_place(model, i)->Place|None:
-    "The place of the neurons of layer `i`, if they can be told apart"
+def _place(model, i):
+    "The place of the neurons of a layer that is in memory"
     p = find_points(model, [i])[i]
     if sees(model) or isinstance(p, str) or p.linear is None or p.norm is not None: return None
     if isinstance(p.factor, Tensor) or any(q.is_meta for q in layers_of(model)[i].parameters()): return None
@@ -61,6 +62,14 @@ def mlp_place(model, i)->Place|None:
     names = [own.get(id(m)) for m in (step.norms[0].module, *(mods[r] for r in step.readers))]
     if None in names or any(len(as_rows(mods[r]))%f for r in step.readers): return None
     return Place(names[0], names[1:], p.linear.name, f)
+
+@torch.no_grad()
+def mlp_place(model, i)->Place|None:
+    "The place of the neurons of layer `i`, if they can be told apart"
+    if not any(q.is_meta for q in layers_of(model)[i].parameters()): return _place(model, i)
+    one = keep_layers(model, [i]) # no other layer is read from where the weights are kept
+    layer = layers_of(one)[0]
+    with placed(layer, fetch(layer)): return _place(one, 0)
 
 # %% ../nbs/13_borrow.ipynb #b022000c
 @dataclass
@@ -153,13 +162,18 @@ class _Asked:
     "A copy of one layer that can be given other neurons, and asked what they notice"
     def __init__(self, model, i, place):
         self.one, self.place, self.d = keep_layers(model, [i]), place, width(model)
-        layers = layers_of(self.one)
-        layers[0] = copy.deepcopy(layers[0])
+        self.layer = self._copied()
         self.point = fold_points(self.one, [0])[0]
         self.E = writes(self.point)
 
+    def _copied(self): # with its weights in memory
+        layers = layers_of(self.one)
+        with placed(layers[0], fetch(layers[0])) as l: own = copy.deepcopy(l, {id(s): s for s in _stores(l)})
+        layers[0] = own
+        return layers[0]
+
     def notice(self, neurons, batch, x): # states that enter -> `(T,f)`, and the stream without the MLP
-        settle(layers_of(self.one)[0], self.place, neurons, self.d)
+        settle(self.layer, self.place, neurons, self.d)
         (h,), S = through(self.one, batch, x, [self.point])
         return h, S - h@self.E.to(h)
 
@@ -199,15 +213,17 @@ def _as_chosen(asked, kept, a, b, keep, both):
     return (got-want).norm() <= max(1e-3, 8*torch.finfo(asked.one.dtype).eps)*want.norm()
 
 @torch.no_grad()
-def _placed(model, i, place, neurons, W):
+def _placed(model, i, asked, neurons, W):
     "The model with other neurons in one layer; `model` is left as it is"
+    settle(asked.layer, asked.place, neurons, asked.d)
+    fold(asked.point, W, wide=True)
     new = shared_copy(model)
     layer = layers_of(new)[i]
-    for name in place.names: # a copy of the modules that change; the tensors of the others are shared
-        m = copy.deepcopy(layer.get_submodule(name))
+    for name in asked.place.names: # a copy of the modules that change; the tensors of the others are shared
+        m, ready = layer.get_submodule(name), asked.layer.get_submodule(name)
+        m = copy.deepcopy(m, {id(s): s for s in _stores(m)})
         layer.set_submodule(name, m)
-    settle(layer, place, neurons, width(model))
-    fold(fold_points(new, [i])[i], W, wide=True)
+        _assign(m, {k: p.detach() for k,p in ready.named_parameters(recurse=False)})
     return new
 
 # %% ../nbs/13_borrow.ipynb #b02200e0
@@ -228,16 +244,12 @@ def _not_borrowed(why):
                   stacklevel=5)
 
 # %% ../nbs/13_borrow.ipynb #b02200e2
-def _lenders(dense, model, at, block):
-    "(place, neurons of the layer, numbers of layers that lend), the last empty where nothing can be borrowed"
-    both = {l: layers_of(dense)[l] for l in reversed(range(*block))}
-    if any(q.is_meta for l in [layers_of(model)[at-1], *both.values()] for q in l.parameters()):
-        _not_borrowed("these layers' weights are not in memory")
-        return None, None, []
-    place, d = mlp_place(model, at-1), width(model)
-    if place is None or not _enough(model, place): return place, None, []
-    mine = neurons_of(layers_of(model)[at-1], place, d, block.start-1)
-    return place, mine, [i for i,l in both.items() if mine and neurons_of(l, place, d, i)]
+def _borrower(model, i, number): # -> (Place, its Neurons), None where nothing can be borrowed
+    "Where the neurons of a layer are, and those that it has"
+    place = mlp_place(model, i)
+    if place is None or not _enough(model, place): return place, None
+    layer = layers_of(model)[i]
+    with placed(layer, fetch(layer)): return place, neurons_of(layer, place, width(model), number)
 
 # %% ../nbs/13_borrow.ipynb #b022001f
 def _lent(asked, kept, mine, other, weights)->tuple: # (what is said, `{keep: (f,), W: (f,d)}`)
@@ -250,6 +262,19 @@ def _lent(asked, kept, mine, other, weights)->tuple: # (what is said, `{keep: (f
     return (dict(fine=bool(fine), removal_error=_removal_error(g, asked.E)),
             dict(keep=keep.cpu(), W=W.cpu()))
 
+# %% ../nbs/13_borrow.ipynb #b0220019f
+def _of_all(dense, asked, kept, mine, at, block, weights): # -> (Neurons, `(f,d)`, error as it was), or None
+    "Layer after layer lends, the last first; one of another make is passed over"
+    W, plain = None, None
+    lenders = in_turn(layers_of(dense), reversed(range(*block)))
+    for i,l in progress(lenders, len(block), 'neurons to borrow', ' layers'):
+        if (other := neurons_of(l, asked.place, asked.d, i)) is None: continue
+        said, new = noted_tensors(lambda: _lent(asked, kept, mine, other, weights), 'neurons', at, i)
+        if not all(everybody(said['fine'])): return None
+        mine, W = join(mine, other).take(new['keep']), new['W']
+        plain = said['removal_error'] if plain is None else plain
+    return None if W is None else (mine, W, plain)
+
 # %% ../nbs/13_borrow.ipynb #b022001b
 @torch.no_grad()
 def borrow(dense, model, # the model whose layer `at-1` borrows; the dense one itself for the first block
@@ -258,21 +283,17 @@ def borrow(dense, model, # the model whose layer `at-1` borrows; the dense one i
            ends=None, # kept states of the texts, where they are there already
           )->tuple: # (model with the neurons, Borrowed), or (`model`, None)
     "Let the layer before a cut have the neurons that stand in best, its own among them"
-    place, mine, others = _lenders(dense, model, at, block)
-    if not others: return model, None
+    place, mine = _borrower(model, at-1, block.start-1)
+    if mine is None: return model, None
     if ends is None:
         with states_around(dense, model, [batches], at, block.end) as ends:
             if ends is not None: return borrow(dense, model, batches, at, block, weights, ends)
         _not_borrowed(f"layer {block.start-1} does not run by itself")
         return model, None
     kept = some_states(ends, 0, max(1, n_tokens(batches)//(ASKED*place.f)))
-    asked, plain = _Asked(model, at-1, place), None
-    for i in progress(others, desc='neurons to borrow', unit=' layers'):
-        other = neurons_of(layers_of(dense)[i], place, asked.d, i)
-        said, new = noted_tensors(lambda: _lent(asked, kept, mine, other, weights), 'neurons', at, i)
-        if plain is None: plain = said['removal_error']
-        if not all(everybody(said['fine'])): return model, None
-        mine = join(mine, other).take(new['keep'])
-    W = new['W'].to(asked.point.device)
+    asked = _Asked(model, at-1, place)
+    found = _of_all(dense, asked, kept, mine, at, block, weights)
+    if found is None: return model, None
+    mine, W, plain = found
     counts = {l: int((mine.of==l).sum()) for l in sorted({*mine.of.tolist()})}
-    return _placed(model, at-1, place, mine, W.double()), Borrowed(counts, plain)
+    return _placed(model, at-1, asked, mine, W.to(asked.point.device).double()), Borrowed(counts, plain)

@@ -537,7 +537,7 @@ def solver_work(r, tokens, p, d)->Work: # a `Recipe`
 def borrows(self:Case)->int: # features that are compared at once, or none
     "Does the layer before the cut take neurons of the layers that go?"
     r, s = self.recipe, self.shape
-    if r is None or not r.borrow or self.cfg.stream_weights: return 0 # neurons of layers in memory
+    if r is None or not r.borrow: return 0
     return 2*s.wide if self.map=='wide' and s.wide and not s.norm else 0
 
 # %% ../nbs/23_cost.ipynb #5ead200a
@@ -846,6 +846,7 @@ def moments(self:Case)->dict: # {moment: {part: bytes}}
     if self.texts.shapes: out['calibrate'] = {**W, **self.activations(self.texts), **more}
     if (q := self.borrows()):
         choice = {'choice of neurons to borrow': borrow_bytes(q//2, s.d)}
+        if cfg.stream_weights: choice['layer that borrows'] = max(l.bytes for l in s.layers) # a third
         out['borrow'] = {**W, **self.activations(self.texts), **choice}
     if self.recipe:
         out['fit'] = {**W, **self.activations(self.texts), **self.fitted_sums(), **self.changed()}

@@ -452,7 +452,7 @@ def _lendable(model, blocks):
     i = blocks[0].start-1
     if mlp_place(model, i) is None:
         raise ReplaceMeError(f"borrow: the neurons of layer {i} cannot be told apart: an MLP alone between a "
-                             "norm and the stream, in memory, has such. Leave borrow out.")
+                             "norm and the stream has such. Leave borrow out.")
 
 # %% ../nbs/16_ours.ipynb #e19264dd
 @patch

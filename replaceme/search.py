@@ -23,7 +23,7 @@ from .arch import *
 from .kept import identity, text_digests
 from .resume import *
 from .activations import *
-from .layerwise import layerwise, resident
+from .layerwise import resident
 from .distance import *
 from .blocks import *
 from .stats import *
@@ -420,8 +420,7 @@ def _borrows(r): return r.borrow and r.map=='wide' and r.solver=='closed'
 @contextlib.contextmanager
 def _around(dense, model, batches, held, at, b, n, r): # `n` layers behind will be refitted -> Ends, or None
     "The states around a block, where more than one pair of eyes looks at them"
-    # neurons are borrowed among layers in memory
-    if not (n or _borrows(r) and not layerwise(dense)): yield None; return
+    if not (n or _borrows(r)): yield None; return
     with states_around(dense, model, [batches, *parts_held(held)], at, b.end) as ends:
         if n and ends is None:
             warnings.warn(f"nothing behind {b} is refitted: layer {b.start-1} does not run by itself "

@@ -87,14 +87,24 @@ def test_the_saved_folder_is_the_model(family, tmp_path):
     assert "borrowed from the layers that went" in " ".join(_kind_words(res))
 
 
-def test_weights_that_are_not_in_memory_are_said(tmp_path):
+@pytest.mark.parametrize("away", [range(6), [1], [3], [5]], ids=str)
+def test_layers_on_the_disk_lend_and_borrow_as_those_in_memory(tmp_path, away):
     from replaceme.models import load_model
     tiny_model("llama", layers=6).save_pretrained(tmp_path / "m")
     tiny_tokenizer().save_pretrained(tmp_path / "m")
-    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu", **{f"model.layers.{i}": "disk" if i == 3 else "cpu" for i in range(6)}}
-    dense, _ = load_model(tmp_path / "m", device_map=places)
-    with pytest.warns(UserWarning, match="no neurons are borrowed: these layers' weights are not in memory"):
-        assert borrow(dense, dense, texts(2), 2, BLOCK) == (dense, None)
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu", **{f"model.layers.{i}": "disk" if i in away else "cpu" for i in range(6)}}
+    ids = texts(1)[0]["input_ids"]
+    found = []
+    for device_map in (None, places):
+        dense, _ = load_model(tmp_path / "m", device_map=device_map)
+        with torch.no_grad():
+            before = dense(ids).logits
+            model, lent = borrow(dense, dense, texts(2), 2, BLOCK)
+            assert torch.equal(dense(ids).logits, before) and not torch.equal(model(ids).logits, before)
+            found.append((lent, model(ids).logits))
+    (a, x), (b, y) = found
+    assert a.of == b.of and len(a.of) > 1 and a.removal_error == pytest.approx(b.removal_error)
+    assert torch.allclose(x, y, atol=1e-6)
 
 
 def test_what_was_asked_for_and_cannot_be_is_refused(tmp_path):

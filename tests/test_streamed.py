@@ -137,17 +137,21 @@ def test_every_recipe_of_one_walk_is_the_one_in_memory(llama, more):
         assert {**x, "blocks": str(x["blocks"])} == pytest.approx({**y, "blocks": str(y["blocks"])})
 
 
-def test_layers_behind_the_cut_are_refitted_from_the_disk(family):
-    plain, streamed = both(family, 150, method="auto", refit=2, borrow=False)
+def test_neurons_and_layers_behind_the_cut_come_from_the_disk(family):
+    plain, streamed = both(family, 150, method="auto", refit=2)
     assert streamed["blocks"] == plain["blocks"] and streamed["choice"] == plain["choice"]
+    assert streamed["fit"].get("borrowed") == plain["fit"].get("borrowed")
     experts = family.name.startswith(("mixtral", "qwen3_next"))  # which are left as they are
-    assert bool(plain["refits"]) is not experts and streamed["refits"] == plain["refits"]
+    assert bool(plain["refits"]) is not experts
+    assert bool(plain["fit"].get("borrowed")) or experts or family.name.startswith("phi")  # an MLP beside attention
+    for x, y in zip(plain["refits"], streamed["refits"], strict=True):
+        assert x == {k: v if isinstance(v, str) else pytest.approx(v, rel=1e-5) for k, v in y.items()}
     a, b = loaded(family)
     for (n, p), (m, q) in zip(a.named_parameters(), b.named_parameters(), strict=True):
-        assert n == m and torch.equal(p, q), n
+        assert n == m and (p - q).abs().max() <= 1e-5 * p.abs().max(), n
 
 
-@pytest.mark.parametrize("more", [dict(top_k=3, borrow=False), dict(map="narrow"), dict(map="wide", weights="none", borrow=False)],
+@pytest.mark.parametrize("more", [dict(top_k=3), dict(map="narrow"), dict(map="wide", weights="none", borrow=True), dict(borrow=False)],
                          ids=lambda m: "-".join(m))
 def test_every_recipe_with_refits_is_the_one_in_memory(llama, more):
     plain, streamed = both(llama, 150, method="auto", refit=2, **more)
@@ -161,7 +165,7 @@ def test_layers_that_are_refitted_are_not_read_for_each_batch(llama, tmp_path, m
     monkeypatch.setattr(layerwise, "fetch", lambda layer: (read.append(1), plain(layer))[1])
     def reads(size, refit=2):
         read.clear()
-        base = keys(llama, method="auto", refit=refit, borrow=False, blocks=[[1, 3]], layers_to_skip=None, batch_size=size)
+        base = keys(llama, method="auto", refit=refit, blocks=[[1, 3]], layers_to_skip=None, batch_size=size)
         run(make_config(**base, save_path=str(tmp_path / "x"), stream_weights=True))
         return len(read)
     one, many = reads(13), reads(1)
