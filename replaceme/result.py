@@ -171,4 +171,4 @@ class Result(Record):
     speed:Taken; seconds:dict; peak_memory:int; loaded_memory:int
 
     @property
-    def block(self): return Block(*self['block'])
+    def block(self): return (b := self['block']) and Block(*b) # None where no layer went

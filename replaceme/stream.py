@@ -76,8 +76,9 @@ def watch(model)->list: # of `Call`, or `(i, state)` where layer `i` begins and 
     "Run the whole model on a short input and note the calls of embeddings, linear layers and norms"
     d, seen, handles = width(model), [], []
     def note(m, args, kwargs, y, name, norm):
-        x = first(args) if args else next(iter(kwargs.values()))
-        if isinstance(y, Tensor): seen.append(Call(name, m, x.clone(), y.clone(), norm))
+        if not isinstance(y, Tensor): return
+        given = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        seen.append(Call(name, m, next(given, y).clone(), y.clone(), norm)) # positions may come from a shape
     def on(name, m, norm): return m.register_forward_hook(lambda *a: note(*a, name, norm), with_kwargs=True)
     for name,m in model.named_modules():
         norm = read_norm(m, d, name)

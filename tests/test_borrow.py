@@ -118,3 +118,16 @@ def test_what_does_not_go_together_is_refused(tmp_path):
     for keys, why in ((dict(method="lstsq"), "a wide map"), (dict(method="auto", map="narrow"), "a wide map"), (dict(method="auto", merge=False), "merge is false")):
         with pytest.raises(ReplaceMeError, match=why):
             prune(tiny_model("llama", layers=6), tiny_tokenizer(), dataset=data_of(tmp_path), dataset_size=16, max_length=32, layers_to_skip=2, borrow=True, **keys)
+
+
+@pytest.mark.parametrize("family", ["blenderbot", "pegasus", "opt"])
+def test_an_embedding_that_takes_a_shape_is_no_obstacle(family):
+    assert mlp_place(tiny_model(family, layers=4), 1).readers == ["fc1"]
+
+
+def test_a_layer_whose_hook_holds_the_weights_of_its_parts(tmp_path):
+    "accelerate takes the weights of a convolution away again when the module that reads it is through"
+    from replaceme.layerwise import open_layerwise
+    tiny_model("falcon_h1", layers=4).save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    assert mlp_place(open_layerwise(tmp_path / "m")[0], 1) == mlp_place(tiny_model("falcon_h1", layers=4), 1)
