@@ -13,7 +13,7 @@ __all__ = ['image_tower', 'sees', 'auto_class', 'backbone', 'nested_configs', 's
 # %% ../nbs/02_arch.ipynb #9cfdc645
 import functools, inspect, re
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -120,12 +120,20 @@ def layers_of(model)->nn.ModuleList: # in order
 
 # %% ../nbs/02_arch.ipynb #2fcf014f
 @contextmanager
+def _as_it_is():
+    "Whoever calls from within a `torch.autocast` asks about the model, not about the model in fewer bits"
+    with ExitStack() as stack:
+        for d in ('cpu', 'cuda', 'xpu', 'mps'):
+            if torch.is_autocast_enabled(d): stack.enter_context(torch.autocast(d, enabled=False))
+        yield
+
+@contextmanager
 def judging(model):
-    "Evaluation mode without gradients; every module gets its own mode back"
+    "Evaluation mode, the model's own precision, no gradients; every module gets its own mode back"
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
-        with torch.no_grad(): yield model
+        with _as_it_is(), torch.no_grad(): yield model
     finally:
         for m,mode in modes: m.training = mode
 

@@ -211,6 +211,7 @@ def _check_inputs(model, inputs):
                          "load_model returns both.")
 
 # %% ../nbs/22_pipeline.ipynb #5f3c6205
+@torch.inference_mode(False) # some methods train
 def prune(model, tokenizer, # as loaded by `load_model` or by transformers
           layers_to_skip=None, # layers to remove, or 'auto' with a `budget`
           **keys): # any other key of `Config`, such as `dataset`, `dataset_size`, `alpha`

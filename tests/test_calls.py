@@ -87,6 +87,18 @@ def test_another_default_dtype_changes_nothing(model, dtype):
     assert all(torch.equal(a, b) for a, b in zip(want.state_dict().values(), got.state_dict().values()))
 
 
+@pytest.mark.parametrize("method", ["lstsq", "cosine"])
+@pytest.mark.parametrize("around", [lambda: torch.autocast("cpu", torch.bfloat16), torch.inference_mode, torch.no_grad])
+def test_what_is_on_around_a_call_changes_nothing(model, around, method):
+    keys = dict(method=method, dataset=[dict(text=t) for t in ROWS], dataset_size=8, max_length=32)
+    want, _ = prune(model, TOK, 2, **keys)
+    with around():
+        got, _ = prune(model, TOK, 2, **keys)
+        lost = perplexity(model, TOK, TEXT, length=64).losses
+    assert lost == perplexity(model, TOK, TEXT, length=64).losses
+    assert all(torch.equal(a, b) for a, b in zip(want.state_dict().values(), got.state_dict().values()))
+
+
 WAYS = {m: dict(method=m) for m in ("lstsq", "remove", "auto", "cosine", "uidl", "shortgpt", "linearpatch", "llm_pruner", "slicegpt", "streamline")}
 WAYS |= dict(laco=dict(method="laco", threshold=-1), unmerged=dict(method="lstsq", merge=False), plain=dict(method="slicegpt", plain=True),
              fold=dict(method="lstsq", recover="fold"), lora=dict(method="lstsq", recover="lora"))
