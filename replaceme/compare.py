@@ -997,6 +997,7 @@ def run_rows(bench, cfg)->list: # of rows, the dense model first
     return [dense, *(rows[str(p)] for p in todo)]
 
 # %% ../nbs/23_compare.ipynb #afcb0850
+@torch.inference_mode(False)
 def compare(cfg)->tuple: # (Comparison, Path of the folder)
     "Run a comparison: one model, every method, one evaluation"
     cfg = read_as(cfg, CompareConfig)

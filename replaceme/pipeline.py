@@ -572,6 +572,7 @@ def before_loading(cfg)->Path:
     return path
 
 # %% ../nbs/22_pipeline.ipynb #9f9e26ff
+@torch.inference_mode(False) # weights that are loaded in it cannot be trained
 def run(cfg, yaml_text=None)->tuple: # (Result, Path of the folder)
     "The whole recipe: a config in, a folder out"
     path, stages = before_loading(cfg), Stages()

@@ -99,6 +99,19 @@ def test_what_is_on_around_a_call_changes_nothing(model, around, method):
     assert all(torch.equal(a, b) for a, b in zip(want.state_dict().values(), got.state_dict().values()))
 
 
+@pytest.mark.parametrize("method", ["cosine", "streamline"])
+def test_a_run_within_inference_mode_trains(method, tmp_path):
+    from replaceme import run
+    save_checkpoint(tiny_model("llama"), tmp_path / "m", inputs=TOK)
+    (tmp_path / "t.txt").write_text("\n".join(ROWS))
+    keys = dict(model_path=str(tmp_path / "m"), method=method, layers_to_skip=2, dataset=str(tmp_path / "t.txt"), dataset_size=8, max_length=32, eval_dataset=None, prompt=None)
+    run(**keys, save_path=str(tmp_path / "plain"))
+    with torch.inference_mode():
+        run(**keys, save_path=str(tmp_path / "within"))
+    a, b = [AutoModelForCausalLM.from_pretrained(tmp_path / n).state_dict() for n in ("plain", "within")]
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
 WAYS = {m: dict(method=m) for m in ("lstsq", "remove", "auto", "cosine", "uidl", "shortgpt", "linearpatch", "llm_pruner", "slicegpt", "streamline")}
 WAYS |= dict(laco=dict(method="laco", threshold=-1), unmerged=dict(method="lstsq", merge=False), plain=dict(method="slicegpt", plain=True),
              fold=dict(method="lstsq", recover="fold"), lora=dict(method="lstsq", recover="lora"))
