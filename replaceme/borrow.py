@@ -54,7 +54,8 @@ def _place(model, i):
     "The place of the neurons of a layer that is in memory"
     if sees(model) or any(q.is_meta for q in layers_of(model)[i].parameters()): return None
     p = find_points(model, [i])[i]
-    if isinstance(p, str) or p.linear is None or p.norm is not None or isinstance(p.factor, Tensor): return None
+    if isinstance(p, str) or p.linear is None or p.norm is not None: return None
+    if isinstance(p.factor, Tensor): return None
     step, f = _step_of(model, i, p.module), reads(p.module)
     if step is None or len({id(n.module) for n in step.readers.values()})!=1: return None
     own = {id(m): n for n,m in layers_of(model)[i].named_modules()}
