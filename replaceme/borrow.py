@@ -70,7 +70,10 @@ def mlp_place(model, i)->Place|None:
     if not any(q.is_meta for q in layers_of(model)[i].parameters()): return _place(model, i)
     one = keep_layers(model, [i]) # no other layer is read from where the weights are kept
     layer = layers_of(one)[0]
-    with placed(layer, fetch(layer)): return _place(one, 0)
+    try:
+        with placed(layer, fetch(layer)): return _place(one, 0)
+    except (torch.OutOfMemoryError, MemoryError): raise
+    except Exception: return None # a layer that does not run by itself, and so could not be asked
 
 # %% ../nbs/13_borrow.ipynb #b022000c
 @dataclass

@@ -131,3 +131,11 @@ def test_a_layer_whose_hook_holds_the_weights_of_its_parts(tmp_path):
     tiny_model("falcon_h1", layers=4).save_pretrained(tmp_path / "m")
     tiny_tokenizer().save_pretrained(tmp_path / "m")
     assert mlp_place(open_layerwise(tmp_path / "m")[0], 1) == mlp_place(tiny_model("falcon_h1", layers=4), 1)
+
+
+def test_a_layer_on_the_disk_that_does_not_run_alone_has_no_place(tmp_path):
+    from replaceme.layerwise import open_layerwise
+    tiny_model("zamba2", layers=6).save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    model = open_layerwise(tmp_path / "m")[0]
+    assert [mlp_place(model, i) for i in range(6)] == [None] * 6
