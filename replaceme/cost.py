@@ -13,6 +13,7 @@ __all__ = ['UNKNOWN', 'PROBES', 'ANSWER', 'Headers', 'empty_model', 'read_header
 import json, math, time
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from pathlib import Path
 from statistics import median
 
@@ -110,9 +111,15 @@ _EXPERTS = 'num_local_experts num_experts n_routed_experts moe_num_experts num_m
 _ROUTED = 'num_experts_per_tok num_experts_per_token moe_top_k moe_topk moe_k top_k'.split()
 
 # %% ../nbs/23_cost.ipynb #33cb3190
+def _count(v): # a number, or one for each layer -> their mean; None where it is neither
+    v = v if isinstance(v, (list, tuple)) else [v]
+    return sum(v)/len(v) if v and all(type(x) is int for x in v) else None
+
 def routed(config)->float:
     "The share of the experts that a token is sent to; 1 where there are none"
-    def said(names): return next((v for k in names if type(v := getattr(config, k, None)) is int and v), None)
+    def said(names): # DBRX says it one level down
+        found = (_count(getattr(c, k, None)) for c in nested_configs(config) for k in names)
+        return next(filter(None, found), None)
     n, k = said(_EXPERTS), said(_ROUTED)
     return min(1., k/n) if n and k else 1.
 
@@ -160,7 +167,13 @@ def attends(layer)->bool:
     return any('attn' in w or 'attention' in w for w in words)
 
 # %% ../nbs/23_cost.ipynb #d61d9746
-def _is_expert(name): return 'experts' in name.split('.') and 'shared' not in name
+def _is_expert(name, m): # a module
+    words = *name.split('.'), type(m).__name__.lower()
+    return 'shared' not in name and ('experts' in words or 'parallelexperts' in words[-1])
+
+def _takes_all(name, m): # are experts not told which tokens are theirs, as in Llama 4?
+    own = [p for p in m.parameters(recurse=False) if p.ndim==3]
+    return bool(own) and name.endswith('experts') and len(signature(m.forward).parameters)==1
 
 # %% ../nbs/23_cost.ipynb #be2b2feb
 def _sizes(m, p): # of a matrix of linear layers or of experts -> (reads, writes)
@@ -172,15 +185,16 @@ def layer_of(layer, share=1., # of the experts that a token is sent to
              widths=(0, 0), # of attention
              bits=None)->Layer:
     "Count a layer"
+    if any(_takes_all(name, m) for name,m in layer.named_modules()): share = 1.
     out = Layer(share=share, pairs=2*sum(widths) if attends(layer) else 0)
     for name,m in layer.named_modules():
-        part = share if _is_expert(name) else 1.
+        part = share if _is_expert(name, m) else 1.
         for p in m.parameters(recurse=False):
             held = held_bytes(m, p, bits)
             out.bytes += held; out.experts += held*(part<1)
             if p.ndim<2: out.moved += 7*p.numel() if 'norm' in type(m).__name__.lower() else 0
             elif not isinstance(m, nn.Embedding):
-                times = part*(p.shape[0] if p.ndim==3 and _is_expert(name) else 1)
+                times = part*(p.shape[0] if p.ndim==3 and _is_expert(name, m) else 1)
                 reads, writes = _sizes(m, p)
                 out.active += part*p.numel(); out.moved += times*(reads+2*writes)
                 out.widest = max(out.widest, math.ceil(times*writes))

@@ -107,7 +107,7 @@ def test_flops_of_a_layer_by_hand():
     assert sums(shape_of(model), 20, 32).double == 2 * 32 * 64 * 20
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gpt_neox", "phi3", "opt", "gemma2", "falcon", "qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gpt_neox", "phi3", "opt", "gemma2", "falcon", "qwen3_moe", "mixtral", "llama4_text", "jetmoe"])
 def test_flops_are_those_that_torch_counts(family):
     model = tiny_model(family, layers=4)
     model.set_attn_implementation("eager")
@@ -118,6 +118,14 @@ def test_flops_are_those_that_torch_counts(family):
     w = walk(shape_of(model), Text([(2, 24, 48)]), head=True)
     share = (w.flops + w.pairs) / count.get_total_flops()
     assert abs(share - 1) < .02, share
+
+
+def test_a_token_is_sent_to_some_wherever_the_config_says_so():
+    model = tiny_model("dbrx", layers=2)
+    said = model.config.ffn_config
+    assert routed(model.config) == said.moe_top_k / said.moe_num_experts < 1
+    experts = sum(p.numel() for n, p in layers_of(model)[0].named_parameters() if ".experts." in n)
+    assert shape_of(model).layers[0].experts == 4 * experts
 
 
 def test_of_experts_a_token_sees_a_few_and_memory_all():
