@@ -13,6 +13,7 @@ __all__ = ['UNKNOWN', 'PROBES', 'ANSWER', 'Headers', 'empty_model', 'read_header
 import json, math, time
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from pathlib import Path
 from statistics import median
 
@@ -110,13 +111,24 @@ _EXPERTS = 'num_local_experts num_experts n_routed_experts moe_num_experts num_m
 _ROUTED = 'num_experts_per_tok num_experts_per_token moe_top_k moe_topk moe_k top_k'.split()
 
 # %% ../nbs/23_cost.ipynb #33cb3190
+def _count(v): # a number, or one for each layer -> their mean; None where it is neither
+    v = v if isinstance(v, (list, tuple)) else [v]
+    return sum(v)/len(v) if v and all(type(x) is int for x in v) else None
+
 def routed(config)->float:
     "The share of the experts that a token is sent to; 1 where there are none"
-    def said(names): return next((v for k in names if type(v := getattr(config, k, None)) is int and v), None)
+    def said(names): # DBRX says it one level down
+        found = (_count(getattr(c, k, None)) for c in nested_configs(config) for k in names)
+        return next(filter(None, found), None)
     n, k = said(_EXPERTS), said(_ROUTED)
     return min(1., k/n) if n and k else 1.
 
 # %% ../nbs/23_cost.ipynb #23c05716
+def _key_heads(config, heads):
+    if getattr(config, 'new_decoder_architecture', False): return config.num_kv_heads # Falcon's own words
+    if getattr(config, 'multi_query', False): return 1
+    return getattr(config, 'num_key_value_heads', None) or heads
+
 def attention_width(config)->tuple: # (numbers of queries and keys, of values, that a token compares; kept)
     "How wide attention is, and how many numbers of a token the KV cache of one layer keeps"
     heads = getattr(config, 'num_attention_heads', None) or getattr(config, 'n_head', None)
@@ -124,8 +136,10 @@ def attention_width(config)->tuple: # (numbers of queries and keys, of values, t
     own, d = getattr(config, 'head_dim', None), config.hidden_size//heads
     own = own if type(own) is int else d
     nope, rope = (getattr(config, f'qk_{k}_head_dim', None) for k in ('nope', 'rope'))
-    kv = getattr(config, 'num_key_value_heads', None) or heads
-    if nope and rope: return heads*(nope+rope), heads*config.v_head_dim, 2*heads*(nope+rope)
+    latent, kv = getattr(config, 'kv_lora_rank', None), _key_heads(config, heads)
+    if nope and rope:
+        kept = latent+rope if latent else heads*(nope+rope+config.v_head_dim)
+        return heads*(nope+rope), heads*config.v_head_dim, kept
     return heads*own, heads*own, 2*kv*own if type(kv) is int else 2*heads*own
 
 # %% ../nbs/23_cost.ipynb #23c05719
@@ -149,10 +163,17 @@ class Layer:
 # %% ../nbs/23_cost.ipynb #dc455780
 def attends(layer)->bool:
     "Is there attention in a layer?"
-    return any('attn' in n.lower() or 'attention' in n.lower() for n,_ in layer.named_modules())
+    words = (f'{n} {type(m).__name__}'.lower() for n,m in layer.named_modules())
+    return any('attn' in w or 'attention' in w for w in words)
 
 # %% ../nbs/23_cost.ipynb #d61d9746
-def _is_expert(name): return 'experts' in name.split('.') and 'shared' not in name
+def _is_expert(name, m): # a module
+    words = *name.split('.'), type(m).__name__.lower()
+    return 'shared' not in name and ('experts' in words or 'parallelexperts' in words[-1])
+
+def _takes_all(name, m): # are experts not told which tokens are theirs, as in Llama 4?
+    own = [p for p in m.parameters(recurse=False) if p.ndim==3]
+    return bool(own) and name.endswith('experts') and len(signature(m.forward).parameters)==1
 
 # %% ../nbs/23_cost.ipynb #be2b2feb
 def _sizes(m, p): # of a matrix of linear layers or of experts -> (reads, writes)
@@ -164,15 +185,16 @@ def layer_of(layer, share=1., # of the experts that a token is sent to
              widths=(0, 0), # of attention
              bits=None)->Layer:
     "Count a layer"
+    if any(_takes_all(name, m) for name,m in layer.named_modules()): share = 1.
     out = Layer(share=share, pairs=2*sum(widths) if attends(layer) else 0)
     for name,m in layer.named_modules():
-        part = share if _is_expert(name) else 1.
+        part = share if _is_expert(name, m) else 1.
         for p in m.parameters(recurse=False):
             held = held_bytes(m, p, bits)
             out.bytes += held; out.experts += held*(part<1)
             if p.ndim<2: out.moved += 7*p.numel() if 'norm' in type(m).__name__.lower() else 0
             elif not isinstance(m, nn.Embedding):
-                times = part*(p.shape[0] if p.ndim==3 and _is_expert(name) else 1)
+                times = part*(p.shape[0] if p.ndim==3 and _is_expert(name, m) else 1)
                 reads, writes = _sizes(m, p)
                 out.active += part*p.numel(); out.moved += times*(reads+2*writes)
                 out.widest = max(out.widest, math.ceil(times*writes))
@@ -189,12 +211,15 @@ class Shape:
     head:float # numbers that a token is multiplied with behind the layers
     head_bytes:float # beside those of the embedding
     vocab:int
-    kept:int # numbers of a token in the KV cache of a layer
+    kept:float # numbers of a token in the cache of a layer, on average
     wide:int|None=None # columns of a wide map, where there is one
     norm:bool=False # does a norm follow the MLP?
+    again:float=0. # bytes of weights that several layers share, each time but the first
 
     @property
-    def bytes(self): return self.embedding + self.head_bytes + sum(l.bytes for l in self.layers)
+    def in_layers(self): return sum(l.bytes for l in self.layers) - self.again
+    @property
+    def bytes(self): return self.embedding + self.head_bytes + self.in_layers
 
 # %% ../nbs/23_cost.ipynb #23c05721
 def fold_point(model)->FoldPoint|str|None: # of a tiny model of the family, or why there is none
@@ -216,11 +241,23 @@ def fold_shape(model)->tuple: # (columns of a wide map or None, does a norm foll
     return (reads(last[-1]) if last else None), False
 
 # %% ../nbs/23_cost.ipynb #23c05723
+def _keep(model): # -> of each layer, does it keep keys and values of every token?
+    n, kinds = len(layers_of(model)), getattr(stack_config(model), 'layer_types', None) or []
+    kinds = kinds if len(kinds)==n else ['']*n
+    return [attends(l) and 'linear' not in k for l,k in zip(layers_of(model), kinds)]
+
+def _again(model, bits): # bytes that a walk over the layers counts more than once
+    each = [(id(p), held_bytes(m, p, bits)) for l in layers_of(model) for m in l.modules()
+            for p in m.parameters(recurse=False)]
+    return sum(b for _,b in each)-sum(dict(each).values())
+
 def shape_of(model, bits=None)->Shape:
     "Count a model"
     config = stack_config(model)
-    *widths, kept = attention_width(config)
-    layers = [layer_of(l, routed(config), widths, bits) for l in layers_of(model)]
+    widths = [attention_width(c) for c in layer_configs(config)]
+    if len(widths)==1: widths = widths*len(layers_of(model))
+    layers = [layer_of(l, routed(config), w[:2], bits) for l,w in zip(layers_of(model), widths, strict=True)]
+    kept = sum(w[2]*keeps for w,keeps in zip(widths, _keep(model)))/max(1, len(layers))
     inside = {id(p) for l in layers_of(model) for p in l.parameters()}
     head = None if sees(model) else model.get_output_embeddings()
     tied = head is None or head.weight is getattr(embedding_of(model), 'weight', None)
@@ -230,7 +267,7 @@ def shape_of(model, bits=None)->Shape:
     rest = sum(p.numel()*p.element_size() for p in own.values())-beside
     item = next(p for p in model.parameters() if p.is_floating_point()).element_size()
     return Shape(layers, width(model), item, rest, out, beside, 0 if head is None else head.weight.shape[0],
-                 kept, *fold_shape(model))
+                 kept, *fold_shape(model), _again(model, bits))
 
 # %% ../nbs/23_cost.ipynb #23c05731
 @dataclass
@@ -734,7 +771,7 @@ def files(self:Case, save=True): # -> steps
     few = Work(moved=self.shape.bytes) if self.h.quantised or self.cfg.quantised else Work()
     yield Step('load', 'weights, and 16 tokens through them', Work(read=self.stored, builds=1)+dummy_+few)
     if not save or self.cfg.alone: return
-    left = kept*sum(l.bytes for l in self.shape.layers)+self.shape.embedding+self.shape.head_bytes
+    left = kept*self.shape.in_layers+self.shape.embedding+self.shape.head_bytes
     yield Step('save', 'the pruned model', Work(written=left))
     yield Step('reload', 'the saved model, proved to be the pruned one', Work(read=left, builds=1)+2*dummy_)
 
@@ -778,7 +815,7 @@ def held_weights(self:Case)->dict: # {part: bytes}
     s = self.shape
     sizes = [l.bytes for l in s.layers]
     # layer by layer, one computes and the next is read
-    layers = 2*max(sizes) if self.cfg.stream_weights else sum(sizes)
+    layers = 2*max(sizes) if self.cfg.stream_weights else s.in_layers
     return dict(layers=layers, embedding=s.embedding, head=s.head_bytes)
 
 # %% ../nbs/23_cost.ipynb #8e6b64cf

@@ -53,7 +53,7 @@ from .resume import *
 from .kept import *
 from .keys import as_plain
 from .models import *
-from .arch import judging, stack_config
+from .arch import judging, layer_configs, stack_config
 
 # %% ../nbs/03_data.ipynb #1c5a7e01
 def spanned(text, tokenizer,
@@ -1398,10 +1398,12 @@ def rows_at_once(model, size, max_length,
                 )->int:
     "Rows to sample together: `size` in equal parts"
     c, itemsize = stack_config(model), model.get_input_embeddings().weight.element_size()
-    all_heads = getattr(c, 'num_attention_heads', None) or 1
-    heads = getattr(c, 'num_key_value_heads', None) or all_heads
-    width = getattr(c, 'head_dim', None) or c.hidden_size//all_heads
-    most = max(least, memory//(2*c.num_hidden_layers*heads*width*max_length*itemsize))
+    def keys(c):
+        all_heads = getattr(c, 'num_attention_heads', None) or 1
+        heads = getattr(c, 'num_key_value_heads', None) or all_heads
+        return heads*(getattr(c, 'head_dim', None) or c.hidden_size//all_heads)
+    each = [keys(o) for o in layer_configs(c)]
+    most = max(least, memory*len(each)//(2*c.num_hidden_layers*sum(each)*max_length*itemsize))
     return -(-size//-(-size//most))
 
 # %% ../nbs/03_data.ipynb #05eedc96

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DOSES', 'CONTEXTS', 'token_times', 'prompt_of', 'Speed', 'speed_of', 'in_turns', 'latency', 'Speeds', 'pair_ratio',
-           'side_by_side_latency', 'weight_bytes', 'depth_bytes', 'cache_layers', 'tensors_in', 'held_tokens',
+           'side_by_side_latency', 'weight_bytes', 'depth_bytes', 'tensors_in', 'cache_layers', 'held_tokens',
            'cache_bytes', 'caches_at', 'Memory', 'memory_of', 'pairs_within', 'Meter', 'processor_meter', 'card_meter',
            'energy_meter', 'writing_pace', 'image_ms', 'image_pace', 'untimed', 'both_taken', 'Takes']
 
@@ -169,16 +169,6 @@ def depth_bytes(model)->int:
     "Bytes of the weights in the layers alone: embedding, head and last norm stay, however many layers go"
     return sum(_stored(layers_of(model)).values())
 
-# %% ../nbs/20_speed.ipynb #e3cd0aca
-_CACHES = 'past_key_values cache_params state mems past_buckets_states'.split() # what families call it
-
-def cache_layers(out)->list: # one object for each layer, or one for all
-    "The parts of the cache in what a model puts out"
-    cache = next((c for k in _CACHES if (c := getattr(out, k, None)) is not None), None)
-    if hasattr(cache, 'self_attention_cache'):
-        return [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
-    return list(getattr(cache, 'layers', None) or ([] if cache is None else [cache]))
-
 # %% ../nbs/20_speed.ipynb #be99b1de
 def tensors_in(o, deep=True)->list:
     "The tensors in a layer of a cache; numbers do not count"
@@ -187,27 +177,51 @@ def tensors_in(o, deep=True)->list:
     if isinstance(o, (list, tuple)): return [t for v in o for t in tensors_in(v, False)]
     return tensors_in(vars(o), False) if deep and hasattr(o, '__dict__') else []
 
+# %% ../nbs/20_speed.ipynb #e3cd0aca
+_CACHES = 'past_key_values cache_params state mems past_buckets_states'.split() # what families call it
+
+def cache_layers(out)->list: # one object for each layer, and what is beside them; or one for all
+    "The parts of the cache in what a model puts out"
+    cache = next((c for k in _CACHES if (c := getattr(out, k, None)) is not None), None)
+    if hasattr(cache, 'self_attention_cache'):
+        return [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
+    if not getattr(cache, 'layers', None): return [] if cache is None else [cache]
+    return [*cache.layers, *(v for k,v in vars(cache).items() if k!='layers' and tensors_in(v, False))]
+
 # %% ../nbs/20_speed.ipynb #9990efb5
+def _rate(layer): return getattr(layer, 'compress_rate', None) or 1 # tokens that become one entry
+
 def held_tokens(layer, n)->int:
     "How many of `n` tokens a layer of a cache keeps"
     window = getattr(layer, 'sliding_window', None) if getattr(layer, 'is_sliding', False) else None
-    return min(n, window-1) if window else n
+    return min(n, window-1) if window and _rate(layer)==1 else n
 
 # %% ../nbs/20_speed.ipynb #0d13bf89
 @torch.no_grad()
 def _cached_bytes(model, n): # -> (layers of the cache after `n` tokens, bytes of each)
     ids = dummy(model, n)['input_ids'].to(input_device(model))
     layers = cache_layers(model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True))
-    return layers, [sum(t.numel()*t.element_size() for t in tensors_in(l)) for l in layers]
+    def held(l): # keys may be the values, too
+        return sum({(t.data_ptr(), t.shape): t.numel()*t.element_size() for t in tensors_in(l)}.values())
+    return layers, [*map(held, layers)]
 
-def _two_caches(model): # -> [(layer of the cache, its bytes after 16 tokens, after 32)]
-    with judging(model): (_, b1), (layers, b2) = [_cached_bytes(model, n) for n in (16, 32)]
-    return [*zip(layers, b1, b2)]
+def _lengths(layers, context): # -> two, from which the bytes grow evenly to those at a context
+    r = math.lcm(*map(_rate, layers))
+    if r==1: return 16, 32
+    window = max(getattr(l, 'sliding_window', None) or 0 for l in layers)
+    least = context%r + r*math.ceil(max(window, 1)/r)
+    return least, least+r
 
-def _grown(found, context): # what `_two_caches` returned, tokens
-    total = 0
-    for l,x,y in found:
-        h1, h2, h = (held_tokens(l, n) for n in (16, 32, context))
+def _grown(model, context, found): # tokens; `{tokens: what _cached_bytes returned}`
+    def at(n):
+        if n not in found: found[n] = _cached_bytes(model, n)
+        return found[n]
+    with judging(model):
+        n1, n2 = _lengths(at(16)[0], context)
+        if context<=n1: return sum(at(context)[1]) or None
+        total, (_, b1), (layers, b2) = 0, at(n1), at(n2)
+    for l,x,y in zip(layers, b1, b2):
+        h1, h2, h = (held_tokens(l, n) for n in (n1, n2, context))
         total += x + (round((y-x)*(h-h1)/(h2-h1)) if h2>h1 else 0)
     return total or None
 
@@ -217,13 +231,13 @@ def cache_bytes(model,
                 batch=1, # texts at once
                )->int|None: # None where there is no cache
     "Bytes of the key-value cache at a length of context"
-    total = _grown(_two_caches(model), context)
+    total = _grown(model, context, {})
     return total and total*batch
 
 def caches_at(model, contexts)->list: # of bytes, or of None
-    "The same of one text at several lengths, none of which is run"
-    found = _two_caches(model)
-    return [_grown(found, n) for n in contexts]
+    "The same of one text at several lengths; no long one is run"
+    found = {}
+    return [_grown(model, n, found) for n in contexts]
 
 # %% ../nbs/20_speed.ipynb #3f79f4a6
 @dataclass

@@ -14,7 +14,7 @@ import warm
 from torch.utils.flop_counter import FlopCounterMode
 
 from replaceme import cli, data, stats
-from replaceme.arch import layers_of, stack_config
+from replaceme.arch import layer_configs, layers_of, stack_config
 from replaceme.blocks import candidates
 from replaceme.compare import CompareConfig
 from replaceme.config import AnalyseConfig, Config, MapConfig, make_config, read_config
@@ -23,6 +23,7 @@ from replaceme.cost import (Headers, Speed, Text, attention_width, cost_of, dry_
                             text_of, walk, weight_files)
 from replaceme.models import tiny_model, tiny_tokenizer, tiny_vision
 from replaceme.pipeline import EvaluateConfig, run
+from replaceme.speed import _cached_bytes
 from replaceme.stats import Gram
 
 ROOT = Path(__file__).parents[1]
@@ -106,7 +107,7 @@ def test_flops_of_a_layer_by_hand():
     assert sums(shape_of(model), 20, 32).double == 2 * 32 * 64 * 20
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gpt_neox", "phi3", "opt", "gemma2", "falcon", "qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gpt_neox", "phi3", "opt", "gemma2", "falcon", "qwen3_moe", "mixtral", "llama4_text", "jetmoe"])
 def test_flops_are_those_that_torch_counts(family):
     model = tiny_model(family, layers=4)
     model.set_attn_implementation("eager")
@@ -117,6 +118,14 @@ def test_flops_are_those_that_torch_counts(family):
     w = walk(shape_of(model), Text([(2, 24, 48)]), head=True)
     share = (w.flops + w.pairs) / count.get_total_flops()
     assert abs(share - 1) < .02, share
+
+
+def test_a_token_is_sent_to_some_wherever_the_config_says_so():
+    model = tiny_model("dbrx", layers=2)
+    said = model.config.ffn_config
+    assert routed(model.config) == said.moe_top_k / said.moe_num_experts < 1
+    experts = sum(p.numel() for n, p in layers_of(model)[0].named_parameters() if ".experts." in n)
+    assert shape_of(model).layers[0].experts == 4 * experts
 
 
 def test_of_experts_a_token_sees_a_few_and_memory_all():
@@ -142,6 +151,31 @@ def test_any_family_is_counted(family, tmp_path, no_weights):
     cost = one(make_config(model_path=str(tmp_path / "m"), layers_to_skip=1, save_path=str(tmp_path / "out"), **LITTLE))
     assert cost.parameters == model.num_parameters() and cost.seconds > 0 and cost.peak > 4 * model.num_parameters()
     assert cost.bytes == (tmp_path / "m/model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("family", ["falcon", "deepseek_v2", "deepseek_v3", "minicpm3", "bamba", "nemotron_h", "qwen3_next", "kimi_linear", "gpt_bigcode"])
+def test_what_the_cache_keeps_of_a_token_is_what_a_cache_grows_by(family):
+    model = tiny_model(family, layers=6)
+    kept = [sum(_cached_bytes(model, n)[1]) for n in (16, 24)]
+    shape = shape_of(model)
+    assert shape.kept * len(shape.layers) * shape.item == (kept[1] - kept[0]) / 8
+
+
+def test_weights_that_layers_share_are_held_once():
+    for family in "zamba", "zamba2":
+        model = tiny_model(family, layers=6)
+        assert shape_of(model).bytes == sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def test_layers_whose_heads_differ_are_counted(tmp_path, no_weights):
+    model = tiny_model("gemma4_unified_text", layers=6)
+    model.save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    cost = one(make_config(model_path=str(tmp_path / "m"), layers_to_skip=1, save_path=str(tmp_path / "out"), **LITTLE))
+    assert cost.parameters == model.num_parameters()
+    kept = [2 * 2 * c.head_dim for c in layer_configs(model.config)]
+    assert shape_of(model).kept == sum(kept) / 6 and len(set(kept)) == 2
+    assert data.rows_at_once(model, 20, 100, memory=4 * 100 * sum(kept) * 10) == 10
 
 
 def test_an_image_encoder_is_counted(tmp_path, no_weights):

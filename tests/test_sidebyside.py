@@ -225,6 +225,26 @@ def test_cache_is_that_of_a_long_run(family, kw):
         assert s.cache_bytes(m, 5) <= s.cache_bytes(m, 100)
 
 
+def tensors_of(o, seen):
+    "Every tensor anywhere in an object, once"
+    if isinstance(o, torch.Tensor): seen[o.data_ptr(), o.shape] = o.numel()*o.element_size()*(o.ndim > 0)
+    elif isinstance(o, (list, tuple)): [tensors_of(v, seen) for v in o]
+    elif isinstance(o, dict): [tensors_of(v, seen) for v in o.values()]
+    elif type(o).__module__.startswith("transformers") and "Config" not in type(o).__name__: tensors_of(getattr(o, "__dict__", {}), seen)
+    return seen
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text", "minimax", "deepseek_v4", "nemotron_h"])
+def test_cache_is_all_that_the_model_keeps(family):
+    m = tiny_model(family)
+    for n in (5, 20, 150, 200):  # below a window of 16, past it, and with and without a rest of what is compressed
+        ids = torch.arange(n)[None] % 300
+        with judging(m):
+            held = tensors_of(m(input_ids=ids, use_cache=True).past_key_values, {})
+        assert s.cache_bytes(m, n) == sum(held.values()), n
+    assert replaceme.speed.caches_at(m, (20, 200)) == [s.cache_bytes(m, n) for n in (20, 200)]
+
+
 def test_no_cache_is_none():
     assert s.memory_of(tiny_model("recurrent_gemma", layers=3)).cache is None
 
