@@ -8,6 +8,7 @@ __all__ = ['ASKED', 'Place', 'mlp_place', 'Neurons', 'neurons_of', 'join', 'sett
 
 # %% ../nbs/13_borrow.ipynb #b0220004
 import copy, warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -64,14 +65,18 @@ def _place(model, i):
     if None in names or any(len(as_rows(mods[r]))%f for r in step.readers): return None
     return Place(names[0], names[1:], p.linear.name, f)
 
+@contextmanager
+def _alone(model, i):
+    "A model of one layer, whose weights are in memory while the block lasts"
+    layer, = layers_of(one := keep_layers(model, [i]))
+    with placed(layer, fetch(layer)): yield one
+
 @torch.no_grad()
 def mlp_place(model, i)->Place|None:
     "The place of the neurons of layer `i`, if they can be told apart"
     if not any(q.is_meta for q in layers_of(model)[i].parameters()): return _place(model, i)
-    one = keep_layers(model, [i]) # no other layer is read from where the weights are kept
-    layer = layers_of(one)[0]
     try:
-        with placed(layer, fetch(layer)): return _place(one, 0)
+        with _alone(model, i) as one: return _place(one, 0) # no other layer is read
     except (torch.OutOfMemoryError, MemoryError): raise
     except Exception: return None # a layer that does not run by itself, and so could not be asked
 
@@ -163,18 +168,11 @@ ASKED = 40 # tokens for each neuron of the layer
 
 # %% ../nbs/13_borrow.ipynb #b0220017
 class _Asked:
-    "A copy of one layer that can be given other neurons, and asked what they notice"
-    def __init__(self, model, i, place):
-        self.one, self.place, self.d = keep_layers(model, [i]), place, width(model)
-        self.layer = self._copied()
-        self.point = fold_points(self.one, [0])[0]
+    "A model of one layer that can be given other neurons, and asked what they notice"
+    def __init__(self, one, place): # with its weights in memory
+        self.one, self.layer, self.place, self.d = one, layers_of(one)[0], place, width(one)
+        self.point = fold_points(one, [0])[0]
         self.E = writes(self.point)
-
-    def _copied(self): # with its weights in memory
-        layers = layers_of(self.one)
-        with placed(layers[0], fetch(layers[0])) as l: own = copy.deepcopy(l, {id(s): s for s in _stores(l)})
-        layers[0] = own
-        return layers[0]
 
     def notice(self, neurons, batch, x): # states that enter -> `(T,f)`, and the stream without the MLP
         settle(self.layer, self.place, neurons, self.d)
@@ -295,9 +293,10 @@ def borrow(dense, model, # the model whose layer `at-1` borrows; the dense one i
         _not_borrowed(f"layer {block.start-1} does not run by itself")
         return model, None
     kept = some_states(ends, 0, max(1, n_tokens(batches)//(ASKED*place.f)))
-    asked = _Asked(model, at-1, place)
-    found = _of_all(dense, asked, kept, mine, at, block, weights)
-    if found is None: return model, None
-    mine, W, plain = found
-    counts = {l: int((mine.of==l).sum()) for l in sorted({*mine.of.tolist()})}
-    return _placed(model, at-1, asked, mine, W.to(asked.point.device).double()), Borrowed(counts, plain)
+    with _alone(model, at-1) as one:
+        asked = _Asked(one, place)
+        found = _of_all(dense, asked, kept, mine, at, block, weights)
+        if found is None: return model, None
+        mine, W, plain = found
+        counts = {l: int((mine.of==l).sum()) for l in sorted({*mine.of.tolist()})}
+        return _placed(model, at-1, asked, mine, W.to(asked.point.device).double()), Borrowed(counts, plain)
