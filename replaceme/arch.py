@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['image_tower', 'sees', 'auto_class', 'backbone', 'nested_configs', 'stack_config', 'layer_configs', 'layer_counts',
-           'width', 'layers_of', 'judging', 'hooks', 'n_hooks', 'first', 'with_first', 'hidden_arg', 'input_device',
-           'dummy', 'run', 'n_positions', 'check_stack', 'check_causal', 'check_model', 'is_linear', 'family', 'Traced',
-           'trace', 'candidates_in', 'Mix', 'probe_tolerance', 'deviation', 'Probed', 'probe', 'turn', 'loaded',
-           'writing_params', 'Writer', 'FoldPoint', 'NormBehind', 'as_norm', 'norm_after', 'prove', 'find_points',
-           'fold_points', 'attention_point']
+           'width', 'layers_of', 'judging', 'learning', 'hooks', 'n_hooks', 'first', 'with_first', 'hidden_arg',
+           'input_device', 'dummy', 'run', 'n_positions', 'check_stack', 'check_causal', 'check_model', 'is_linear',
+           'family', 'Traced', 'trace', 'candidates_in', 'Mix', 'probe_tolerance', 'deviation', 'Probed', 'probe',
+           'turn', 'loaded', 'writing_params', 'Writer', 'FoldPoint', 'NormBehind', 'as_norm', 'norm_after', 'prove',
+           'find_points', 'fold_points', 'attention_point']
 
 # %% ../nbs/02_arch.ipynb #9cfdc645
 import functools, inspect, re
@@ -141,6 +141,12 @@ def judging(model):
         with _as_it_is(), torch.no_grad(): yield model
     finally:
         for m,mode in modes: m.training = mode
+
+# %% ../nbs/02_arch.ipynb #1c0f16a2
+@contextmanager
+def learning():
+    "Gradients in the model's own precision, whatever is on around; of a function as `@learning()`"
+    with torch.inference_mode(False), _as_it_is(), torch.enable_grad(): yield
 
 # %% ../nbs/02_arch.ipynb #2993cc93
 @contextmanager

@@ -27,6 +27,7 @@ from .core import *
 from .core import _flush
 from .kept import *
 from .plots import and_words
+from .arch import judging
 from .models import *
 from .checkpoint import files_beside, reading
 from .merge import _per_layer
@@ -339,7 +340,7 @@ def divergence_of(a, b)->float: # nats per token
 
 def logits_of(model, ids): # -> (S,V) float32
     "Logits of every position of one text"
-    with torch.no_grad(): return model(input_ids=ids, use_cache=False).logits[0].float()
+    with judging(model): return model(input_ids=ids, use_cache=False).logits[0].float()
 
 # %% ../nbs/25_export.ipynb #e7a00033
 def _probe(source, tokenizer, prompt, text):

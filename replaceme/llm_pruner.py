@@ -429,6 +429,7 @@ def _which(model, layers, plain):
     return sorted(set(layers))
 
 # %% ../nbs/16_llm_pruner.ipynb #6353a3a9
+@learning()
 def llm_pruner(model, batches,
                n=None, # as many parameters go as `n` layers have
                ratio=None, # or: the part of the heads and neurons that goes from each layer
@@ -484,8 +485,7 @@ class LLMPruner(Method):
 
     def own_code(self, k): return not k.plain
     def remove(self, model, batches, job):
-        with torch.enable_grad():
-            return llm_pruner(model, batches, job.n, plain=job.keys.plain, taylor=job.keys.taylor)
+        return llm_pruner(model, batches, job.n, plain=job.keys.plain, taylor=job.keys.taylor)
     def stood(self, said):
         f = said.facts
         n = {k: sum(map(len, f[k].values())) for k in ('heads', 'neurons')}

@@ -19,6 +19,7 @@ from torch.nn.functional import cosine_similarity
 from .core import *
 from .group import *
 from .plots import *
+from .arch import learning
 from .data import *
 from .shards import *
 from .solve import *
@@ -205,7 +206,7 @@ def _epoch(rows, theta, build, opt, loss, batch, gen, bar):
     return total/n
 
 # %% ../nbs/10_optimize.ipynb #4b69b5c6
-@torch.enable_grad() # whoever calls it may have them off
+@learning()
 def adam_map(rows:Rows, loss='cosine', accurate=False, structure='full', rank=1,
              lr=1e-4, epochs=10, batch=1024, # tokens in a step
              l1=0., l2=0., # penalties on the map, see `Loss`
@@ -294,7 +295,7 @@ def _grad_size(f, build, theta):
     return torch.autograd.grad(f(build(t)), t)[0].norm().item()
 
 # %% ../nbs/10_optimize.ipynb #f01e58fc
-@torch.enable_grad() # whoever calls it may have them off
+@learning()
 def minimise_map(rows:Rows, solver='l-bfgs', # or 'cg', 'trust-ncg'
                  loss='cosine', accurate=False, structure='full', rank=1,
                  max_iter=100, # each is one pass over the rows or a few; with trust-ncg many

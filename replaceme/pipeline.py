@@ -149,10 +149,9 @@ def climb_rungs(model, job, rungs, trainer, done, result):
     "Train parts of the pruned model, and put down what came of it"
     folder = job.folder and job.folder/'recover'
     with job.stages('texts'): learn, held = job.feed.training()
-    with job.stages('train'), torch.enable_grad():
+    with job.stages('train'):
         done.model, climbed = recover(model, done.model, done.blocks, learn, rungs, job.share*len(rungs),
-                                      held,
-                                      job.seed, folder, **trainer)
+                                      held, job.seed, folder, **trainer)
     tokens = (result.training.tokens or 0)+sum(r.trained for r in climbed)
     result.update(recovery=[dataclasses.asdict(r) for r in climbed],
                   training={**result.training, 'tokens': tokens})

@@ -201,6 +201,7 @@ def _special(trainer)->dict: # which has the others from then on
     return special
 
 # %% ../nbs/19_recover.ipynb #ad24b455
+@learning()
 def recover(dense, pruned, # a model that came out of `dense`; it is left as it is
             blocks, # that went, in the dense model's numbers
             texts, # batches to train on
@@ -223,7 +224,7 @@ def recover(dense, pruned, # a model that came out of `dense`; it is left as it 
         raise ReplaceMeError(f"tokens is {tokens}: {len(rungs)} rungs need one or more each.")
     says = topk_targets(dense, k)
     cuts, done, model = cuts_of(blocks), [], pruned
-    with common_folder(folder) as d, torch.enable_grad():
+    with common_folder(folder) as d:
         for i,rung in enumerate(rungs):
             kw = dict(seed=seed+i, desc=f'recover: {rung}',
                       keep_path=d/f'dense-top{k}', folder=d/f'{i}-{rung}',

@@ -116,6 +116,7 @@ def _check_asked(n, network, loss, block, trainer)->int:
     return length
 
 # %% ../nbs/18_streamline.ipynb #451d3f2f
+@learning()
 def streamline(model, batches,
                n, # layers to save
                network='layer', # layer, ffn, swiglu or none
@@ -193,7 +194,7 @@ def prune(self:Streamline, model, job, plan=None)->Pruned:
         learn, held = job.feed.training() if self.trains(k) else (None, None)
     kw = {} if learn is None else dict(texts=learn, held=held, tokens=job.share, seed=job.seed, **job.trainer)
     if job.folder is not None: kw['folder'] = job.folder/'network'
-    with job.stages('train' if self.trains(k) else 'calibrate'), torch.enable_grad():
+    with job.stages('train' if self.trains(k) else 'calibrate'):
         small, res = streamline(model, batches, job.n, k.network or 'layer', k.train_loss or 'mse', **kw)
     done = self.noted(model, small, res, batches, job)
     done.training = res.taught()

@@ -99,6 +99,34 @@ def test_what_is_on_around_a_call_changes_nothing(model, around, method):
     assert all(torch.equal(a, b) for a, b in zip(want.state_dict().values(), got.state_dict().values()))
 
 
+def on_their_own(model):
+    "What trains and is called by itself, and what reads or writes text: `{name: what comes out}`"
+    from replaceme.evaluate import batch_loss
+    from replaceme.export import logits_of
+    from replaceme.llm_pruner import llm_pruner
+    from replaceme.recover import recover
+    from replaceme.streamline import streamline
+    whole = torch.ones(2, 24).long()
+    bs = [dict(input_ids=torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(i)), attention_mask=whole) for i in range(4)]
+    blocks = [Block(2, 4)]
+    few = dict(texts=bs, held=bs[:1], tokens=400, seed=0, learning_rate=1e-2)  # enough for the weights to move
+    made = {rung: lambda rung=rung: recover(model, cut(model, blocks), blocks, rungs=[rung], rank=2, **few)[0] for rung in ("fold", "lora")}
+    made |= dict(streamline=lambda: streamline(model, bs, 2, **few)[0], llm_pruner=lambda: llm_pruner(model, bs, 1)[0])
+    said = dict(loss=lambda: batch_loss(model, bs), logits=lambda: logits_of(model, bs[0]["input_ids"][:1]), text=lambda: continuation(model, TOK, "The map", 8),
+                own=lambda: prune(model, TOK, 2, method="lstsq", dataset="self", dataset_size=4, max_length=16)[0])
+    return made | said
+
+
+@pytest.mark.parametrize("name", ["fold", "lora", "streamline", "llm_pruner", "loss", "logits", "text", "own"])
+@pytest.mark.parametrize("around", [lambda: torch.autocast("cpu", torch.bfloat16), torch.inference_mode])
+def test_what_is_on_around_a_part_changes_nothing(model, around, name):
+    want = on_their_own(model)[name]()
+    with around():
+        got = on_their_own(model)[name]()
+    want, got = [x.state_dict() if hasattr(x, "state_dict") else {"it": x} for x in (want, got)]
+    assert all(torch.equal(a, got[k]) if torch.is_tensor(a) else a == got[k] for k, a in want.items())
+
+
 @pytest.mark.parametrize("method", ["cosine", "streamline"])
 def test_a_run_within_inference_mode_trains(method, tmp_path):
     from replaceme import run
