@@ -217,8 +217,7 @@ def recover(dense, pruned, # a model that came out of `dense`; it is left as it 
     "Climb the ladder: train more and more of a pruned model, on one budget of tokens"
     rungs = check_rungs(rungs)
     check_cuts(rungs, blocks)
-    special = _special(trainer)
-    learn, held = split_texts(texts, held)
+    special, (learn, held) = _special(trainer), split_texts(texts, held)
     if tokens is None: tokens = TextRows(learn).tokens
     if not tokens>=len(rungs):
         raise ReplaceMeError(f"tokens is {tokens}: {len(rungs)} rungs need one or more each.")
